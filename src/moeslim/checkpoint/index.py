@@ -1,0 +1,233 @@
+"""What a checkpoint's safetensors headers say, read without any tensor and without torch.
+
+A file is 8 bytes (little-endian length of the header), a JSON header {name: {dtype, shape, data_offsets}}, then the
+data. Nothing of it is believed: a header that lies about lengths, places or its own file is refused by name.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeslim.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+HEADER_LIMIT = 100_000_000  # bytes; the safetensors library has the same limit
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
+ITEM_BYTES |= {
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
+}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: its file, dtype as safetensors spells it ("BF16"), shape, and its bytes [start, end) in the file."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of data."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Index:
+    """All tensors of a folder by name, and the size in bytes of every weight file."""
+
+    folder: Path
+    tensors: Mapping[str, Entry]
+    files: Mapping[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(entry.bytes for entry in self.tensors.values())
+
+
+def read_index(folder: Path | str) -> Index:
+    """The tensors of a checkpoint folder, each found exactly once.
+
+    Raises CheckpointError for a folder without safetensors, for headers that cannot be true, for a weight_map and
+    headers that disagree, and for links and entries that lead out of the folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a folder; give the folder that holds config.json and *.safetensors")
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if (folder / INDEX_NAME).exists():
+        weight_map = _weight_map(folder)
+        wanted = sorted(set(weight_map.values()))
+        spare = [name for name in found if name not in wanted]
+        if spare:
+            raise CheckpointError(
+                f"{folder}: {', '.join(spare[:3])} is not named in {INDEX_NAME}; remove it, or write the index anew"
+            )
+    else:
+        weight_map = None
+        if found != [SINGLE_NAME]:
+            raise _no_weights(folder, found)
+        wanted = found
+    tensors: dict[str, Entry] = {}
+    files: dict[str, int] = {}
+    for name in wanted:
+        path = path_inside(folder, name)
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: {INDEX_NAME} names {name}, which is not there; download it again")
+        files[name] = path.stat().st_size
+        for tensor, entry in read_header(path, name).items():
+            if tensor in tensors:
+                raise CheckpointError(f"{folder}: {tensor} is in {tensors[tensor].file} and again in {name}")
+            tensors[tensor] = entry
+    if weight_map is not None:
+        _compare(weight_map, Index(folder, tensors, files))
+    return Index(folder, tensors, files)
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """`folder/name`, after making sure that it is a plain name and no link leads out of the folder.
+
+    A link into the hub's cache (`models--*/blobs`) is how huggingface_hub lays out a download, so it may pass.
+    """
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise CheckpointError(f"{folder}: {name!r} is not a plain file name; entries may not leave the folder")
+    path = folder / name
+    if path.is_symlink():
+        target = path.resolve()
+        in_hub_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        if target.parent != folder.resolve() and not in_hub_cache:
+            raise CheckpointError(f"{path}: a link that leaves the folder (to {target}); put a copy of the file there")
+    return path
+
+
+def read_header(path: Path, name: str | None = None) -> dict[str, Entry]:
+    """The tensors of one safetensors file, checked against its size; `name` is what entries call the file."""
+    name = name or path.name
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
+        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise CheckpointError(
+                f"{path}: not a whole safetensors file ({size} bytes, header of {length}); fetch it again"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as problem:
+        raise CheckpointError(f"{path}: its header cannot be read ({problem}); fetch the file again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its header is not a table of tensors; fetch the file again")
+    base = 8 + length
+    entries = {
+        tensor: _entry(f"{path}: {tensor}", facts, file=name, base=base, size=size)
+        for tensor, facts in header.items()
+        if tensor != "__metadata__"
+    }
+    _tile(path, entries, base=base, size=size)
+    return entries
+
+
+def _entry(where: str, facts: Any, *, file: str, base: int, size: int) -> Entry:
+    try:
+        dtype, shape, (start, end) = facts["dtype"], facts["shape"], facts["data_offsets"]
+        good = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, end))
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise CheckpointError(
+            f"{where}: the header must give dtype, shape and two data_offsets, found {str(facts)[:120]}"
+        )
+    if dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{where}: dtype {dtype!r} is not one that can be read ({', '.join(ITEM_BYTES)})")
+    values = 1
+    for length in shape:
+        values *= length
+    if end - start != values * ITEM_BYTES[dtype]:
+        raise CheckpointError(
+            f"{where}: {dtype} {tuple(shape)} takes {values * ITEM_BYTES[dtype]} bytes, the header gives {end - start}"
+        )
+    if base + end > size:
+        raise CheckpointError(
+            f"{where}: ends at byte {base + end} of a file of {size}; the file is cut short, fetch it again"
+        )
+    return Entry(file, dtype, tuple(shape), base + start, base + end)
+
+
+def _tile(path: Path, entries: Mapping[str, Entry], *, base: int, size: int) -> None:
+    """The tensors must lie one behind the other and fill the file: neither overlaps nor bytes that nobody owns."""
+    position = base
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != position:
+            what = "overlaps another tensor" if entry.start < position else "leaves a hole before it"
+            raise CheckpointError(f"{path}: {name} {what} (starts at byte {entry.start}, expected {position})")
+        position = entry.end
+    if position != size:
+        raise CheckpointError(
+            f"{path}: {size - position} bytes behind the last tensor belong to nothing; fetch it again"
+        )
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    path = path_inside(folder, INDEX_NAME)
+    try:
+        weight_map = json.loads(path.read_bytes(), object_pairs_hook=_unique)["weight_map"]
+        good = bool(weight_map) and all(isinstance(file, str) for file in weight_map.values())
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as problem:
+        raise CheckpointError(f"{path}: not a readable index ({problem}); fetch it again") from None
+    if not good:
+        raise CheckpointError(f"{path}: weight_map must give a file name for every tensor")
+    return weight_map
+
+
+def _compare(weight_map: Mapping[str, str], index: Index) -> None:
+    folder, tensors = index.folder, index.tensors
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != file:
+            where = f"it is in {tensors[name].file}" if name in tensors else "no file has it"
+            raise CheckpointError(f"{folder}: {INDEX_NAME} says that {name} is in {file}, but {where}")
+    for name, entry in tensors.items():
+        if name not in weight_map:
+            raise CheckpointError(f"{folder}: {entry.file} holds {name}, which {INDEX_NAME} does not name")
+
+
+def _no_weights(folder: Path, found: list[str]) -> CheckpointError:
+    if found:
+        return CheckpointError(
+            f"{folder}: has {', '.join(found[:3])} but no {INDEX_NAME} that says which tensor is where; "
+            f"fetch the index, or name a single file {SINGLE_NAME}"
+        )
+    other = sorted(path.name for path in folder.iterdir() if path.suffix in (*_PICKLES, ".gguf"))
+    if other:
+        return CheckpointError(
+            f"{folder}: weights only as {', '.join(other[:3])}; moeslim reads safetensors alone, because a pickle can "
+            "run code and a GGUF is quantised: use the safetensors release of this model, or convert it"
+        )
+    return CheckpointError(f"{folder}: no *.safetensors in it; give a folder with config.json and the weights")
+
+
+class _DuplicateError(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateError(f"{next(name for name in names if names.count(name) > 1)} stands in it twice")
+    return table

@@ -1,0 +1,105 @@
+"""Documents from files, folders, JSON lines, Parquet or a `datasets` name, each with its domain and its source."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moeslim.artifacts.fingerprint import fingerprint
+from moeslim.data import formats
+from moeslim.data.formats import Record
+from moeslim.errors import DataError
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain text, or a conversation (`messages`, then `text` is empty: the tokenizer's template renders it)."""
+
+    text: str
+    domain: str
+    source: str
+    messages: tuple[Mapping[str, Any], ...] | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the content, white space squeezed: what makes two documents the same."""
+        content = self.text if self.messages is None else json.dumps(self.messages, sort_keys=True)
+        return hashlib.sha256(" ".join(content.split()).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One part of the data (train, calibration or held-out), in the order read."""
+
+    documents: tuple[Document, ...]
+
+    @cached_property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(document.domain for document in self.documents))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for the same exact texts, domains and order; source names do not count."""
+        exact = [
+            (hashlib.sha256(document.text.encode()).hexdigest(), document.domain, document.messages)
+            for document in self.documents
+        ]
+        return fingerprint(exact)
+
+
+def read_source(path: Path | str, *, domain: str | None = None, text_key: str = "text") -> list[Document]:
+    """The documents of one source, each text once; links are resolved and a file met twice is read once.
+
+    A path that exists is read by its suffix (see formats.py); `name` or `name:split` that does not is asked from
+    `datasets`. `domain` overrides the records' own `domain`; without either it is the file's or folder's name.
+    """
+    place = Path(path)
+    if place.exists():
+        records = formats.read_path(place, text_key=text_key)
+        fallback = place.name.split(".")[0]
+    elif place.suffix.lower() in formats.SUFFIXES or place.is_absolute() or str(path).startswith("."):
+        raise DataError(f"{path}: there is no such file or folder")
+    else:
+        records = formats.read_dataset(str(path), text_key=text_key)
+        fallback = str(path).split(":")[0]
+    seen: set[str] = set()
+    documents = []
+    for record in records:
+        document = _document(record, domain or record.domain or fallback)
+        if document.digest not in seen:
+            seen.add(document.digest)
+            documents.append(document)
+    if not documents:
+        raise DataError(f"{path}: no text in it; give files of text, JSON lines or Parquet with a `{text_key}` column")
+    return documents
+
+
+def read_corpus(sources: Sequence[tuple[Path | str, str | None]], *, text_key: str = "text") -> Corpus:
+    """Several (path, domain) sources as one part; a text that two of them share is kept once, from the first."""
+    documents: dict[str, Document] = {}
+    for path, domain in sources:
+        for document in read_source(path, domain=domain, text_key=text_key):
+            documents.setdefault(document.digest, document)
+    return Corpus(tuple(documents.values()))
+
+
+def check_disjoint(parts: Mapping[str, Corpus]) -> None:
+    """Raise DataError naming both documents if any text stands in two parts (white space aside)."""
+    owners: dict[str, tuple[str, str]] = {}
+    for part, corpus in parts.items():
+        for document in corpus.documents:
+            other_part, other_source = owners.setdefault(document.digest, (part, document.source))
+            if other_part != part:
+                raise DataError(
+                    f"the same text is in {other_part} ({other_source}) and in {part} ({document.source}); "
+                    "the parts must not overlap, or held-out figures mean nothing: remove it from one of them"
+                )
+
+
+def _document(record: Record, domain: str) -> Document:
+    if record.messages is None:
+        return Document(record.text, domain, record.source)
+    return Document("", domain, record.source, tuple(record.messages))

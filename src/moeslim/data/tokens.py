@@ -1,0 +1,238 @@
+"""Text as token rows on disk, packed once: a memory-mapped stream, the mask of its targets, its documents' places.
+
+The stream is EOS, document, EOS, document, EOS, ... Row r holds tokens [r*T, r*T + T] of it, T inputs and T targets,
+so neighbouring rows share one token and every token but the first is a target exactly once; the tail of the last row
+is EOS with mask False. `mask[r, j]` belongs to target j, i.e. to token j+1 of the row.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeslim.artifacts.commit import committed_folder, read_json, write_json
+from moeslim.artifacts.fingerprint import fingerprint, hash_file
+from moeslim.data.chat import render
+from moeslim.data.corpus import Corpus, Document
+from moeslim.errors import DataError
+from moeslim.log import logger, progress
+
+SCHEMA = 1
+_ENCODED_AT_ONCE = 256  # documents; bounds the memory that encodings take
+
+
+@dataclass(frozen=True)
+class TokenDocument:
+    """One document's own tokens: `tokens[0]` is the EOS before it (context only), the others are scored.
+
+    `num_bytes` counts the UTF-8 bytes of the text that the scored tokens spell: bits per byte divides by it.
+    """
+
+    source: str
+    domain: str
+    tokens: np.ndarray
+    num_bytes: int
+
+
+class TokenSet:
+    """A packed folder, opened without reading it: rows, masks and documents are views of memory-mapped files."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.folder = folder
+        self.fingerprint: str = meta["fingerprint"]
+        self.sequence_length: int = meta["sequence_length"]
+        self.eos: int = meta["eos"]
+        self.vocab_size: int = meta["vocab_size"]
+        self.domains: list[str] = meta["domains"]
+        self.num_tokens: int = meta["tokens"]
+        self.num_targets: int = meta["targets"]
+        self._sources: list[str] = meta["sources"]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "TokenSet":
+        """The set that `pack` wrote; DataError if the folder holds none or one of another schema."""
+        folder = Path(folder)
+        if not (folder / "meta.json").is_file():
+            raise DataError(f"{folder}: no packed tokens here (meta.json is missing); pack the text again")
+        meta = read_json(folder / "meta.json", error=DataError)
+        if meta.get("schema") != SCHEMA:
+            raise DataError(
+                f"{folder}: packed tokens of schema {meta.get('schema')}, this version reads {SCHEMA}; pack again"
+            )
+        return cls(folder, meta)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def _stream(self) -> np.ndarray:
+        return _load(self.folder / "tokens.npy")
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """(N, T+1) uint16 or uint32, read-only view; neighbouring rows overlap by one token."""
+        length = self.sequence_length
+        return np.lib.stride_tricks.sliding_window_view(self._stream, length + 1)[::length]
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """(N, T) bool: which targets count."""
+        return _load(self.folder / "mask.npy")
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """Per document: start in the stream, tokens, UTF-8 bytes, index of its domain."""
+        return _load(self.folder / "documents.npy")
+
+    def documents(self, domain: str | None = None, *, limit: int | None = None) -> Iterator[TokenDocument]:
+        """The documents one by one (of one domain, at most `limit`), in packed order, each after an EOS."""
+        wanted = [i for i in range(len(self._places)) if domain in (None, self.domains[int(self._places[i, 3])])]
+        if not wanted and domain is not None:
+            raise DataError(f"{self.folder}: no documents of domain `{domain}`; there are {', '.join(self.domains)}")
+        for index in wanted[:limit]:
+            start, count, num_bytes, place = (int(value) for value in self._places[index])
+            tokens = self._stream[start - 1 : start + count].astype(np.int64)
+            yield TokenDocument(self._sources[index], self.domains[place], tokens, num_bytes)
+
+
+def pack(
+    corpus: Corpus, tokenizer_folder: Path | str, *, out_folder: Path | str, sequence_length: int, seed: int
+) -> TokenSet:
+    """Tokenise and pack `corpus` into `out_folder`; a folder that already holds exactly this is opened instead.
+
+    Documents are shuffled by `seed`. Chat documents go through the tokenizer's template and only the assistant's
+    tokens count as targets; of the others every token counts, and the EOS after them.
+    """
+    if sequence_length < 1:
+        raise DataError(f"sequence_length is {sequence_length}; a row needs at least one input and one target")
+    if not corpus.documents:
+        raise DataError(f"{out_folder}: there are no documents to pack")
+    out_folder, identity = (
+        Path(out_folder),
+        _identity(corpus, Path(tokenizer_folder), length=sequence_length, seed=seed),
+    )
+    if (out_folder / "meta.json").is_file():
+        standing = TokenSet.open(out_folder)
+        if standing.fingerprint == identity:
+            logger.info("%s: tokens stand already", out_folder)
+            return standing
+    tokenizer = load_tokenizer(tokenizer_folder)
+    stream, mask, places, documents = _stream(corpus, tokenizer, seed=seed, length=sequence_length)
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    domains = list(corpus.domains)
+    with committed_folder(out_folder) as folder:
+        np.save(folder / "tokens.npy", stream.astype(dtype))
+        np.save(folder / "mask.npy", mask.reshape(-1, sequence_length))
+        np.save(folder / "documents.npy", places)
+        write_json(
+            folder / "meta.json",
+            {
+                "schema": SCHEMA,
+                "fingerprint": identity,
+                "sequence_length": sequence_length,
+                "seed": seed,
+                "eos": tokenizer.eos_token_id,
+                "vocab_size": len(tokenizer),
+                "rows": len(mask) // sequence_length,
+                "tokens": int(places[:, 1].sum()),
+                "targets": int(mask.sum()),
+                "domains": domains,
+                "sources": [document.source for document in documents],
+            },
+        )
+    return TokenSet.open(out_folder)
+
+
+def load_tokenizer(folder: Path | str) -> Any:
+    """The transformers tokenizer in `folder`; DataError if there is none or it has no EOS to join documents with."""
+    from transformers import AutoTokenizer  # seconds to import, and opening packed tokens needs none of it
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as problem:
+        raise DataError(f"{folder}: no tokenizer could be loaded ({str(problem).splitlines()[0]})") from None
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{folder}: the tokenizer has no eos_token, which joins documents; set it in its config")
+    return tokenizer
+
+
+def _identity(corpus: Corpus, tokenizer_folder: Path, *, length: int, seed: int) -> str:
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
+    files = {name: hash_file(tokenizer_folder / name) for name in names if (tokenizer_folder / name).is_file()}
+    return fingerprint(
+        {"schema": SCHEMA, "corpus": corpus.fingerprint, "tokenizer": files, "length": length, "seed": seed}
+    )
+
+
+def _stream(
+    corpus: Corpus, tokenizer: Any, *, seed: int, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Document]]:
+    """The whole stream (N*T+1), the mask of its targets (N*T), documents' places (D, 4) and the shuffled documents."""
+    order = np.random.default_rng([seed, 0x7061636B]).permutation(len(corpus.documents))
+    documents = [corpus.documents[index] for index in order]
+    domains = {domain: index for index, domain in enumerate(corpus.domains)}
+    eos = tokenizer.eos_token_id
+    tokens: list[np.ndarray] = [np.array([eos], np.int64)]
+    counts: list[np.ndarray] = []
+    places, position = [], 1
+    with progress("tokenise", len(documents), unit="documents") as advance:
+        for start in range(0, len(documents), _ENCODED_AT_ONCE):
+            group = documents[start : start + _ENCODED_AT_ONCE]
+            for document, (ids, counted, num_bytes) in zip(group, _encode(group, tokenizer), strict=True):
+                places.append((position, len(ids), num_bytes, domains[document.domain]))
+                tokens.append(np.array([*ids, eos], np.int64))
+                counts.append(np.array([*counted, document.messages is None], bool))
+                position += len(ids) + 1
+                advance()
+    joined, mask = np.concatenate(tokens), np.concatenate(counts)
+    padding = -len(mask) % length
+    joined = np.concatenate([joined, np.full(padding, eos, np.int64)])
+    mask = np.concatenate([mask, np.zeros(padding, bool)])
+    return joined, mask, np.array(places, np.int64), documents
+
+
+def _encode(documents: Sequence[Document], tokenizer: Any) -> Iterator[tuple[list[int], list[bool], int]]:
+    """Per document its ids, which of them count, and the UTF-8 bytes that they spell.
+
+    A chat is encoded piece by piece at the borders of its spans, as it is when served: the prompt first, then what the
+    model adds. So no token straddles a border.
+    """
+    pieces: list[tuple[str, bool]] = []
+    owners: list[int] = []
+    for owner, document in enumerate(documents):
+        own = _pieces(document, tokenizer)
+        pieces += own
+        owners += [owner] * len(own)
+    encoded = tokenizer([text for text, _ in pieces], add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[list[int]] = [[] for _ in documents]
+    counted: list[list[bool]] = [[] for _ in documents]
+    num_bytes = [0] * len(documents)
+    for owner, (text, counts), piece in zip(owners, pieces, encoded, strict=True):
+        ids[owner] += piece
+        counted[owner] += [counts] * len(piece)
+        num_bytes[owner] += len(text.encode())
+    yield from zip(ids, counted, num_bytes, strict=True)
+
+
+def _pieces(document: Document, tokenizer: Any) -> list[tuple[str, bool]]:
+    if document.messages is None:
+        return [(document.text, True)]
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(f"{document.source}: the record has `messages`, but the tokenizer has no chat template")
+    text, spans = render(document.messages, tokenizer, source=document.source)
+    pieces, position = [], 0
+    for start, end in spans:
+        pieces += [(text[position:start], False), (text[start:end], True)]
+        position = end
+    pieces.append((text[position:], False))
+    return [piece for piece in pieces if piece[0]]
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as problem:
+        raise DataError(f"{path}: packed tokens cannot be read ({problem}); pack the text again") from None

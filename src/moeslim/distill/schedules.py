@@ -1,0 +1,36 @@
+"""Values that change over a run, as pure functions of progress in [0, 1] over all stages together."""
+
+import math
+
+
+def linear(progress: float, *, start: float, end: float) -> float:
+    """`start + (end - start) * progress`."""
+    return start + (end - start) * progress
+
+
+def cosine(progress: float, *, start: float, end: float) -> float:
+    """Half a cosine from `start` to `end`: slow at both ends, the mean at progress 0.5."""
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def constant(_progress: float, *, start: float) -> float:
+    """`start`, whatever the progress."""
+    return start
+
+
+def warmup_cosine(progress: float, *, peak: float, end: float, warmup: float) -> float:
+    """Linear from 0 to `peak` over the share `warmup` of the run, then half a cosine down to `end`."""
+    if progress < warmup:
+        return peak * progress / warmup
+    if warmup >= 1.0:
+        return peak
+    return cosine((progress - warmup) / (1.0 - warmup), start=peak, end=end)
+
+
+def rewarm(step: int, steps: int, *, share: float = 0.01) -> float:
+    """A factor for the learning rate of `step` (from 1): climbs to 1 over the first `share` of `steps`, then stays 1.
+
+    Used where a stage starts with empty optimizer moments: Adam's first steps have nearly the size of the learning
+    rate in every direction, whatever the gradient.
+    """
+    return min(1.0, step / max(1, math.ceil(share * steps)))

@@ -1,0 +1,42 @@
+"""How near a model's predictions are to its teacher's, position by position."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from moeslim.evaluate.record import Figure, ratio
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """The teacher's word at every scored position: final states per window (n, d), and the head (V, d) that reads them.
+
+    States are V/d times smaller than logits, so that they can be kept while one student after the other is loaded.
+    """
+
+    head: torch.Tensor
+    windows: Sequence[torch.Tensor]
+
+
+def kl_and_top1(student_NV: torch.Tensor, teacher_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per position: KL(teacher || student) in nats over the full vocabulary, and whether both name the same token."""
+    log_q_NV = F.log_softmax(_wide(student_NV), dim=-1)
+    log_p_NV = F.log_softmax(_wide(teacher_NV), dim=-1)
+    kl_N = F.kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True).sum(-1)
+    return kl_N, student_NV.argmax(-1) == teacher_NV.argmax(-1)
+
+
+def kl_figure(kl_D: Sequence[float], tokens_D: Sequence[int]) -> Figure:
+    """Mean KL(teacher || student) per token, its error over documents."""
+    return ratio(kl_D, tokens_D, unit="nats/token", per="document")
+
+
+def top1_figure(agreed_D: Sequence[float], tokens_D: Sequence[int]) -> Figure:
+    """Share of tokens where both models' likeliest token is the same, its error over documents."""
+    return ratio(agreed_D, tokens_D, unit="share", per="document")
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,72 @@
+"""What an evaluation is told, and what is checked before the first model is loaded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeslim.checkpoint.structure import check_structure, read_structure
+from moeslim.data.tokens import TokenDocument
+from moeslim.errors import DataError, RecipeError
+from moeslim.evaluate.drafting import DRAFTS
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured, and how; all of it is kept in the record. Counts of text are per domain.
+
+    `stride` None means windows that do not overlap; `prompts`, `samples` or `speed_repeats` 0 leave that part out.
+    """
+
+    documents_per_domain: int = 20
+    document_tokens: int = 1024
+    window: int = 1024
+    stride: int | None = None
+    prompts: int = 32
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    samples: int = 2
+    sample_tokens: int = 96
+    temperature: float = 0.7
+    speed_prompt_tokens: int = 512
+    speed_new_tokens: int = 64
+    speed_repeats: int = 5
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    attn: str = "sdpa"
+
+    def check(self) -> None:
+        """Raise RecipeError for amounts that cannot work."""
+        if not 1 <= (self.stride or self.window) <= self.window:
+            raise RecipeError(
+                f"evaluate.stride is {self.stride}; with windows of {self.window} tokens it must be 1 to {self.window}"
+            )
+        if self.prompts and self.new_tokens <= DRAFTS:
+            raise RecipeError(
+                f"evaluate.new_tokens is {self.new_tokens}; a start is compared with {DRAFTS} tokens behind it, so "
+                f"generate at least {DRAFTS + 1}"
+            )
+        if (self.prompts or self.samples) and self.prompt_tokens < 2:
+            raise RecipeError(f"evaluate.prompt_tokens is {self.prompt_tokens}; an EOS and one token are the least")
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"evaluation in {self.dtype!r} is not possible; use one of {', '.join(DTYPES)}")
+
+
+def check_models(folders: Mapping[str, Path], documents: Sequence[TokenDocument]) -> None:
+    """Raise CheckpointError or DataError unless every model is whole and all of them know the tokens of the text."""
+    largest = max(int(document.tokens.max()) for document in documents)
+    sizes = {}
+    for label, folder in folders.items():
+        structure = read_structure(folder)
+        check_structure(structure)
+        sizes[label] = structure.shape["vocab"]
+        if largest >= sizes[label]:
+            raise DataError(
+                f"{label} ({folder}): the text has token {largest}, but the vocabulary has {sizes[label]} entries; "
+                "evaluate with the model's own tokenizer"
+            )
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{label} {size}" for label, size in sizes.items())
+        raise DataError(f"the models' vocabularies differ ({told}); only models with one vocabulary can be compared")

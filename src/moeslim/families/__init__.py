@@ -1,0 +1,31 @@
+"""Families as pages of facts, and the one table of tensors with named axes that everything else is derived from."""
+
+from moeslim.families.count import Count, count
+from moeslim.families.layouts import EXPERT_LAYOUTS, Layouts, Piece, detect, pieces
+from moeslim.families.registry import FAMILIES, family_of
+from moeslim.families.shape import Shape
+from moeslim.families.spec import Family, Tensor, names, positions, size
+from moeslim.families.table import PER_EXPERT, Row, expert_prefix, layer_prefix, table
+
+__all__ = [
+    "EXPERT_LAYOUTS",
+    "FAMILIES",
+    "PER_EXPERT",
+    "Count",
+    "Family",
+    "Layouts",
+    "Piece",
+    "Row",
+    "Shape",
+    "Tensor",
+    "count",
+    "detect",
+    "expert_prefix",
+    "family_of",
+    "layer_prefix",
+    "names",
+    "pieces",
+    "positions",
+    "size",
+    "table",
+]

@@ -1,0 +1,23 @@
+"""The families that moeslim knows, by the config's `model_type`. A new page is added here and in tests/tiny.py."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeslim.errors import FamilyError
+from moeslim.families import qwen3_next
+from moeslim.families.spec import Family
+
+FAMILIES: dict[str, Family] = {spec.model_type: spec for spec in (qwen3_next.SPEC,)}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The page of facts for a raw config.json; FamilyError when there is none."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise FamilyError("config.json has no model_type; it must name the architecture, for example 'qwen3_next'")
+    if model_type not in FAMILIES:
+        raise FamilyError(
+            f"config.json: model_type {model_type!r} is not a family that moeslim knows "
+            f"({', '.join(sorted(FAMILIES))}); a family is one page of facts in families/ (see CONTRIBUTING.md)"
+        )
+    return FAMILIES[model_type]

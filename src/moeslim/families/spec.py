@@ -1,0 +1,166 @@
+"""What a family's page may say: tensors whose axes have names.
+
+An axis expression is a small language. `hidden` is a named axis, `4` a fixed number, `a|b` puts parts one behind the
+other, `a*b` repeats b for every unit of a (a is the outer index), brackets group. So the rows of Qwen3-Next's query
+projection, [query | gate] for every head, are `heads*(head_dim|head_dim)`, and keeping heads 0 and 2 keeps two whole
+blocks. Cutting a named axis cuts it everywhere that its name stands; nothing else knows where a channel lives.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from moeslim.errors import FamilyError
+
+_TOKEN = re.compile(r"\s*([a-z_]+|\d+|[|*()])")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One kind of tensor: `name` relative to its block, with `{e}` for an expert's number; one expression per axis."""
+
+    name: str
+    axes: tuple[str, ...]
+    component: str
+    init: str = "normal"  # normal | zeros | ones | dt_bias | a_log | conv: how a random one begins
+    norm: str | None = None  # zero_centred: the layer multiplies by 1 + w; plain: by w
+    matrix: str | None = None  # of an expert: gate | up | gate_up | down
+
+
+_WORDS = {  # what the last column of a page may say, as (init, norm, matrix)
+    "zero_centred": ("zeros", "zero_centred", None),
+    "plain_norm": ("ones", "plain", None),
+    "conv": ("conv", None, None),
+    "a_log": ("a_log", None, None),
+    "dt_bias": ("dt_bias", None, None),
+    "gate": ("normal", None, "gate"),
+    "up": ("normal", None, "up"),
+    "gate_up": ("normal", None, "gate_up"),
+    "down": ("normal", None, "down"),
+}
+
+
+def tensors(text: str) -> tuple[Tensor, ...]:
+    """The lines of a page: component, name, axes by commas, at most one of `_WORDS`; two spaces part columns."""
+    found = []
+    for line in text.strip().splitlines():
+        component, name, axes, *word = re.split(r"\s{2,}", line.strip())
+        init, norm, matrix = _WORDS[word[0]] if word else ("normal", None, None)
+        found.append(Tensor(name, tuple(re.split(r",\s*", axes)), component, init, norm, matrix))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The facts of one architecture. `sizes` maps an axis to its config key, or to (key, default).
+
+    `parts` holds the tensors of a layer by part: "every" for all layers, then one entry per token mixer (the words of
+    `layer_types`), "moe" and "dense". `expert_prefix` is where `layouts.py` puts the routed experts.
+    """
+
+    model_type: str
+    sizes: Mapping[str, str | tuple[str, int]]
+    derived: Mapping[str, str]  # axis -> "numerator // denominator" of two other axes
+    default_interval: int
+    outer: tuple[Tensor, ...]
+    layer_prefix: str
+    parts: Mapping[str, tuple[Tensor, ...]]
+    expert_prefix: str
+    router: str
+    mtp_outer: tuple[Tensor, ...]
+    mtp_layer_prefix: str
+    mtp_mixer: str
+    rope_defaults: Mapping[str, float] = field(default_factory=dict)  # what a config without these keys means
+
+
+@lru_cache(maxsize=4096)
+def parse(expression: str) -> tuple:
+    """A tree of ("name", x), ("fixed", n), ("join", parts) and ("each", outer, inner) for an axis expression."""
+    tokens = _TOKEN.findall(expression)
+    if "".join(tokens) != expression.replace(" ", ""):
+        raise ValueError(f"axis expression {expression!r} has a character outside a-z, _, digits and | * ( )")
+
+    def joined() -> tuple:
+        parts = [product()]
+        while tokens and tokens[0] == "|":
+            tokens.pop(0)
+            parts.append(product())
+        return parts[0] if len(parts) == 1 else ("join", tuple(parts))
+
+    def product() -> tuple:
+        left = factor()
+        if tokens and tokens[0] == "*":
+            tokens.pop(0)
+            return ("each", left, product())
+        return left
+
+    def factor() -> tuple:
+        token = tokens.pop(0)
+        if token == "(":
+            inside = joined()
+            assert tokens.pop(0) == ")", expression
+            return inside
+        return ("fixed", int(token)) if token.isdigit() else ("name", token)
+
+    tree = joined()
+    assert not tokens, expression
+    return tree
+
+
+def size(expression: str, sizes: Mapping[str, int]) -> int:
+    """How long the axis is, given the size of every named axis."""
+    return _size(parse(expression), sizes)
+
+
+def _size(tree: tuple, sizes: Mapping[str, int]) -> int:
+    kind = tree[0]
+    if kind == "fixed":
+        return tree[1]
+    if kind == "name":
+        if tree[1] not in sizes:
+            raise FamilyError(f"the config gives no size for the axis {tree[1]!r}")
+        return sizes[tree[1]]
+    if kind == "join":
+        return sum(_size(part, sizes) for part in tree[1])
+    return _size(tree[1], sizes) * _size(tree[2], sizes)
+
+
+def positions(expression: str, sizes: Mapping[str, int], *, kept: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """The flat positions along the axis that stay when the named axes keep `kept`; None when all of them stay.
+
+    `sizes` are those before the cut; the order of `kept` is the order of the result.
+    """
+    tree = parse(expression)
+    if not any(name in kept for name in _names(tree)):
+        return None
+    return _positions(tree, sizes, kept=kept)
+
+
+def names(expression: str) -> frozenset[str]:
+    """The named axes that an expression is made of."""
+    return frozenset(_names(parse(expression)))
+
+
+def _names(tree: tuple) -> list[str]:
+    if tree[0] == "name":
+        return [tree[1]]
+    if tree[0] == "join":
+        return [name for part in tree[1] for name in _names(part)]
+    return [name for part in tree[1:] for name in _names(part)] if tree[0] == "each" else []
+
+
+def _positions(tree: tuple, sizes: Mapping[str, int], *, kept: Mapping[str, np.ndarray]) -> np.ndarray:
+    kind = tree[0]
+    if kind == "fixed":
+        return np.arange(tree[1])
+    if kind == "name":
+        return np.asarray(kept[tree[1]]) if tree[1] in kept else np.arange(_size(tree, sizes))
+    if kind == "join":
+        starts = np.cumsum([0] + [_size(part, sizes) for part in tree[1]])
+        pieces = [start + _positions(part, sizes, kept=kept) for start, part in zip(starts[:-1], tree[1], strict=True)]
+        return np.concatenate(pieces)
+    outer, inner = _positions(tree[1], sizes, kept=kept), _positions(tree[2], sizes, kept=kept)
+    return (outer[:, None] * _size(tree[2], sizes) + inner[None, :]).reshape(-1)

@@ -1,0 +1,97 @@
+"""The table of every tensor that a checkpoint must hold, from its config alone."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moeslim.families.layouts import EXPERT_LAYOUTS, Layouts
+from moeslim.families.shape import Shape
+from moeslim.families.spec import Tensor, size
+
+PER_EXPERT: Layouts = {"trunk": "per_expert", "mtp": "per_expert"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor: its full name, shape and named axes, and whose it is.
+
+    `layer` is the layer's key (None outside layers), `expert` the routed expert's number where it has a tensor of its
+    own, `tensor` the line of the family's page that it comes from.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layer: str | None
+    expert: int | None
+    subtree: str
+    tensor: Tensor
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """One axis expression per dimension."""
+        return self.tensor.axes
+
+    @property
+    def component(self) -> str:
+        """embedding, head, norm, attention, deltanet, router, experts, shared, dense or mtp_fc."""
+        return self.tensor.component
+
+    @property
+    def parameters(self) -> int:
+        """Number of values."""
+        total = 1
+        for length in self.shape:
+            total *= length
+        return total
+
+
+def table(config: Mapping[str, Any] | Shape, layouts: Layouts = PER_EXPERT, *, mtp: bool) -> dict[str, Row]:
+    """Every expected tensor by name, outer tensors first, then layer by layer, then the MTP head.
+
+    Raises FamilyError for a config that contradicts itself.
+    """
+    shape = config if isinstance(config, Shape) else Shape.from_config(config)
+    return {row.name: row for row in _rows(shape, layouts, mtp=mtp)}
+
+
+def expert_prefix(shape: Shape, key: str) -> str:
+    """Where the routed experts of a layer lie, for example `model.layers.3.mlp.experts`."""
+    return layer_prefix(shape, key) + shape.family.expert_prefix
+
+
+def layer_prefix(shape: Shape, key: str) -> str:
+    """What the names of a layer's tensors begin with, the dot included."""
+    if key.startswith("mtp."):
+        return shape.family.mtp_layer_prefix
+    return shape.family.layer_prefix.replace("{l}", key)
+
+
+def _rows(shape: Shape, layouts: Layouts, *, mtp: bool) -> Iterator[Row]:
+    family, sizes = shape.family, shape.sizes
+
+    def row(tensor: Tensor, prefix: str, layer: str | None, subtree: str) -> Row:
+        lengths = tuple(size(axis, sizes) for axis in tensor.axes)
+        return Row(prefix + tensor.name, lengths, layer, None, subtree, tensor)
+
+    def layer_rows(key: str, subtree: str) -> Iterator[Row]:
+        prefix = layer_prefix(shape, key)
+        parts = ("every", shape.mixer(key), "moe" if shape.is_moe(key) else "dense")
+        yield from (row(tensor, prefix, key, subtree) for part in parts for tensor in family.parts[part])
+        if shape.is_moe(key):
+            lines = [row(t, f"{prefix}{family.expert_prefix}.", key, subtree) for t in EXPERT_LAYOUTS[layouts[subtree]]]
+            for line in lines:
+                if "{e}" not in line.name:
+                    yield line
+            for expert in range(sizes["experts"]):
+                for line in lines:
+                    if "{e}" in line.name:
+                        yield replace(line, name=line.name.replace("{e}", str(expert)), expert=expert)
+
+    for tensor in family.outer:
+        if not (shape.tied and tensor.component == "head"):
+            yield row(tensor, "", None, "trunk")
+    for key in shape.layer_keys:
+        yield from layer_rows(key, "trunk")
+    if mtp:
+        yield from (row(tensor, "", None, "mtp") for tensor in family.mtp_outer)
+        yield from layer_rows("mtp.0", "mtp")

@@ -1,0 +1,155 @@
+"""From what a user names (a model, text, a device, options) to what the rooms take.
+
+`demo` as a model or as data is what the package brings along.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeslim.checkpoint.config_json import edit_config
+from moeslim.checkpoint.source import resolve
+from moeslim.checkpoint.structure import read_structure
+from moeslim.data.corpus import Corpus, Document, check_disjoint, read_source
+from moeslim.data.split import hold_out
+from moeslim.errors import DataError, RecipeError, ResourceError
+from moeslim.plan.schedule import AXES, Target
+from moeslim.recipe import Data, Recipe, Source
+
+BUNDLED = Path(__file__).parent / "demo"
+"""The bundled teacher, tokenizer and text; as files, since the code in demo/ stands above this room."""
+_GIGA = 1e9
+
+
+def model_folder(model: str, *, revision: str | None = None, config_only: bool = False) -> Path:
+    """The folder of a model: a path, a hub name (fetched), or `demo`."""
+    if model == "demo":
+        return BUNDLED / "teacher"
+    return resolve(model, revision=revision, config_only=config_only)
+
+
+def has_mtp(folder: Path) -> bool | None:
+    """Whether the weights have an MTP head; None where there are no weights to tell."""
+    if folder.is_dir() and any(folder.glob("*.safetensors")):
+        return read_structure(folder).has_mtp
+    return None
+
+
+def options_recipe(
+    model: str, *, keep: Mapping[str, Any], overrides: Sequence[str], data: Sequence[str] | None = None, **more: Any
+) -> Recipe:
+    """The recipe that a verb's options amount to; `data` is one heap of text, of which some is held out."""
+    values: dict[str, Any] = {"model": model, "keep": dict(keep), **more}
+    if data:
+        sources = [{"path": path} for path in data]
+        values["data"] = {**values.get("data", {}), "train": sources, "calibration": sources, "heldout": []}
+    return Recipe.parse(values, overrides, where="options")
+
+
+def text_parts(data: Data) -> dict[str, Corpus]:
+    """train, calibration and held-out text; held-out text shares no document with the others.
+
+    Where one heap of sources is given for training and calibration both read it, and an empty `heldout` is taken from
+    it. Sources given apart must not overlap. DataError or RecipeError where that cannot be.
+    """
+    one_heap = data.calibration == data.train and "demo" not in data.train
+    parts = {"train": _corpus(data.train, "train")}
+    parts["calibration"] = parts["train"] if one_heap else _corpus(data.calibration, "calibration")
+    if data.heldout:
+        parts["heldout"] = _corpus(data.heldout, "heldout")
+    elif one_heap:
+        parts["train"], parts["heldout"] = hold_out(parts["train"])
+        parts["calibration"] = parts["train"]
+    else:
+        raise RecipeError("data.heldout is empty; it may be left empty only where train and calibration are the same")
+    check_disjoint({name: parts[name] for name in ("train", "heldout")})
+    if not one_heap:
+        check_disjoint(parts)
+    return parts
+
+
+def _corpus(sources: Sequence[Source | str], part: str) -> Corpus:
+    documents: dict[str, Document] = {}
+    for source in sources:
+        if isinstance(source, str):
+            found = read_source(BUNDLED / "text" / f"{part}.jsonl.xz")
+        else:
+            on_disk = Path(source.path).exists()
+            name = source.path if on_disk or source.split == "train" else f"{source.path}:{source.split}"
+            domain = None if source.domain == "text" else source.domain
+            found = read_source(name, domain=domain, text_key=source.text_key)
+        for document in found:
+            documents.setdefault(document.digest, document)
+    if not documents:
+        raise DataError(f"data.{part} names no text; give at least one source or `demo`")
+    return Corpus(tuple(documents.values()))
+
+
+def advice(data: Sequence[str] | None) -> list[str]:
+    """What to tell somebody who brought no text."""
+    if data:
+        return []
+    return ["calibrated on the bundled mix (speeches, documentation, code); bring text like yours with --data"]
+
+
+def target_config(config: Mapping[str, Any], target: Target, *, mtp: bool) -> dict[str, Any]:
+    """The config after keeping the first layers and `target`'s counts: for sizes, before anything is decided."""
+    layers = None if target.layers is None else list(range(target.layers))
+    sizes = {axis: getattr(target, axis) for axis in AXES if axis != "layers"}
+    return edit_config(config, layers_kept=layers, mtp=mtp, **sizes)
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise ResourceError unless the disk of `folder` has `needed` bytes and a tenth more."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < 1.1 * needed:
+        raise ResourceError(
+            f"{place}: {free / _GIGA:.3f} GB free, about {1.1 * needed / _GIGA:.3f} GB needed; "
+            "free some room or choose an output folder on another disk"
+        )
+
+
+def device(name: str) -> str:
+    """`auto` as the machine has it: a GPU where there is one. A CPU is set up for running models on the way."""
+    import torch
+
+    from moeslim.model.host import tune_cpu
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        tune_cpu()
+    return name
+
+
+def walk_settings(recipe: Recipe) -> Any:
+    """How calibration runs the layers."""
+    import torch
+
+    from moeslim.model.walk import WalkSettings
+
+    dtype = getattr(torch, recipe.precision)
+    return WalkSettings(rows_per_batch=recipe.calibrate.rows_per_batch, dtype=dtype, device=device(recipe.device))
+
+
+def train_settings(recipe: Recipe, tokens: int) -> Any:
+    """The settings of one training of `tokens` targets."""
+    from moeslim.distill.settings import TrainSettings
+
+    where = device(recipe.device)
+    return TrainSettings.of(recipe.distill, tokens=tokens, seed=recipe.seed, precision=recipe.precision, device=where)
+
+
+def evaluate_settings(recipe: Recipe) -> Any:
+    """The evaluation section of a recipe, with windows as long as the rows that were trained on."""
+    from moeslim.evaluate.settings import Settings
+
+    return Settings(
+        **recipe.evaluate.model_dump(),
+        window=recipe.data.sequence_length,
+        seed=recipe.seed,
+        device=device(recipe.device),
+        dtype=recipe.precision,
+    )

@@ -1,0 +1,61 @@
+"""Hidden states of all calibration rows as files: what a layer gets and what it gives, never one over the other."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from moeslim.errors import ResourceError
+
+
+class HiddenFiles:
+    """Two generations of hidden states, one the inputs of the current layer and one its outputs."""
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], *, dtype: torch.dtype, device: str) -> None:
+        self.folder, self.shape, self.dtype, self.device = folder, shape, dtype, device
+        self.source: str | None = None
+        self.row_bytes = shape[1] * shape[2] * dtype.itemsize
+
+    @property
+    def target(self) -> str:
+        """The generation that is being written."""
+        return "b" if self.source == "a" else "a"
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Input rows [start, stop) on the device."""
+        assert self.source is not None
+        with self._path(self.source).open("rb") as file:
+            file.seek(start * self.row_bytes)
+            # Into torch's own memory for its alignment: a matmul's last bits may depend on it.
+            x_BTd = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+            got = file.readinto(x_BTd.flatten().view(torch.uint8).numpy().data)
+        assert got == x_BTd.nbytes, "the hidden states end early"
+        return x_BTd.to(self.device)
+
+    def write(self, start: int, y_BTd: torch.Tensor) -> None:
+        """Output rows from `start` on."""
+        path = self._path(self.target)
+        with path.open("r+b" if path.exists() else "w+b") as file:
+            file.seek(start * self.row_bytes)
+            file.write(y_BTd.to(self.dtype).contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+
+    def turn(self) -> None:
+        """Make the outputs, durable on disk, the next layer's inputs."""
+        with self._path(self.target).open("rb") as file:
+            os.fsync(file.fileno())
+        self.source = self.target
+
+    def check_disk(self) -> None:
+        """ResourceError unless what is still to be written fits."""
+        standing = sum(path.stat().st_size for g in "ab" if (path := self._path(g)).exists())
+        needed = 2 * self.shape[0] * self.row_bytes - standing
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ResourceError(
+                f"{self.folder}: hidden states need {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free; "
+                "calibrate fewer or shorter sequences, or put the output on a larger disk"
+            )
+
+    def _path(self, generation: str) -> Path:
+        return self.folder / f"hidden-{generation}.bin"

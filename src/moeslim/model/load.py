@@ -1,0 +1,113 @@
+"""From files to live tensors: a whole student, or the state of one decoder layer."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeslim.checkpoint.reader import Reader
+from moeslim.families import Row, expert_prefix, layer_prefix
+from moeslim.model.student import Student
+
+
+def load_student(
+    folder: Path | str | Reader,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attn: str = "sdpa",
+    experts: str = "grouped_mm",
+) -> Student:
+    """The model in `folder` as a Student (trunk, and the MTP block where the checkpoint has one) in one dtype.
+
+    Nothing is initialised first and no random number is drawn. `experts` is transformers' expert back end (eager for
+    fp64). Raises CheckpointError or FamilyError for a checkpoint that is not what its config says.
+    """
+    reader = folder if isinstance(folder, Reader) else Reader(folder)
+    with torch.device("meta"):
+        student = Student.from_config(reader.config, mtp=reader.has_mtp, attn=attn, experts=experts, dtype=dtype)
+    state = {_live_name(name): tensor for name, tensor in live_state(reader, dtype=dtype, device=device)}
+    if reader.shape.tied:
+        state["trunk.lm_head.weight"] = state["trunk.model.embed_tokens.weight"]
+    student.load_state_dict(state, strict=True, assign=True)
+    if reader.shape.tied:
+        student.trunk.lm_head.weight = student.trunk.model.embed_tokens.weight
+    with torch.device(device):  # inv_freq is in no file, and what came from the meta device is empty
+        rotary = student.trunk.model.rotary_emb
+        student.trunk.model.rotary_emb = type(rotary)(config=student.trunk.config)
+    reader.release()
+    return student
+
+
+def live_state(
+    reader: Reader, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """Every tensor under its name on disk, copied, with a layer's routed experts stacked as transformers holds them.
+
+    Stacked means `...mlp.experts.gate_up_proj` (E, 2 expert_size, hidden), gate first, and `...down_proj`
+    (E, hidden, expert_size). Without `dtype` each keeps the file's own.
+    """
+    for name, row in reader.rows.items():
+        if row.component != "experts":
+            yield name, _copy(reader.tensor(name), dtype, device=device)
+    for key in reader.layer_keys:
+        if reader.shape.is_moe(key):
+            prefix = expert_prefix(reader.shape, key)
+            for name, tensor in stacked_experts(reader, key, dtype=dtype, device=device).items():
+                yield f"{prefix}.{name}", tensor
+
+
+def layer_state(
+    reader: Reader,
+    key: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    experts: bool = True,
+) -> dict[str, torch.Tensor]:
+    """The state dict of decoder layer `key` ("3", "mtp.0"), named as in a Qwen3NextDecoderLayer.
+
+    Without `experts` the routed experts stay in the file, for a walk that runs them a group at a time.
+    """
+    prefix = layer_prefix(reader.shape, key)
+    rows: list[Row] = [row for row in reader.rows.values() if row.layer == key and row.component != "experts"]
+    state = {row.name.removeprefix(prefix): _copy(reader.tensor(row.name), dtype, device=device) for row in rows}
+    if experts and reader.shape.is_moe(key):
+        inside = reader.shape.family.expert_prefix
+        stacked = stacked_experts(reader, key, dtype=dtype, device=device)
+        state |= {f"{inside}.{name}": tensor for name, tensor in stacked.items()}
+    return state
+
+
+def stacked_experts(
+    reader: Reader,
+    key: str,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:
+    """Experts [start, stop) of a layer, copied to `gate_up_proj` (e, 2 I, d), gate first, and `down_proj` (e, d, I)."""
+    shape = reader.shape
+    stop = shape["experts"] if stop is None else stop
+    first = reader.expert(key, start)
+    options: dict[str, Any] = {"dtype": dtype or first["gate"].dtype, "device": device}
+    size, hidden = first["gate"].shape
+    gate_up = torch.empty((stop - start, 2 * size, hidden), **options)
+    down = torch.empty((stop - start, hidden, size), **options)
+    for place, expert in enumerate(range(start, stop)):
+        found = reader.expert(key, expert)
+        gate_up[place, :size] = found["gate"]
+        gate_up[place, size:] = found["up"]
+        down[place] = found["down"]
+    return {"gate_up_proj": gate_up, "down_proj": down}
+
+
+def _copy(tensor: torch.Tensor, dtype: torch.dtype | None, *, device: torch.device | str) -> torch.Tensor:
+    return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+
+
+def _live_name(name: str) -> str:
+    return name if name.startswith("mtp.") else f"trunk.{name}"

@@ -1,0 +1,58 @@
+"""From live tensors back to files, in the layout and the dtypes of the checkpoint that they came from."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeslim.artifacts.commit import committed_folder
+from moeslim.checkpoint.config_json import copy_side_files
+from moeslim.checkpoint.index import path_inside
+from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
+from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, write_receipt
+from moeslim.families import Row
+from moeslim.model.student import Student
+
+
+def save_student(
+    student: Student,
+    source: Path | str,
+    *,
+    out: Path | str,
+    kind: str,
+    shard_bytes: int = SHARD_BYTES,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Write the student as a checkpoint like `source` (config, layouts, dtype per tensor, tokenizer); its receipt.
+
+    `source` is the folder that the student was loaded from. One tensor at a time is cast and written; `out` appears
+    when all is done. `facts` (parents, recipe and more) go into the receipt. Raises CheckpointError for a broken
+    source and RunError where `out` is not empty.
+    """
+    reader = Reader(source)
+    assert reader.has_mtp == (student.mtp is not None), "the student has an MTP block exactly if its source has one"
+    live = student.disk_state()
+    with committed_folder(out) as temporary:
+        shutil.copyfile(path_inside(reader.folder, "config.json"), temporary / "config.json")
+        copy_side_files(source, temporary)
+        planned = [(row.name, row.shape, reader.dtype(row.name)) for row in reader.rows.values()]
+        writer = ShardWriter(temporary, planned, shard_bytes=shard_bytes)
+        with torch.no_grad():
+            for name in writer.order:
+                tensor = disk_tensor(live, reader.rows[name])
+                writer.add(name, tensor.to(TORCH_DTYPES[reader.dtype(name)]))
+        return write_receipt(temporary, kind=kind, weights=writer.finish(), **facts)
+
+
+def disk_tensor(live: Mapping[str, torch.Tensor], row: Row) -> torch.Tensor:
+    """The live values of one tensor on disk: itself, or its part of the stacked experts (gate first, then up)."""
+    if row.expert is None:
+        return live[row.name]
+    prefix = row.name[: row.name.rindex(f".{row.expert}.")]
+    if row.tensor.matrix == "down":
+        return live[f"{prefix}.down_proj"][row.expert]
+    gate_up = live[f"{prefix}.gate_up_proj"][row.expert]
+    size = gate_up.shape[0] // 2
+    return gate_up[:size] if row.tensor.matrix == "gate" else gate_up[size:]

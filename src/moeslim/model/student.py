@@ -1,0 +1,168 @@
+"""The model in training: trunk, MTP block and all losses under one root module.
+
+Everything that needs the embedding or the head happens inside `Student.forward`, since a sharded root (FSDP2) gathers
+them only there. Shapes: B rows, T positions, d hidden size, E experts.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausalLM, Qwen3NextTopKRouter
+
+from moeslim.losses import Signal, StepTerms, balance, chunked_sums, term_counts
+from moeslim.model.mtp import MtpBlock
+
+
+class RouterWatch:
+    """Records what every router decides while a forward is watched, and the step's assignment counts per layer.
+
+    A hook on the router module, so nothing is derived a second time. The counts grow over the micro-batches of a step
+    and restart with `start_step`. A forward repeated by activation checkpointing is outside `watching`: not counted.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.assigned: dict[str, torch.Tensor] = {}
+        self.active = False
+        for name, module in root.named_modules():
+            if isinstance(module, Qwen3NextTopKRouter):
+                module.register_forward_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Any:
+        def record(_module: nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
+            if self.active:
+                self.seen.setdefault(name, []).append((output[0], output[2]))
+
+        return record
+
+    def start_step(self) -> None:
+        """Forget the counts of the step before."""
+        self.assigned.clear()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record inside the block; what an earlier forward left is dropped."""
+        self.seen.clear()
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+
+    def loss(self) -> torch.Tensor | None:
+        """The balance loss of the forward just watched (None without a MoE layer); adds it to the step's counts."""
+        counts, probabilities = [], []
+        for name, calls in self.seen.items():
+            logits_NE = torch.cat([logits for logits, _ in calls])
+            chosen = torch.cat([indices.reshape(-1) for _, indices in calls])
+            here = torch.bincount(chosen, minlength=logits_NE.shape[-1])
+            self.assigned[name] = here + self.assigned[name] if name in self.assigned else here
+            counts.append(self.assigned[name])
+            probabilities.append(torch.softmax(logits_NE, dim=-1, dtype=torch.float32).mean(0))
+        self.seen.clear()
+        return balance(counts, probabilities) if counts else None
+
+
+class Student(nn.Module):
+    """`trunk` (Qwen3NextForCausalLM), `mtp` (MtpBlock or None), `config` (the raw config.json as a dict)."""
+
+    def __init__(self, trunk: Qwen3NextForCausalLM, mtp: MtpBlock | None, *, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.mtp = mtp
+        self.config = config
+        self.detach_trunk = False
+        self.routers = RouterWatch(self)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: dict[str, Any],
+        *,
+        mtp: bool | None = None,
+        attn: str = "sdpa",
+        experts: str = "grouped_mm",
+        dtype: torch.dtype = torch.float32,
+    ) -> "Student":
+        """A freshly initialised student of the shape in `config` (std `initializer_range`, torch's global generator).
+
+        `mtp` None means: as `num_nextn_predict_layers` says. Built on the current default device, so that
+        `with torch.device("meta")` makes an empty one to load into.
+        """
+        live = Qwen3NextConfig.from_dict({k: v for k, v in config.items() if k != "architectures"})
+        live._attn_implementation = attn
+        live._experts_implementation = experts
+        live.use_cache = False
+        trunk = Qwen3NextForCausalLM(live)
+        wanted = bool(config.get("num_nextn_predict_layers", 0)) if mtp is None else mtp
+        block = MtpBlock(trunk.config) if wanted else None
+        if block is not None:
+            block.apply(trunk._init_weights)
+        return cls(trunk, block, config=config).to(dtype)
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The output head (V, d); the embedding itself when tied."""
+        return self.trunk.lm_head.weight
+
+    def disk_state(self) -> dict[str, torch.Tensor]:
+        """Live tensors by their name on disk, experts stacked; a tied head appears once, as the embedding."""
+        tied = self.trunk.lm_head.weight is self.trunk.model.embed_tokens.weight
+        state = {name.removeprefix("trunk."): tensor for name, tensor in self.state_dict(keep_vars=True).items()}
+        if tied:
+            del state["lm_head.weight"]
+        return state
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The trunk's states (B, T, d) after `model.norm`."""
+        return self.trunk.model(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def mtp_states(self, hidden: torch.Tensor, rows: torch.Tensor, *, depths: int) -> list[torch.Tensor]:
+        """States of depth 1..depths; depth m (B, T-m, d) at i knows t_0..t_{i+m} of `rows` (B, T+1).
+
+        Depth m reads depth m-1's state at i and the embedding of t_{i+m}, and attends to states of its own depth.
+        """
+        if self.mtp is None:
+            return []
+        state = hidden.detach() if self.detach_trunk else hidden
+        states = []
+        for m in range(1, depths + 1):
+            state = state[:, : rows.shape[1] - 1 - m]
+            words = self.trunk.model.embed_tokens(rows[:, m:-1])
+            words = words.detach() if self.detach_trunk else words
+            state = self.mtp(state, words, rotary=self.trunk.model.rotary_emb)
+            states.append(state)
+        return states
+
+    def forward(
+        self,
+        rows: torch.Tensor,
+        mask: torch.Tensor,
+        *,
+        teacher: Signal | None = None,
+        temperature: float = 1.0,
+        depths: int = 1,
+    ) -> StepTerms:
+        """Sums and counts of every loss term for `rows` (B, T+1) int64 under the target mask (B, T) bool.
+
+        Terms: `lm`, `mtp_lm.m` for m = 1..depths (0 depths without an MTP block), with a teacher also `kd` and
+        `mtp_kd.m`, and the balance loss of the micro-batches of this step so far.
+        """
+        depths = depths if self.mtp is not None else 0
+        with self.routers.watching():
+            hidden = self.hidden(rows[:, :-1])
+            states = [hidden, *self.mtp_states(hidden, rows, depths=depths)]
+        sums = chunked_sums(
+            states,
+            self.head,
+            targets=rows[:, 1:],
+            mask=mask,
+            teacher=teacher,
+            temperature=temperature,
+        )
+        counts = {name: count for name, count in term_counts(mask, depths).items() if name in sums}
+        return StepTerms(sums=sums, counts=counts, balance=self.routers.loss(), tokens=mask.numel())

@@ -1,0 +1,194 @@
+"""Whether a plan can work and be served, from the config alone: no weight is read, so it costs nothing.
+
+`check_plan` walks the steps with the sizes that the model has at each of them. What cannot work raises PlanError;
+what works but is slow or not loadable somewhere is returned as a warning.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moeslim.checkpoint.config_json import edit_config
+from moeslim.errors import PlanError
+from moeslim.families import Shape
+from moeslim.plan.engines import engine_warnings
+from moeslim.plan.make import hidden_norms, source_shape
+from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, Plan, SetTopK, Step
+
+
+@dataclass(frozen=True)
+class State:
+    """The model between two steps: its shape, whether it has an MTP head, and the top-k that the plan ends with."""
+
+    shape: Shape
+    mtp: bool
+    final_top_k: int
+
+    @property
+    def moe_keys(self) -> list[str]:
+        """Keys of the layers with routed experts, "mtp.0" last."""
+        keys = [key for key in self.shape.layer_keys if self.shape.is_moe(key)]
+        return [*keys, "mtp.0"] if self.mtp else keys
+
+    def resized(self, **sizes: int) -> "State":
+        """The same model with other sizes of named axes."""
+        return replace(self, shape=replace(self.shape, sizes={**self.shape.sizes, **sizes}))
+
+
+def check_plan(plan: Plan, config: Mapping[str, Any], *, mtp: bool) -> list[str]:
+    """Warnings about where the result could not be served or would be slow; PlanError for what cannot work.
+
+    `mtp`: whether the checkpoint has an MTP head.
+    """
+    before = Shape.from_config(config)
+    after = final_shape(plan, config, mtp=mtp)
+    return engine_warnings(after, before=before)
+
+
+def final_shape(plan: Plan, config: Mapping[str, Any], *, mtp: bool) -> Shape:
+    """The shape after the plan's last step; PlanError for the first step that cannot work."""
+    _check_source(plan, config, mtp=mtp)
+    shape = Shape.from_config(config)
+    top_k = next((step.top_k for step in reversed(plan.steps) if isinstance(step, SetTopK)), shape["top_k"])
+    state = State(shape, mtp, top_k)
+    for number, step in enumerate(plan.steps, 1):
+        try:
+            state = _after(state, step)
+        except PlanError as problem:
+            raise PlanError(f"step {number} ({step.step}): {problem}") from None
+    if state.shape["top_k"] > state.shape["experts"]:
+        raise PlanError(_unreachable("every layer", experts=state.shape["experts"], top_k=state.shape["top_k"]))
+    return state.shape
+
+
+def config_after(plan: Plan, config: Mapping[str, Any], *, mtp: bool) -> dict[str, Any]:
+    """The raw config.json of the model after the plan, unknown keys kept; PlanError as in `final_shape`."""
+    return edit_config(config, final_shape(plan, config, mtp=mtp), mtp=mtp)
+
+
+def _after(state: State, step: Step) -> State:
+    if isinstance(step, DropLayers):
+        return _drop_layers(state, step)
+    if isinstance(step, CutHidden):
+        return _cut_hidden(state, step)
+    if isinstance(step, CutExperts):
+        return _cut_experts(state, step)
+    if isinstance(step, CutExpertSize):
+        return _cut_expert_size(state, step)
+    return _set_top_k(state, step)
+
+
+def _drop_layers(state: State, step: DropLayers) -> State:
+    shape = state.shape
+    _in_range(step.kept, shape.layers, where="kept", what="layers")
+    dense = frozenset(new for new, old in enumerate(step.kept) if old in shape.dense_layers)
+    if 0 in dense and state.mtp:
+        raise PlanError(
+            f"layer {step.kept[0]} would come first, and it is dense (mlp_only_layers): with 0 in mlp_only_layers "
+            "engines make the MTP block dense too; keep a layer with experts before it"
+        )
+    if len(dense) == len(step.kept):
+        raise PlanError("no layer with experts would stay; keep at least one")
+    types = tuple(shape.layer_types[old] for old in step.kept)
+    return replace(state, shape=replace(shape, layer_types=types, dense_layers=dense))
+
+
+def _cut_hidden(state: State, step: CutHidden) -> State:
+    _in_range(step.kept, state.shape["hidden"], where="kept", what="channels")
+    norms = [row.name for row in hidden_norms(state.shape, mtp=state.mtp)]
+    unknown = [name for name in step.scale if name not in norms]
+    if unknown:
+        raise PlanError(f"scale: {unknown[0]} is no norm of the hidden channels; they are {_span(norms)}")
+    missing = [name for name in norms if name not in step.scale]
+    if step.rescale == "none" and step.scale:
+        raise PlanError("rescale is none but scale is given; leave scale empty, or name the rescale")
+    if step.rescale != "none" and missing:
+        raise PlanError(f"scale: {missing[0]} has none, with rescale {step.rescale} every norm needs one")
+    return state.resized(hidden=len(step.kept))
+
+
+def _cut_experts(state: State, step: CutExperts) -> State:
+    _same_layers(step.kept, state.moe_keys, where="kept")
+    counts = {key: len(ids) for key, ids in step.kept.items()}
+    for key, ids in step.kept.items():
+        _in_range(ids, state.shape["experts"], where=f"kept.{key}", what="experts")
+        if counts[key] < state.final_top_k:
+            raise PlanError(_unreachable(f"layer {key}", experts=counts[key], top_k=state.final_top_k))
+    _same_count(counts, "experts")
+    return state.resized(experts=next(iter(counts.values())))
+
+
+def _cut_expert_size(state: State, step: CutExpertSize) -> State:
+    sizes: dict[str, int] = {}
+    if step.experts:
+        _same_layers(step.experts, state.moe_keys, where="experts")
+        neurons: dict[str, int] = {}
+        for key, lists in step.experts.items():
+            if len(lists) != state.shape["experts"]:
+                raise PlanError(
+                    f"experts.{key}: {len(lists)} lists for {state.shape['experts']} experts; give one for each"
+                )
+            for expert, ids in enumerate(lists):
+                _in_range(ids, state.shape["expert_size"], where=f"experts.{key}.{expert}", what="neurons")
+                neurons[f"{key}, expert {expert}"] = len(ids)
+        _same_count(neurons, "neurons")
+        sizes["expert_size"] = next(iter(neurons.values()))
+    if step.shared:
+        _same_layers(step.shared, state.moe_keys, where="shared")
+        for key, ids in step.shared.items():
+            _in_range(ids, state.shape["shared_size"], where=f"shared.{key}", what="neurons")
+        _same_count({key: len(ids) for key, ids in step.shared.items()}, "neurons of the shared expert")
+        sizes["shared_size"] = len(next(iter(step.shared.values())))
+    return state.resized(**sizes)
+
+
+def _set_top_k(state: State, step: SetTopK) -> State:
+    return state.resized(top_k=step.top_k)
+
+
+def _check_source(plan: Plan, config: Mapping[str, Any], *, mtp: bool) -> None:
+    """A plan is for one shape; on another one its numbers would mean other things."""
+    here, wanted = source_shape(config, mtp=mtp).model_dump(), plan.source.model_dump()
+    for axis, value in wanted.items():
+        if here[axis] != value:
+            raise PlanError(
+                f"the plan was made for a model with {axis} {value}, this one has {here[axis]}; make a new plan"
+            )
+
+
+def _in_range(ids: Sequence[int], there: int, *, where: str, what: str) -> None:
+    if ids[-1] >= there:  # ascending, so the last is the largest
+        raise PlanError(f"{where}: {ids[-1]} is out of range; the model has {there} {what} here (0..{there - 1})")
+
+
+def _same_layers(given: Iterable[str], wanted: Sequence[str], *, where: str) -> None:
+    given = list(given)
+    unknown = [key for key in given if key not in wanted]
+    if unknown:
+        raise PlanError(f"{where}: {unknown[0]!r} is no layer with experts here; they are {_span(wanted)}")
+    missing = [key for key in wanted if key not in given]
+    if missing:
+        raise PlanError(
+            f"{where}: layer {missing[0]} is not listed; every layer with experts must be, the MTP block too"
+        )
+
+
+def _same_count(counts: Mapping[str, int], what: str) -> None:
+    (first, count), *others = counts.items()
+    for key, other in others:
+        if other != count:
+            raise PlanError(
+                f"layer {key} keeps {other} {what} and layer {first} keeps {count}; config.json has one number for all "
+                "layers and the MTP block, so keep the same number everywhere"
+            )
+
+
+def _unreachable(where: str, *, experts: int, top_k: int) -> str:
+    return (
+        f"{where}: the plan keeps {experts} experts but the router selects {top_k} (num_experts_per_tok); "
+        f"keep at least {top_k} or set top_k"
+    )
+
+
+def _span(values: Sequence[str]) -> str:
+    return ", ".join(values if len(values) <= 6 else [*values[:3], "...", *values[-2:]])

@@ -1,0 +1,60 @@
+"""What serving engines can load, and load fast, as warnings about a shape (vLLM 0.32, SGLang 0.5.23)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeslim.families import Shape
+
+FAST_EXPERTS = frozenset({1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 192, 320, 384, 448, 576})
+"""Expert counts that the fused top-k kernels are compiled for."""
+REAL_HIDDEN = 1024
+"""From this hidden size on a model is taken for one that is meant to run on GPU kernels."""
+
+
+def engine_warnings(model: Mapping[str, Any] | Shape, *, before: Shape | None = None) -> list[str]:
+    """One sentence per fact about a config that makes an engine slow or keeps it from loading.
+
+    With `before`, the shape that the model was cut from, only what the cut changed counts.
+    """
+    after = model if isinstance(model, Shape) else Shape.from_config(model)
+    real = (before or after)["hidden"] >= REAL_HIDDEN
+    found = [*_pattern(after), *_kernels(after, real=real)]
+    if before is None:
+        return found
+    known = [*_pattern(before), *_kernels(before, real=real)]
+    return [*(text for text in found if text not in known), *_parallel(before, after)]
+
+
+def _pattern(shape: Shape) -> list[str]:
+    if "full_attention" not in shape.layer_types:
+        return ["no full-attention layer: engines do not serve such a model; keep at least one period of layers"]
+    interval = shape.layer_types.index("full_attention") + 1
+    if all((word == "full_attention") == ((i + 1) % interval == 0) for i, word in enumerate(shape.layer_types)):
+        return []
+    return [
+        "the layers' pattern is not one attention layer per full_attention_interval: transformers and vLLM load it by "
+        "layer_types, SGLang does not; drop whole periods, or the last layers only"
+    ]
+
+
+def _parallel(before: Shape, after: Shape) -> list[str]:
+    found = []
+    for axis, key in (("expert_size", "moe_intermediate_size"), ("shared_size", "shared_expert_intermediate_size")):
+        lost = [ways for ways in (2, 4, 8) if before[axis] % ways == 0 and after[axis] % ways]
+        if lost:
+            found.append(f"{key} {after[axis]} is not divisible by {lost[0]}: vLLM cannot split it over {lost[0]} GPUs")
+    return found
+
+
+def _kernels(shape: Shape, *, real: bool) -> list[str]:
+    found = []
+    if shape["experts"] not in FAST_EXPERTS:
+        found.append(
+            f"{shape['experts']} experts: the fast top-k kernels take powers of two up to 512, or 192, 320, 384, 448, "
+            "576; other counts run on a slower path"
+        )
+    if real:
+        for axis, key, unit in (("hidden", "hidden_size", 128), ("expert_size", "moe_intermediate_size", 64)):
+            if shape[axis] % unit:
+                found.append(f"{key} {shape[axis]} is no multiple of {unit}: GPU kernels pad it or refuse it")
+    return found

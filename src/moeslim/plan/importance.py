@@ -1,0 +1,118 @@
+"""How much each expert, neuron, channel and layer matters: pure functions of what calibration summed.
+
+Everywhere high means keep, nothing is NaN, and equal scores are ordered by number, so a plan is the same on every
+machine. Symbols as in docs/method: X_e are the tokens routed to expert e, g the gate value the router multiplies with.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from moeslim.errors import PlanError
+from moeslim.statistics import LayerStats, NormStats
+
+EXPERT_IMPORTANCES = ("frequency", "soft_logits", "reap", "ean", "router_blind", "random")
+WIDTH_SCORES = ("mean_abs", "minitron")
+
+
+def expert_importance(stats: LayerStats, method: str) -> np.ndarray:
+    """One score (E) per routed expert of a layer; 0 for an expert that no calibration token reached.
+
+    frequency     |X_e| / tokens
+    soft_logits   mean over all tokens of the gate value renormalised over the top-k, 0 where e is not selected
+    reap          mean over X_e of g ||E_e(x)||, the norm not squared (arXiv 2510.13999)
+    ean           sum over X_e of ||E_e(x)||
+    router_blind  mean over X_e of ||E_e(x)|| (Minitron)
+    """
+    routed = np.asarray(stats.routed, dtype=np.float64)
+    tokens = max(float(stats.tokens), 1.0)
+    if method == "frequency":
+        return routed / tokens
+    if method == "soft_logits":
+        return np.asarray(stats.gate_sum, dtype=np.float64) / tokens
+    if method == "ean":
+        return np.asarray(stats.norm_sum, dtype=np.float64).copy()
+    if method == "reap":
+        return _mean(stats.gate_norm_sum, routed)
+    if method == "router_blind":
+        return _mean(stats.norm_sum, routed)
+    raise PlanError(f"methods.experts: {method!r} is not an importance of experts; known are {_listed()}")
+
+
+def random_importance(experts: int, *, seed: int, key: str) -> np.ndarray:
+    """Scores (E) in [0, 1) that depend on the seed and the layer's key alone: the control of every comparison."""
+    digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).random(experts)
+
+
+def unreached(stats: LayerStats) -> list[int]:
+    """The experts that no calibration token was routed to."""
+    return np.flatnonzero(np.asarray(stats.routed) == 0).tolist()
+
+
+def neuron_importance(stats: LayerStats) -> np.ndarray:
+    """`I_{e,i} = mean over X_e of g |h_i| * ||W_down[:, i]||` (E, I), h the gated activation.
+
+    An unreached expert's neurons score by the weight norm alone: they are only compared with each other.
+    """
+    norms = np.asarray(stats.down_norm, dtype=np.float64)
+    routed = np.asarray(stats.routed, dtype=np.float64)[:, None]
+    mean = np.asarray(stats.neuron_sum, dtype=np.float64) / np.maximum(routed, 1.0)
+    return np.where(routed > 0, mean * norms, norms)
+
+
+def shared_neuron_importance(stats: LayerStats) -> np.ndarray:
+    """The same score (S) for the shared expert, which every token reaches."""
+    sums = np.asarray(stats.neuron_shared_sum, dtype=np.float64)
+    return sums / max(float(stats.tokens), 1.0) * np.asarray(stats.down_norm_shared, dtype=np.float64)
+
+
+def channel_importance(norms: Sequence[NormStats], method: str) -> np.ndarray:
+    """One score (d) per hidden channel from the outputs of the trunk's d-sized norms.
+
+    mean_abs  mean over norms of `mean_{b,t} |RMSNorm(x)_c|`
+    minitron  sum over norms of the L2 norm over sequences of `mean_t |RMSNorm(x)_c|`
+    """
+    if method == "mean_abs":
+        means = [np.asarray(norm.abs_sum, dtype=np.float64) / float(norm.tokens) for norm in norms]
+        return np.sum(means, axis=0) / len(means)
+    if method == "minitron":
+        return np.sum([np.sqrt(np.asarray(norm.abs_row_sq_sum, dtype=np.float64)) for norm in norms], axis=0)
+    raise PlanError(f"methods.width: {method!r} is not a score of channels; known are {', '.join(WIDTH_SCORES)}")
+
+
+def layer_similarity(layers: Sequence[LayerStats]) -> np.ndarray:
+    """`c_l = cos(mean_t x_l, mean_t y_l)` (L) between each layer's input and output, the means over all tokens."""
+    found = []
+    for layer in layers:
+        x, y = np.asarray(layer.x_sum, dtype=np.float64), np.asarray(layer.y_sum, dtype=np.float64)
+        scale = np.linalg.norm(x) * np.linalg.norm(y)
+        found.append(float(x @ y / scale) if scale > 0 else 0.0)
+    return np.asarray(found)
+
+
+def block_influence(layers: Sequence[LayerStats]) -> np.ndarray:
+    """`BI_l = 1 - mean_t cos(x_{l,t}, y_{l,t})` (L): how much each layer turns the hidden state (ShortGPT)."""
+    return np.asarray([1.0 - float(layer.cos_sum) / max(float(layer.tokens), 1.0) for layer in layers])
+
+
+def keep_highest(scores: np.ndarray, count: int, *, always: Iterable[int] = ()) -> list[int]:
+    """The `count` numbers with the highest scores, ascending; equal scores keep the lower number, `always` comes first.
+
+    PlanError when `always` names more than `count`.
+    """
+    protected = np.zeros(len(scores), dtype=bool)
+    protected[list(always)] = True
+    if protected.sum() > count:
+        raise PlanError(f"{int(protected.sum())} are protected but only {count} are kept; protect fewer or keep more")
+    order = np.lexsort((np.arange(len(scores)), -np.asarray(scores, dtype=np.float64), ~protected))
+    return sorted(order[:count].tolist())
+
+
+def _mean(sums: np.ndarray, routed: np.ndarray) -> np.ndarray:
+    return np.where(routed > 0, np.asarray(sums, dtype=np.float64) / np.maximum(routed, 1.0), 0.0)
+
+
+def _listed() -> str:
+    return ", ".join(EXPERT_IMPORTANCES)

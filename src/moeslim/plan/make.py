@@ -1,0 +1,244 @@
+"""From calibration's statistics and wanted counts to a plan: every decision in one place, each one a pure function.
+
+Steps come in the order drop_layers, cut_hidden, cut_experts, cut_expert_size, set_top_k; an axis that keeps its size
+gets no step, so a plan that keeps everything is empty. The MTP block is cut to the trunk's counts and sizes by its own
+statistics, since engines build it from the same config fields.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moeslim.artifacts.fingerprint import fingerprint
+from moeslim.errors import PlanError
+from moeslim.families import Row, Shape, table
+from moeslim.plan import importance
+from moeslim.plan.schedule import AXES, Target, pattern_period
+from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, Plan, SetTopK, SourceShape, Step
+from moeslim.recipe import Methods
+from moeslim.statistics import LayerStats, NormStats, Stats
+
+
+def source_shape(config: Mapping[str, Any], *, mtp: bool) -> SourceShape:
+    """The sizes that a plan says it is for."""
+    shape = Shape.from_config(config)
+    sizes = {axis: shape[axis] for axis in AXES if axis != "layers"}
+    return SourceShape(model_type=shape.family.model_type, layers=shape.layers, mtp=mtp, **sizes)
+
+
+def make_plan(
+    config: Mapping[str, Any], *, stats: Stats | None, target: Target, methods: Methods, mtp: bool, seed: int = 0
+) -> Plan:
+    """The plan that takes a model of `config` to `target`, decided from `stats` by `methods`.
+
+    `mtp`: whether the checkpoint has an MTP head. `seed` is read by the importance `random` alone. `methods.protect`
+    counts layers and experts in the source. Raises PlanError for a target above what there is, for statistics that
+    are missing, and for what a method cannot do. The notes list every expert that no calibration token reached.
+    """
+    shape = Shape.from_config(config)
+    _check_target(shape, target)
+    maker = _Maker(shape, stats, methods=methods, mtp=mtp, seed=seed)
+    wanted = {axis: getattr(target, axis) for axis in AXES}
+    steps: list[Step] = []
+    if wanted["layers"] not in (None, shape.layers):
+        steps.append(maker.drop_layers(wanted["layers"]))
+    if wanted["hidden"] not in (None, shape["hidden"]):
+        steps.append(maker.cut_hidden(wanted["hidden"]))
+    if wanted["experts"] not in (None, shape["experts"]):
+        steps.append(maker.cut_experts(wanted["experts"]))
+    sizes = {axis: wanted[axis] for axis in ("expert_size", "shared_size") if wanted[axis] not in (None, shape[axis])}
+    if sizes:
+        steps.append(maker.cut_expert_size(sizes.get("expert_size"), sizes.get("shared_size")))
+    if wanted["top_k"] not in (None, shape["top_k"]):
+        steps.append(SetTopK(top_k=wanted["top_k"]))
+    return Plan(
+        model=stats.model if stats is not None else None,
+        stats=stats_name(stats) if stats is not None else None,
+        source=source_shape(config, mtp=mtp),
+        steps=tuple(steps),
+        notes=maker.notes,
+    )
+
+
+def stats_name(stats: Stats) -> str:
+    """16 hex digits for the statistics: which model, which token rows, under which settings."""
+    facts = {"model": stats.model, "token_sets": list(stats.token_sets), "settings": stats.settings}
+    return fingerprint({**facts, "tokens": stats.tokens, "sequences": stats.sequences})
+
+
+class _Maker:
+    """The decisions of one plan; `layers` are the source numbers of the layers that stay, known after drop_layers."""
+
+    def __init__(self, shape: Shape, stats: Stats | None, *, methods: Methods, mtp: bool, seed: int) -> None:
+        self.shape, self.stats, self.methods, self.mtp, self.seed = shape, stats, methods, mtp, seed
+        self.layers = list(range(shape.layers))
+        self.experts: dict[str, list[int]] = {}
+        self.notes: dict[str, Any] = {}
+
+    def drop_layers(self, count: int) -> DropLayers:
+        if self.methods.depth == "last":
+            self.layers = list(range(count))
+        else:
+            learnt = [self._layer(key, "layers") for key in self.shape.layer_keys]
+            self.layers = kept_layers(self.shape, learnt, count=count, methods=self.methods)
+        return DropLayers(kept=tuple(self.layers), method=self.methods.depth)
+
+    def cut_hidden(self, count: int) -> CutHidden:
+        """Scores come from the norms of the layers that stay and the final norm; scales for every d-sized norm."""
+        keep_prefixes = [self.shape.family.layer_prefix.replace("{l}", str(layer)) for layer in self.layers]
+        norms = [row for row in hidden_norms(self.shape, mtp=self.mtp) if _stays(row, keep_prefixes)]
+        trunk = [self._norm(row.name) for row in norms if row.subtree == "trunk"]
+        kept = importance.keep_highest(importance.channel_importance(trunk, self.methods.width), count)
+        scale = {}
+        if self.methods.rescale != "none":
+            for row in norms:
+                share = kept_share(self._norm(row.name), kept) if self.methods.rescale == "measured" else 1.0
+                scale[self._renumbered(row)] = norm_scale(share, before=self.shape["hidden"], after=count)
+        return CutHidden(kept=tuple(kept), scale=scale, method=self.methods.width, rescale=self.methods.rescale)
+
+    def cut_experts(self, count: int) -> CutExperts:
+        kept, missed = {}, {}
+        self._check_protected()
+        for new, old in self._moe_keys():
+            always = self.methods.protect.get(old, ())
+            try:
+                kept[new] = importance.keep_highest(self._expert_scores(old), count, always=always)
+            except PlanError as problem:
+                raise PlanError(f"layer {old}: {problem}") from None
+            self.experts[old] = kept[new]
+            if self.stats is not None and (unreached := importance.unreached(self._layer(old, "experts"))):
+                missed[old] = unreached
+        if missed:
+            self.notes["experts that no calibration token reached, by layer of the source"] = missed
+        return CutExperts(kept={key: tuple(ids) for key, ids in kept.items()}, importance=self.methods.experts)
+
+    def cut_expert_size(self, expert_size: int | None, shared_size: int | None) -> CutExpertSize:
+        experts: dict[str, tuple[tuple[int, ...], ...]] = {}
+        shared: dict[str, tuple[int, ...]] = {}
+        for new, old in self._moe_keys():
+            learnt = self._layer(old, "neurons")
+            if expert_size is not None:
+                scores = importance.neuron_importance(learnt)
+                ids = self.experts.get(old, range(self.shape["experts"]))
+                experts[new] = tuple(tuple(importance.keep_highest(scores[e], expert_size)) for e in ids)
+            if shared_size is not None:
+                shared[new] = tuple(importance.keep_highest(importance.shared_neuron_importance(learnt), shared_size))
+        return CutExpertSize(experts=experts, shared=shared)
+
+    def _expert_scores(self, key: str) -> np.ndarray:
+        if self.methods.experts == "random":
+            return importance.random_importance(self.shape["experts"], seed=self.seed, key=key)
+        learnt = self._layer(key, "experts")
+        scores = importance.expert_importance(learnt, self.methods.experts)
+        scores[importance.unreached(learnt)] = -1.0  # all scores are at least 0, and these come after every 0
+        return scores
+
+    def _moe_keys(self) -> list[tuple[str, str]]:
+        """(key after drop_layers, key in the source) of every layer with routed experts."""
+        pairs = [(str(new), str(old)) for new, old in enumerate(self.layers) if self.shape.is_moe(str(old))]
+        return [*pairs, ("mtp.0", "mtp.0")] if self.mtp else pairs
+
+    def _check_protected(self) -> None:
+        known = [
+            key for key in (*self.shape.layer_keys, "mtp.0") if self.shape.is_moe(key) and (self.mtp or key != "mtp.0")
+        ]
+        for key, ids in self.methods.protect.items():
+            if key not in known:
+                raise PlanError(f"methods.protect: {key!r} is no layer with experts; known are {_span(known)}")
+            wrong = [e for e in ids if not 0 <= e < self.shape["experts"]]
+            if wrong:
+                raise PlanError(
+                    f"methods.protect.{key}: {wrong[0]} is no expert; they are 0..{self.shape['experts'] - 1}"
+                )
+
+    def _layer(self, key: str, what: str) -> LayerStats:
+        if self.stats is None:
+            raise PlanError(
+                f"choosing {what} needs calibration statistics; calibrate first, or choose `last` and `random`"
+            )
+        if key not in self.stats.layers:
+            raise PlanError(
+                f"the statistics have no layer {key}; they are of another model, or unfinished: calibrate anew"
+            )
+        return self.stats.layers[key]
+
+    def _norm(self, name: str) -> NormStats:
+        if self.stats is None:
+            raise PlanError("choosing hidden channels needs calibration statistics; calibrate first")
+        if name not in self.stats.norms:
+            raise PlanError(f"the statistics have nothing on {name}; they are of another model: calibrate anew")
+        return self.stats.norms[name]
+
+    def _renumbered(self, row: Row) -> str:
+        """The norm's name in the model as cut_hidden finds it."""
+        if row.subtree == "mtp" or row.layer is None:
+            return row.name
+        prefix = self.shape.family.layer_prefix
+        return prefix.replace("{l}", str(self.layers.index(int(row.layer)))) + row.tensor.name
+
+
+def hidden_norms(shape: Shape, *, mtp: bool) -> list[Row]:
+    """The rows of the table that are norms over the hidden channels, the trunk's first."""
+    rows = table(shape, {"trunk": "stacked", "mtp": "stacked"}, mtp=mtp).values()
+    return [row for row in rows if row.tensor.norm is not None and row.axes == ("hidden",)]
+
+
+def kept_share(norm: NormStats, kept: Iterable[int]) -> float:
+    """f: the kept channels' share of the squared input of a norm, the mean over tokens of each token's own share."""
+    shares = np.asarray(norm.share_sum, dtype=np.float64) / float(norm.tokens)
+    return float(shares[list(kept)].sum())
+
+
+def norm_scale(share: float, *, before: int, after: int) -> float:
+    """`s = sqrt(f d / d')`: what the effective norm weight is multiplied with, so that a kept channel leaves as before.
+
+    With fewer channels the RMS runs over d' instead of d, which changes it by sqrt(d' / (d f)).
+    """
+    return float(np.sqrt(share * before / after))
+
+
+def kept_layers(shape: Shape, layers: Sequence[LayerStats], *, count: int, methods: Methods) -> list[int]:
+    """The layers that stay by `mean_similarity` or `block_influence`, ascending.
+
+    mean_similarity: the N contiguous layers from argmax c_l on go, l <= L-N, ties to the later layer. block_influence:
+    whole periods of least summed influence go, single layers with `allow_irregular`. A last incomplete period stays.
+    PlanError where N is no multiple of the period, since the pattern of mixers would break.
+    """
+    period, gone = pattern_period(shape.layer_types), len(layers) - count
+    single = methods.depth == "block_influence" and methods.allow_irregular
+    if gone % period and not single:
+        allowed = [len(layers) - n for n in range(period, len(layers), period)]
+        more = ", or set allow_irregular" if methods.depth == "block_influence" else ""
+        raise PlanError(
+            f"keep.layers: {methods.depth} takes out whole periods of {period} layers, {len(layers)} -> {count} is "
+            f"{gone}; keep {_span(allowed)}{more}, or use the method `last`"
+        )
+    if methods.depth == "mean_similarity":
+        similarity = importance.layer_similarity(layers)[: count + 1]
+        start = int(np.flatnonzero(similarity == similarity.max())[-1])
+        return [layer for layer in range(len(layers)) if not start <= layer < start + gone]
+    influence = importance.block_influence(layers)
+    if single:
+        return importance.keep_highest(influence, count)
+    periods = len(layers) // period
+    sums = influence[: periods * period].reshape(periods, period).sum(axis=1)
+    stay = importance.keep_highest(sums, periods - gone // period) if gone // period < periods else []
+    return [layer for layer in range(len(layers)) if layer // period in stay or layer >= periods * period]
+
+
+def _stays(row: Row, prefixes: Sequence[str]) -> bool:
+    return row.subtree == "mtp" or row.layer is None or any(row.name.startswith(prefix) for prefix in prefixes)
+
+
+def _check_target(shape: Shape, target: Target) -> None:
+    for axis in AXES:
+        wanted, there = getattr(target, axis), shape.layers if axis == "layers" else shape[axis]
+        if wanted is not None and not 1 <= wanted <= there:
+            raise PlanError(f"keep.{axis}: {wanted} of {there}; keep at least 1 and at most {there}")
+
+
+def _span(values: Sequence[object]) -> str:
+    """A list in words, shortened in the middle."""
+    words = [str(value) for value in values]
+    return ", ".join(words if len(words) <= 6 else [*words[:3], "...", *words[-2:]]) or "nothing"

@@ -1,0 +1,170 @@
+"""Which shape the model has after each stage, and how many of the tokens each stage trains on.
+
+A schedule gives, per stage, fractions of each axis' total change and a share of the tokens (method, section 6). All
+arithmetic is in fractions, so a third of 12 layers is 4. Experts, their sizes and top-k move in the last stage of every
+named schedule: the paper leaves expert size open, and we treat it as part of the experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from moeslim.errors import PlanError
+from moeslim.families import Shape
+from moeslim.recipe import Keep, Methods, Stage, parse_kept
+
+AXES = ("layers", "hidden", "experts", "expert_size", "shared_size", "top_k")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Absolute counts of what is kept; None leaves the axis as it is."""
+
+    layers: int | None = None
+    hidden: int | None = None
+    experts: int | None = None
+    expert_size: int | None = None
+    shared_size: int | None = None
+    top_k: int | None = None
+
+
+@dataclass(frozen=True)
+class StageTarget(Target):
+    """The absolute shape at the end of a stage and the stage's share of all training tokens."""
+
+    token_share: Fraction = Fraction(1)
+
+
+@dataclass(frozen=True)
+class Units:
+    """What stages are rounded to: layers in steps of `layers`, channels kept in multiples of `hidden`, and so on."""
+
+    layers: int = 1
+    hidden: int = 64
+    experts: int = 1
+
+    def of(self, axis: str) -> int:
+        """The unit of an axis; 1 where there is none."""
+        return getattr(self, axis, 1)
+
+
+def _half(*axes: str) -> dict[str, Fraction]:
+    return {axis: Fraction(1, 2) for axis in axes}
+
+
+def _rest(*halved: str, without: tuple[str, ...] = ()) -> dict[str, Fraction]:
+    """All of every axis, half of the `halved` ones, nothing of those `without`."""
+    done = {axis: Fraction(1, 2) if axis in halved else Fraction(1) for axis in AXES}
+    return {axis: share for axis, share in done.items() if axis not in without}
+
+
+_TENTH, _TWENTIETH = Fraction(1, 10), Fraction(1, 20)
+NAMED: Mapping[str, tuple[tuple[Mapping[str, Fraction], Fraction], ...]] = {
+    "one_shot": ((_rest(), Fraction(1)),),
+    "depth_first": ((_half("layers"), _TENTH), (_rest("layers"), 1 - _TENTH)),
+    "width_first": ((_half("hidden"), _TENTH), (_rest("hidden"), 1 - _TENTH)),
+    "joint": ((_half("layers", "hidden"), _TENTH), (_rest("layers", "hidden"), 1 - _TENTH)),
+    "depth_first_3": (
+        (_half("layers"), _TWENTIETH),
+        (_half("layers"), _TWENTIETH),
+        (_rest(without=("layers",)), 1 - _TENTH),
+    ),
+    "width_first_3": (
+        (_half("hidden"), _TWENTIETH),
+        (_half("hidden"), _TWENTIETH),
+        (_rest(without=("hidden",)), 1 - _TENTH),
+    ),
+}
+"""name -> stages of (axis -> fraction of its total change, share of the tokens)."""
+
+
+def pattern_period(layer_types: Sequence[str]) -> int:
+    """The shortest step at which the pattern of mixers repeats, a last incomplete repetition allowed."""
+    for step in range(1, len(layer_types)):
+        if all(layer_types[i] == layer_types[i - step] for i in range(step, len(layer_types))):
+            return step
+    return len(layer_types)
+
+
+def units(shape: Shape, methods: Methods) -> Units:
+    """What this model's stages round to: single layers when the last ones go, whole periods for the other methods."""
+    whole = methods.depth != "last" and not (methods.depth == "block_influence" and methods.allow_irregular)
+    return Units(layers=pattern_period(shape.layer_types) if whole else 1, hidden=methods.round_to)
+
+
+def resolve(shape: Shape, keep: Keep, *, methods: Methods) -> Target:
+    """`keep` in absolute counts.
+
+    Percentages of layers give whole periods, those of channels and neurons multiples of `round_to`; a count is taken
+    as it is. RecipeError for more than there is.
+    """
+    period = pattern_period(shape.layer_types)
+    multiples = {"hidden": methods.round_to, "expert_size": methods.round_to, "shared_size": methods.round_to}
+    multiples["layers"] = 1 if methods.allow_irregular else period
+    have = {axis: shape.layers if axis == "layers" else shape[axis] for axis in AXES}
+    return Target(**{a: parse_kept(getattr(keep, a), have[a], multiple_of=multiples.get(a, 1)) for a in AXES})
+
+
+def stages(schedule: str | Sequence[Stage], shape: Shape, *, target: Target, unit: Units) -> list[StageTarget]:
+    """The shape after each stage on the way from `shape` to `target`, the last one being `target` itself.
+
+    A stage that changes nothing (half the depth of a model that keeps its depth) is not a stage: its tokens go to the
+    next one, or to the last. PlanError for fractions that do not add up to the whole, and for unknown names.
+    """
+    have = {axis: shape.layers if axis == "layers" else shape[axis] for axis in AXES}
+    goal = {axis: have[axis] if getattr(target, axis) is None else getattr(target, axis) for axis in AXES}
+    for axis in AXES:
+        if not 1 <= goal[axis] <= have[axis]:
+            raise PlanError(f"keep.{axis}: {goal[axis]} of {have[axis]}; keep at least 1 and at most {have[axis]}")
+    fractions = _fractions(schedule)
+    _check_sums(fractions, {axis for axis in AXES if goal[axis] != have[axis]})
+    found: list[StageTarget] = []
+    now, waiting = dict(have), Fraction(0)
+    for index, (_, share) in enumerate(fractions):
+        waiting += share
+        done = _sums([part for part, _ in fractions[: index + 1]])
+        then = {axis: _between(axis, have[axis], goal=goal[axis], done=done[axis], unit=unit.of(axis)) for axis in AXES}
+        if then != now:
+            found.append(StageTarget(**then, token_share=waiting))
+            now, waiting = then, Fraction(0)
+    if not found:
+        return [StageTarget(**goal, token_share=Fraction(1))]
+    last = found[-1]
+    return [*found[:-1], StageTarget(**goal, token_share=last.token_share + waiting)]
+
+
+def _between(axis: str, have: int, *, goal: int, done: Fraction, unit: int) -> int:
+    """What is kept when `done` of the change is made; rounded so that the smaller part is cut first."""
+    if done == 1:
+        return goal
+    gone = (have - goal) * done
+    if axis == "layers":  # whole units go, so that a ragged end of the pattern stays a ragged end
+        return have - gone // unit * unit
+    return max(goal, min(have, -((gone - have) // unit) * unit))
+
+
+def _fractions(schedule: str | Sequence[Stage]) -> list[tuple[Mapping[str, Fraction], Fraction]]:
+    if isinstance(schedule, str):
+        if schedule not in NAMED:
+            raise PlanError(f"schedule: {schedule!r} is unknown; known are {', '.join(NAMED)}, or a list of stages")
+        return list(NAMED[schedule])
+    given = [({a: Fraction(str(getattr(s, a))) for a in AXES}, Fraction(str(s.tokens))) for s in schedule]
+    if not given:
+        raise PlanError("schedule: the list of stages is empty; give one stage at least")
+    for axis in AXES:  # an axis that no stage mentions moves in the last one
+        if not any(part[axis] for part, _ in given):
+            given[-1][0][axis] = Fraction(1)
+    return list(given)
+
+
+def _check_sums(fractions: Sequence[tuple[Mapping[str, Fraction], Fraction]], changed: set[str]) -> None:
+    sums = {axis: total for axis, total in _sums([part for part, _ in fractions]).items() if axis in changed}
+    sums["tokens"] = sum((share for _, share in fractions), Fraction(0))
+    for axis, total in sums.items():
+        if total != 1:
+            raise PlanError(f"schedule: the stages' shares of {axis} add up to {float(total):g}; they must add up to 1")
+
+
+def _sums(parts: Sequence[Mapping[str, Fraction]]) -> dict[str, Fraction]:
+    """What has been done of every axis' change after these stages."""
+    return {axis: sum((part.get(axis, Fraction(0)) for part in parts), Fraction(0)) for axis in AXES}

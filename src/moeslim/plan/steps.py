@@ -1,0 +1,192 @@
+"""The plan: a source model and an ordered list of typed steps, as a JSON file that can be read, edited and replayed.
+
+Numbers of layers, channels, experts and neurons count in the model as the step finds it, that is after the steps
+before it. What is listed is always what stays, in ascending order.
+"""
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
+
+from moeslim.artifacts.commit import write_bytes
+from moeslim.artifacts.fingerprint import fingerprint
+from moeslim.errors import PlanError
+
+SCHEMA = 1
+
+
+def _ascending(ids: tuple[int, ...]) -> tuple[int, ...]:
+    if not ids:
+        raise ValueError("keeps nothing; at least one must stay")
+    for before, after in zip(ids, ids[1:], strict=False):
+        if after == before:
+            raise ValueError(f"names {after} twice; list each number once")
+        if after < before:
+            raise ValueError(f"has {after} after {before}; list the kept numbers in ascending order")
+    return ids
+
+
+Ids = Annotated[tuple[NonNegativeInt, ...], AfterValidator(_ascending)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class DropLayers(_Strict):
+    """Layers of the trunk that stay. The MTP block is not a layer of the trunk and always stays."""
+
+    step: Literal["drop_layers"] = "drop_layers"
+    kept: Ids
+    method: str = "by hand"
+
+
+class CutHidden(_Strict):
+    """Hidden channels that stay, the same in the whole network; `scale` multiplies effective norm weights by name."""
+
+    step: Literal["cut_hidden"] = "cut_hidden"
+    kept: Ids
+    scale: dict[str, Annotated[FiniteFloat, Field(gt=0)]] = {}
+    method: str = "by hand"
+    rescale: Literal["measured", "assume_zero", "none"] = "none"
+
+
+class CutExperts(_Strict):
+    """Routed experts that stay, by layer key ("0", "1", ... and "mtp.0"); the same count everywhere."""
+
+    step: Literal["cut_experts"] = "cut_experts"
+    kept: dict[str, Ids]
+    importance: str = "by hand"
+
+
+class CutExpertSize(_Strict):
+    """Neurons that stay: by layer key one list per expert, and one list for the shared expert; {} leaves all."""
+
+    step: Literal["cut_expert_size"] = "cut_expert_size"
+    experts: dict[str, tuple[Ids, ...]] = {}
+    shared: dict[str, Ids] = {}
+
+
+class SetTopK(_Strict):
+    """How many experts the router selects per token from here on."""
+
+    step: Literal["set_top_k"] = "set_top_k"
+    top_k: PositiveInt
+
+
+Step = Annotated[DropLayers | CutHidden | CutExperts | CutExpertSize | SetTopK, Field(discriminator="step")]
+STEPS: dict[str, type[_Strict]] = {
+    model.model_fields["step"].default: model for model in (DropLayers, CutHidden, CutExperts, CutExpertSize, SetTopK)
+}
+
+
+class SourceShape(_Strict):
+    """The sizes of the model that the plan was made for; `mtp`: whether the checkpoint has an MTP head."""
+
+    model_type: str
+    layers: PositiveInt
+    hidden: PositiveInt
+    experts: PositiveInt
+    expert_size: PositiveInt
+    shared_size: PositiveInt
+    top_k: PositiveInt
+    mtp: bool
+
+
+class Plan(_Strict):
+    """What to do to `source`; `model` and `stats` are the fingerprints of what it was decided from, `notes` is free."""
+
+    schema_version: Literal[1] = 1
+    model: str | None = None
+    stats: str | None = None
+    source: SourceShape
+    steps: tuple[Step, ...] = ()
+    notes: dict[str, Any] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that name what the plan does to what; the notes and the names of the methods do not count."""
+        facts = self.model_dump(mode="json", exclude={"notes"})
+        for step in facts["steps"]:
+            step.pop("method", None)
+            step.pop("importance", None)
+        return fingerprint(facts)
+
+
+def without_scale(plan: Plan) -> Plan:
+    """The plan as pure slicing: no norm is rescaled. For tensors that lie like weights and are none (moments)."""
+    steps = [
+        step.model_copy(update={"scale": {}, "rescale": "none"}) if isinstance(step, CutHidden) else step
+        for step in plan.steps
+    ]
+    return plan.model_copy(update={"steps": tuple(steps), "model": None})
+
+
+def write_plan(path: Path | str, plan: Plan) -> None:
+    """Put the plan at `path`, all or nothing, as JSON with each list of numbers on one line."""
+    write_bytes(path, plan_text(plan).encode("utf-8"))
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as JSON; equal plans give equal bytes."""
+    text = json.dumps(plan.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
+    return re.sub(r"\[\s+([\d\s,]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+
+
+def read_plan(path: Path | str) -> Plan:
+    """The plan in a file; PlanError names the step, the key and what is allowed there."""
+    path = Path(path)
+    try:
+        return parse_plan(path.read_text(encoding="utf-8"), where=str(path))
+    except FileNotFoundError:
+        raise PlanError(f"{path}: there is no such file; `moeslim plan` writes one") from None
+    except UnicodeDecodeError as problem:
+        raise PlanError(f"{path}: not UTF-8 text ({problem})") from None
+
+
+def parse_plan(text: str, *, where: str = "plan") -> Plan:
+    """The plan in a JSON text; PlanError as in `read_plan`."""
+    try:
+        return Plan.model_validate_json(text)
+    except ValidationError as problem:
+        raise PlanError("\n".join(_explain(error, where) for error in problem.errors()[:5])) from None
+
+
+def _explain(error: Any, where: str) -> str:
+    """One pydantic error as: file, step number and kind, key, what is wrong, what is allowed."""
+    location = list(error["loc"])
+    model: type[_Strict] = Plan
+    if len(location) >= 2 and location[0] == "steps":
+        number, location = location[1], location[2:]
+        where += f": step {number + 1}"
+        if location and location[0] in STEPS:
+            model = STEPS[location[0]]
+            where += f" ({location.pop(0)})"
+    elif location and location[0] == "source":
+        model, location = SourceShape, location[1:]
+        where += ": source"
+    if location:
+        where += f": key {'.'.join(str(part) for part in location)}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
+        message = "unknown key" + (f", did you mean {close[0]}?" if close else "")
+        message += f"; allowed are {', '.join(model.model_fields)}"
+    elif error["type"] == "missing":
+        message = f"missing; the keys are {', '.join(model.model_fields)}"
+    elif error["type"].startswith("union_tag"):
+        message = f"`step` must be one of {', '.join(STEPS)}"
+    return f"{where}: {message}"

@@ -1,0 +1,67 @@
+"""One record of `evaluate` as figures by (metric, domain).
+
+Read as JSON and not through `moeslim.evaluate`, which loads torch: a page must be made within a second, also on a
+machine that only looks at results.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moeslim.errors import RunError
+from moeslim.report.figures import Figure
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What was measured on one model.
+
+    `figures` by (metric, domain), domain "" for the whole; `load` by layer key, in fair shares; `facts` are the
+    fingerprints and versions that the figures depend on.
+    """
+
+    label: str
+    figures: Mapping[tuple[str, str], Figure]
+    load: Mapping[str, tuple[float, ...]]
+    facts: Mapping[str, str]
+
+    def get(self, metric: str, domain: str = "") -> Figure | None:
+        """The figure, None where it was not measured."""
+        return self.figures.get((metric, domain))
+
+    def has(self, metric: str) -> bool:
+        """Whether the metric was measured in any domain."""
+        return any(name == metric for name, _ in self.figures)
+
+
+def model_record(label: str, value: Mapping[str, Any], *, where: str) -> ModelRecord:
+    """Read a record's JSON; RunError names the file and what is wrong in it."""
+    if value.get("schema") != SCHEMA:
+        raise RunError(f"{where}: not a record of schema {SCHEMA}; evaluate again")
+    try:
+        figures = {
+            (str(metric), str(domain)): _figure(entry)
+            for metric, domains in value.get("figures", {}).items()
+            for domain, entry in domains.items()
+        }
+        load = {str(key): tuple(float(x) for x in shares) for key, shares in value.get("load", {}).items() if shares}
+        prints = {name: value.get(name) for name in ("model", "teacher", "data")}
+        named = {f"{name} fingerprint": print_ for name, print_ in prints.items() if print_}
+        facts = {**named, **value.get("environment", {})}
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        raise RunError(f"{where}: a broken record ({type(problem).__name__}: {problem}); evaluate again") from None
+    return ModelRecord(label, figures, load, {str(key): str(fact) for key, fact in facts.items()})
+
+
+def _figure(entry: Mapping[str, Any]) -> Figure:
+    """A figure; one with an error of exactly 0 was counted, not sampled, and has neither error nor n."""
+    error = None if entry.get("se") is None else float(entry["se"])
+    counted = error == 0.0 and entry.get("n") == 1
+    return Figure(
+        value=float(entry["value"]),
+        se=None if counted else error,
+        n=None if counted or entry.get("n") is None else int(entry["n"]),
+        unit=str(entry.get("unit", "")),
+    )

@@ -1,0 +1,261 @@
+"""The page's sections: pure functions from a run's facts to HTML, empty where the run folder has nothing to show."""
+
+from collections.abc import Sequence
+from html import escape
+
+from moeslim.report.collect import Curve, RunFacts
+from moeslim.report.cuts import CutFacts
+from moeslim.report.draw import MOST_POINTS, Bar, Series, bar_chart, line_chart, load_chart, mark_chart, thinned
+from moeslim.report.figures import bytes_text, count_text, count_tick_text, number_text, value_text
+from moeslim.report.grids import channel_grid, expert_grid
+from moeslim.report.records import ModelRecord
+from moeslim.report.tables import DRAFTS, domains, further_table, heading, results_table, tone
+
+_CURVES = (
+    ("lm", "Next token (LM)", "nats per token"),
+    ("kd", "KL from the teacher (KD)", "nats per token"),
+    ("mtp_lm", "MTP head, next token (LM)", "nats per token"),
+    ("mtp_kd", "MTP head, KL (KD)", "nats per token"),
+    ("balance", "Load balance", "1 = every expert gets its share"),
+    ("least_load", "Least used expert", "1 = its fair share"),
+    ("learning_rate", "Learning rate", ""),
+    ("lam", "lam: weight of KD against LM", ""),
+    ("beta", "beta: weight of the MTP losses", ""),
+    ("gradient_norm", "Gradient norm", "before clipping"),
+    ("tokens_per_second", "Speed", "tokens per second"),
+)
+_TOP_LOAD = 6.0
+"""Fair shares at the upper edge of a load chart: a collapsed router must not flatten all other strokes."""
+
+_BARS = (
+    ("parameters", "active_parameters", "Parameters", "solid: active per token"),
+    ("bytes", "", "Weights on disk", ""),
+    ("prefill", "", "Prefill", "tokens per second"),
+    ("decode", "", "Decode", "tokens per second"),
+)
+
+
+def results(facts: RunFacts) -> str:
+    """Models side by side."""
+    tables = results_table(facts.records) + further_table(facts.records)
+    note = "Value ± one standard error; n: independent items (documents, prompts, repetitions) behind a row."
+    return _note(note) + tables if tables else ""
+
+
+def what_was_cut(facts: RunFacts) -> str:
+    """Layers x experts and the hidden channels, in the source's own numbers."""
+    cut = facts.cut
+    if cut is None:
+        return ""
+    stages = len(cut.sizes) - 1
+    items = [_key("kept", "kept")]
+    items += [_key(f"lost-{min(stage, 3)}", f"dropped in stage {stage}") for stage in range(1, stages + 1)]
+    experts = (
+        f"{cut.before['experts']} routed experts in each of {cut.before['layers']} layers"
+        if cut.before.get("experts")
+        else f"{cut.before['layers']} layers"
+    )
+    grid = f'<div class="card"><h3>Layers and experts <small>{experts}</small></h3>{expert_grid(cut)}</div>'
+    wide = " wide" if cut.before.get("experts", 0) > 64 else ""
+    parts = [
+        _note("Numbered as in the original model. A layer that was dropped is one band over its experts."),
+        f'<ul class="legend">{"".join(items)}</ul><div class="stack">',
+        f'<div class="beside{wide}">{grid}{_stage_sizes(cut)}</div>',
+    ]
+    if any(cut.channels):
+        kept = cut.channels.count(0)
+        parts.append(
+            f'<div class="card"><h3>Hidden channels <small>{kept} of {len(cut.channels)} kept, '
+            f"the same in every layer</small></h3>{channel_grid(cut.channels)}</div>"
+        )
+    return "".join(parts) + "</div>"
+
+
+def curves(facts: RunFacts) -> str:
+    """The losses and the schedules over the tokens of all stages, one small chart each."""
+    charts = []
+    for key, title, unit in _CURVES:
+        series = [_series(curve, key) for curve in facts.curves if curve.points(key)]
+        if series:
+            charts.append(_card(title, _curve_chart(series, title, all_curves=facts.curves), unit=unit))
+    if not charts:
+        return ""
+    longest = max(len(curve.steps) for curve in facts.curves)
+    note = "Targets seen, counted over all stages."
+    if any(curve.starts for curve in facts.curves):
+        note += " A dotted line marks a cut; the losses jump there because the model has just become smaller."
+    if (run := -(-longest // MOST_POINTS)) > 1:
+        note += f" Each point is the mean of up to {run} logged steps."
+    return _note(note) + _legend([curve.label for curve in facts.curves]) + _cards(charts)
+
+
+def acceptance(facts: RunFacts) -> str:
+    """Accepted drafts by position, a chart per domain."""
+    charts = []
+    names = DRAFTS
+    for domain in dict.fromkeys(d for name in names for d in domains(facts.records, name)):
+        series = [line for record in facts.records if (line := _draft_series(record, names, domain=domain))]
+        top = min(100.0, 5.0 + max(y + (e or 0) for s in series for (_, y), e in zip(s.points, s.errors, strict=True)))
+        chart = mark_chart(series, name=f"Accepted drafts, {domain or 'all text'}", categories=names, top=top)
+        charts.append(_card(domain or "All text", chart, unit="% of drafts"))
+    if not charts:
+        return ""
+    note = (
+        "acc_j is the share of greedy drafts whose first j + 1 tokens are what the model itself goes on to write. "
+        "Bars: one standard error, clustered by prompt."
+    )
+    labels = [record.label for record in facts.records if any(record.has(name) for name in names)]
+    return _note(note) + _legend(labels) + _cards(charts)
+
+
+def sizes_and_speeds(facts: RunFacts) -> str:
+    """Bars for what the model costs."""
+    charts = []
+    for metric, inner, title, unit in _BARS:
+        bars = [bar for record in facts.records if (bar := _bar(record, metric, inner=inner))]
+        if bars:
+            unit = unit if metric != "parameters" or any(bar.part is not None for bar in bars) else ""
+            charts.append(_card(title, bar_chart(bars, name=title), unit=unit))
+    return _note("Thin bars: one standard error.") + _cards(charts) if charts else ""
+
+
+def expert_load(facts: RunFacts) -> str:
+    """The spread of the experts' loads in every layer, a chart per model."""
+    shown = [record for record in facts.records if record.load]
+    if not shown:
+        return ""
+    loads = {record.label: _loads(record) for record in shown}
+    most = max(load for layers in loads.values() for _, layer in layers for load in layer)
+    top = max(1.2, min(_TOP_LOAD, 1.05 * most))
+    charts = []
+    for record in shown:
+        layers = loads[record.label]
+        name = f"Expert load, {heading(record.label)}"
+        chart = load_chart(layers, name=name, tone=tone(record.label), top=top)
+        layer, least = min(((key, min(values)) for key, values in layers), key=lambda pair: pair[1])
+        charts.append(
+            _card(heading(record.label), chart, unit=f"least used: {number_text(least, digits=2)}× in layer {layer}")
+        )
+    note = (
+        "Each stroke is one routed expert: its load in fair shares (1×: top-k / experts of the tokens). "
+        "Layers in each model's own numbers."
+    )
+    if most > top:
+        note += f" Strokes above {number_text(top, digits=1)}× are drawn at the edge."
+    return _note(note) + _cards(charts)
+
+
+def samples(facts: RunFacts) -> str:
+    """Continuations side by side."""
+    if not facts.samples:
+        return ""
+    parts = []
+    for sample in facts.samples:
+        code = " code" if "code" in sample.domain.lower() or "python" in sample.domain.lower() else ""
+        texts = "".join(
+            f'<div><h4><span class="key {tone(label)}"></span>{escape(heading(label))}</h4>'
+            f'<p class="{code.strip()}">{escape(text)}</p></div>'
+            for label, text in sample.texts.items()
+        )
+        domain = f"<h3><small>Prompt, {escape(sample.domain)}</small></h3>" if sample.domain else ""
+        parts.append(
+            f'<div class="card sample">{domain}<p class="prompt{code}">{escape(sample.prompt)}</p>'
+            f'<div class="texts">{texts}</div></div>'
+        )
+    return (
+        _note("The same held-out prompts for every model, as generated.") + f'<div class="stack">{"".join(parts)}</div>'
+    )
+
+
+def _stage_sizes(cut: CutFacts) -> str:
+    """A table of every size before and after each stage."""
+    names = {
+        "layers": "layers",
+        "hidden": "hidden channels",
+        "experts": "routed experts",
+        "expert_size": "expert size",
+        "shared_size": "shared expert size",
+        "top_k": "experts per token",
+    }
+    sizes = cut.sizes
+    heads = "".join(f'<th class="num">stage {stage}</th>' for stage in range(1, len(sizes)))
+    rows = []
+    for name, words in names.items():
+        if all(name in size for size in sizes):
+            cells = [f'<td class="num">{number_text(sizes[0][name])}</td>']
+            for before, after in zip(sizes, sizes[1:], strict=False):
+                same = " off" if before[name] == after[name] else ""
+                cells.append(f'<td class="num{same}">{number_text(after[name])}</td>')
+            rows.append(f'<tr><th scope="row">{words}</th>{"".join(cells)}</tr>')
+    return (
+        f'<div class="scroll"><table><thead><tr><th></th><th class="num">original</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _series(curve: Curve, key: str) -> Series:
+    return Series(heading(curve.label), tone(curve.label), thinned(curve.points(key)))
+
+
+def _curve_chart(series: Sequence[Series], title: str, *, all_curves: Sequence[Curve]) -> str:
+    starts = sorted({start for curve in all_curves for start in curve.starts})
+    return line_chart(series, name=title, x_text=count_tick_text, x_label="tokens", marks=starts)
+
+
+def _draft_series(record: ModelRecord, names: Sequence[str], *, domain: str) -> Series | None:
+    found = [(index, figure) for index, name in enumerate(names) if (figure := record.get(name, domain))]
+    if not found:
+        return None
+    points = [(float(index), 100.0 * figure.value) for index, figure in found]
+    errors = [None if figure.se is None else 100.0 * figure.se for _, figure in found]
+    return Series(heading(record.label), tone(record.label), points, errors)
+
+
+def _bar(record: ModelRecord, metric: str, *, inner: str) -> Bar | None:
+    figure = record.get(metric)
+    if figure is None:
+        return None
+    part = record.get(inner) if inner else None
+    text = {"parameters": count_text, "bytes": bytes_text}.get(metric, lambda _: value_text(figure))(figure.value)
+    return Bar(
+        label=heading(record.label),
+        tone=tone(record.label),
+        value=figure.value,
+        text=text,
+        error=figure.se,
+        part=None if part is None else part.value,
+    )
+
+
+def _loads(record: ModelRecord) -> list[tuple[str, list[float]]]:
+    """Per layer the experts' loads; layers in the model's order, the MTP block last."""
+    keys = sorted(record.load, key=lambda key: (not key.isdigit(), int(key) if key.isdigit() else 0, key))
+    return [("MTP" if key.startswith("mtp") else key, list(record.load[key])) for key in keys]
+
+
+def _legend(labels: Sequence[str]) -> str:
+    items = "".join(f"<li>{_swatch(tone(label))}{escape(heading(label))}</li>" for label in labels)
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _key(kind: str, words: str) -> str:
+    return f"<li>{_swatch(kind)}{escape(words)}</li>"
+
+
+def _swatch(kind: str) -> str:
+    return f'<span class="key {kind}"></span>'
+
+
+def _card(title: str, body: str, *, unit: str = "") -> str:
+    small = f" <small>{escape(unit)}</small>" if unit else ""
+    return f'<div class="card"><h3>{escape(title)}{small}</h3>{body}</div>'
+
+
+def _cards(charts: Sequence[str]) -> str:
+    """Three to a row on a wide screen; two or four charts stand two to a row."""
+    kind = "cards two" if len(charts) in (2, 4) else "cards"
+    return f'<div class="{kind}">{"".join(charts)}</div>'
+
+
+def _note(words: str) -> str:
+    return f'<p class="note">{escape(words)}</p>'

@@ -1,0 +1,238 @@
+"""The table that calibration learns: sums over calibration tokens, in float64, that merge.
+
+Nothing here is a mean or a score: importance, similarity and rescale are ratios of these sums, made where a plan is
+made, so two calibrations over different text add up to the calibration over both. Legend: d hidden size, E routed
+experts, I their size, S the shared expert's size, X_e the tokens routed to expert e, g_e the gate value as the experts
+receive it.
+
+Adding commutes exactly and associates to float64 rounding. On disk: `stats.json`, `layer-<key>.safetensors` per
+decoder layer and `norms.safetensors`.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from moeslim import __version__
+from moeslim.artifacts.commit import read_json, replace_file, write_json
+from moeslim.errors import RunError
+
+SCHEMA = 1
+Array = np.ndarray
+
+
+def _nothing() -> Array:
+    return np.zeros(0)
+
+
+@dataclass(eq=False)
+class _Sums:
+    """Scalars and float64 arrays that add, field by field; those in `constant` are the weights' and must agree."""
+
+    constant: ClassVar[frozenset[str]] = frozenset()
+
+    def add(self, other: Self) -> None:
+        """Add the other's sums to these. ValueError if the shapes or the weights differ."""
+        for name in self._names():
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if np.shape(mine) != np.shape(theirs):
+                raise ValueError(f"{name}: sums of shape {np.shape(mine)} and {np.shape(theirs)} are of two models")
+            if name not in self.constant:
+                setattr(self, name, mine + theirs)
+            elif not np.array_equal(mine, theirs):
+                raise ValueError(f"{name}: the weights differ, so these are sums of two models")
+
+    def merge(self, other: Self) -> Self:
+        """New sums over the tokens of both."""
+        merged = type(self)(**{name: getattr(self, name) for name in self._names()})
+        merged.add(other)
+        return merged
+
+    def state(self) -> dict[str, Array]:
+        """Field name -> float64 array (0-dimensional for scalars; empty arrays are left out)."""
+        arrays = {name: np.asarray(getattr(self, name), dtype=np.float64) for name in self._names()}
+        return {name: array.copy(order="C") for name, array in arrays.items() if array.size}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Array]) -> Self:
+        """The inverse of `state`. ValueError on a field that is not known."""
+        unknown = set(state) - set(cls._names())
+        if unknown:
+            raise ValueError(f"unknown fields {sorted(unknown)}")
+        return cls(**{name: float(array) if array.ndim == 0 else array for name, array in state.items()})
+
+    @classmethod
+    def _names(cls) -> tuple[str, ...]:
+        return tuple(item.name for item in fields(cls))
+
+
+@dataclass(eq=False)
+class LayerStats(_Sums):
+    """One decoder layer. x is its input, y its output; the fields from `routed` on are empty in a dense layer.
+
+    Divide by `tokens` for means over all tokens, by `routed` for means over X_e, by `sample_tokens` for mean outputs.
+    """
+
+    tokens: float = 0.0
+    x_sum: Array = field(default_factory=_nothing)  # (d)
+    y_sum: Array = field(default_factory=_nothing)  # (d)
+    cos_sum: float = 0.0  # sum of cos(x_t, y_t)
+    routed: Array = field(default_factory=_nothing)  # (E) |X_e|
+    gate_sum: Array = field(default_factory=_nothing)  # (E) sum over all tokens of g_e / sum of the token's k gates
+    gate_norm_sum: Array = field(default_factory=_nothing)  # (E) sum over X_e of g_e(x) ||E_e(x)||
+    norm_sum: Array = field(default_factory=_nothing)  # (E) sum over X_e of ||E_e(x)||
+    logit_gram: Array = field(default_factory=_nothing)  # (E, E) sum of z z^T, z the raw uncentred router logits
+    mean_output_sum: Array = field(default_factory=_nothing)  # (E, d) sum of E_e(x) over the shared sample
+    sample_tokens: float = 0.0
+    neuron_sum: Array = field(default_factory=_nothing)  # (E, I) sum over X_e of g_e(x) |h_i(x)|
+    neuron_shared_sum: Array = field(default_factory=_nothing)  # (S) sum over all tokens of sigmoid gate * |h_i|
+    down_norm: Array = field(default_factory=_nothing)  # (E, I) ||W_down[:, i]||
+    down_norm_shared: Array = field(default_factory=_nothing)  # (S)
+
+    constant: ClassVar[frozenset[str]] = frozenset({"down_norm", "down_norm_shared"})
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the layer has routed experts."""
+        return self.routed.size > 0
+
+    @property
+    def unreached(self) -> list[int]:
+        """Experts that no calibration token was routed to."""
+        return [int(expert) for expert in np.flatnonzero(self.routed == 0)]
+
+
+@dataclass(eq=False)
+class NormStats(_Sums):
+    """One d-sized norm: n = what it puts out (weight included), x = what it gets, both (sequence, token, channel)."""
+
+    abs_sum: Array = field(default_factory=_nothing)  # (d) sum of |n|
+    abs_row_sq_sum: Array = field(default_factory=_nothing)  # (d) sum over sequences of (mean over tokens of |n|)^2
+    share_sum: Array = field(default_factory=_nothing)  # (d) sum over tokens of x_c^2 / sum_c' x_c'^2
+    tokens: float = 0.0
+    sequences: float = 0.0
+
+
+@dataclass(eq=False)
+class Stats:
+    """All layers (by key, "mtp.0" for the MTP block) and all d-sized norms (by full tensor name) of one model.
+
+    `model` is its fingerprint, `token_sets` those of the token rows that were run, `settings` what else decides the
+    last bits (dtype, attention back end, rows per batch).
+    """
+
+    model: str
+    token_sets: tuple[str, ...]
+    tokens: int
+    sequences: int
+    layers: dict[str, LayerStats] = field(default_factory=dict)
+    norms: dict[str, NormStats] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def merge(self, other: "Stats") -> "Stats":
+        """Statistics over the tokens of both; RunError if the models differ or a token set would count twice."""
+        if self.model != other.model or self.layers.keys() != other.layers.keys():
+            raise RunError(
+                f"statistics of model {self.model} and of model {other.model} cannot be merged; "
+                "calibrate the same checkpoint with both token sets"
+            )
+        twice = sorted(set(self.token_sets) & set(other.token_sets))
+        if twice:
+            raise RunError(f"token set {twice[0]} is in both statistics and would count twice; merge different ones")
+        return Stats(
+            model=self.model,
+            token_sets=tuple(sorted(self.token_sets + other.token_sets)),
+            tokens=self.tokens + other.tokens,
+            sequences=self.sequences + other.sequences,
+            layers={key: layer.merge(other.layers[key]) for key, layer in self.layers.items()},
+            norms={name: norm.merge(other.norms[name]) for name, norm in self.norms.items()},
+            settings={k: v for k, v in self.settings.items() if other.settings.get(k) == v},
+        )
+
+    def unreached(self) -> dict[str, list[int]]:
+        """Layer key -> experts that no token was routed to, only where there are any."""
+        found = {key: layer.unreached for key, layer in self.layers.items()}
+        return {key: experts for key, experts in found.items() if experts}
+
+    def save(self, folder: Path | str) -> None:
+        """Write the folder's files, `stats.json` last; use `committed_folder` where a folder must appear at once."""
+        folder = Path(folder)
+        for key, layer in self.layers.items():
+            _write(folder / f"layer-{key}.safetensors", layer.state())
+        norms = {f"{name}/{part}": array for name, norm in self.norms.items() for part, array in norm.state().items()}
+        _write(folder / "norms.safetensors", norms)
+        facts = {
+            "schema": SCHEMA,
+            "moeslim": __version__,
+            "model": self.model,
+            "token_sets": list(self.token_sets),
+            "tokens": self.tokens,
+            "sequences": self.sequences,
+            "settings": self.settings,
+            "layers": list(self.layers),
+            "norms": list(self.norms),
+            "unreached_experts": self.unreached(),
+        }
+        write_json(folder / "stats.json", facts)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Stats":
+        """Read what `save` wrote; RunError where a file is missing, broken or of another schema."""
+        folder = Path(folder)
+        facts = read_json(folder / "stats.json")
+        if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
+            raise RunError(f"{folder}/stats.json: not statistics of schema {SCHEMA}; calibrate again with this version")
+        try:
+            stats = cls(
+                model=facts["model"],
+                token_sets=tuple(facts["token_sets"]),
+                tokens=facts["tokens"],
+                sequences=facts["sequences"],
+                settings=facts["settings"],
+            )
+            for key in facts["layers"]:
+                stats.layers[key] = LayerStats.from_state(_read(folder / f"layer-{key}.safetensors"))
+            stats.norms = _norms(facts["norms"], _read(folder / "norms.safetensors"))
+        except (KeyError, TypeError, ValueError) as problem:
+            raise RunError(f"{folder}: broken statistics ({problem}); remove the folder and calibrate again") from None
+        return stats
+
+
+def join(parts: Iterable[Stats]) -> Stats:
+    """One `Stats` from parts that hold different layers and norms over the same tokens of the same model."""
+    first, *rest = parts
+    whole = Stats(first.model, first.token_sets, first.tokens, first.sequences, settings=first.settings)
+    for part in (first, *rest):
+        assert (part.model, part.token_sets, part.tokens) == (whole.model, whole.token_sets, whole.tokens)
+        assert not whole.layers.keys() & part.layers.keys()
+        assert not whole.norms.keys() & part.norms.keys()
+        whole.layers.update(part.layers)
+        whole.norms.update(part.norms)
+    return whole
+
+
+def _norms(names: Iterable[str], arrays: Mapping[str, Array]) -> dict[str, NormStats]:
+    states: dict[str, dict[str, Array]] = {name: {} for name in names}
+    for full, array in arrays.items():
+        name, _, part = full.rpartition("/")
+        states[name][part] = array
+    return {name: NormStats.from_state(state) for name, state in states.items()}
+
+
+def _write(path: Path, arrays: dict[str, Array]) -> None:
+    with replace_file(path) as temporary:
+        save_file(arrays, temporary)
+
+
+def _read(path: Path) -> dict[str, Array]:
+    if not path.is_file():
+        raise RunError(f"{path}: there is no such file; the statistics are not whole, calibrate again")
+    try:
+        return load_file(path)
+    except SafetensorError as problem:
+        raise ValueError(f"{path.name}: {problem}") from None

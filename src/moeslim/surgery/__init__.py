@@ -1,0 +1,5 @@
+"""Executing a plan on files: views of the source, outputs compiled from them, written one tensor at a time."""
+
+from moeslim.surgery.apply import cut
+
+__all__ = ["cut"]

@@ -1,0 +1,69 @@
+"""Steps that only leave things out: each takes a view of the source and a step, and gives the smaller view.
+
+A step's numbers count in the model as it finds it; here they become numbers of the source by looking them up in what
+the view still holds.
+"""
+
+import numpy as np
+
+from moeslim.families import layer_prefix
+from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK
+from moeslim.surgery.view import View
+
+
+def drop_layers(view: View, step: DropLayers) -> View:
+    """The layers listed, in their order. What was kept inside a dropped layer is forgotten when nobody asks for it."""
+    return view.changed(layers=tuple(view.layers[i] for i in step.kept))
+
+
+def cut_hidden(view: View, step: CutHidden) -> View:
+    """The channels listed; scales multiply those of an earlier cut."""
+    scale = dict(view.scale)
+    for name, factor in step.scale.items():
+        old = _source_name(view, name)
+        scale[old] = scale.get(old, 1.0) * factor
+    return view.changed(hidden=_among(view.hidden, step.kept), scale=scale)
+
+
+def cut_experts(view: View, step: CutExperts) -> View:
+    """The experts listed per layer; their router rows are found by the same numbers."""
+    experts = dict(view.experts)
+    for key, ids in step.kept.items():
+        old = view.source_key(key)
+        experts[old] = _among(view.experts.get(old), ids)
+    return view.changed(experts=experts)
+
+
+def cut_expert_size(view: View, step: CutExpertSize) -> View:
+    """The neurons listed, a list of its own for each expert that is left."""
+    neurons = {key: dict(lists) for key, lists in view.neurons.items()}
+    for key, lists in step.experts.items():
+        old = view.source_key(key)
+        mine = neurons.setdefault(old, {})
+        for expert, ids in zip(view.experts_of(old).tolist(), lists, strict=True):
+            mine[expert] = _among(mine.get(expert), ids)
+    shared = dict(view.shared)
+    for key, ids in step.shared.items():
+        old = view.source_key(key)
+        shared[old] = _among(view.shared.get(old), ids)
+    return view.changed(neurons=neurons, shared=shared)
+
+
+def set_top_k(view: View, step: SetTopK) -> View:
+    """Only config.json changes."""
+    return view.changed(top_k=step.top_k)
+
+
+def _among(left: np.ndarray | None, ids: tuple[int, ...]) -> np.ndarray:
+    """Source numbers of `ids`, which count in what is `left` (None: everything)."""
+    wanted = np.asarray(ids, dtype=np.int64)
+    return wanted if left is None else left[wanted]
+
+
+def _source_name(view: View, name: str) -> str:
+    """The source's name of a tensor of a layer, or of an outer one, after the layers dropped so far."""
+    for new, old in enumerate(view.layers):
+        prefix = layer_prefix(view.shape, str(new))
+        if name.startswith(prefix):
+            return layer_prefix(view.shape, str(old)) + name.removeprefix(prefix)
+    return name

@@ -1,0 +1,178 @@
+"""What the command line can do, one function per verb with its arguments; each returns a record (a JSON-able dict).
+
+`lines` in a record is what the command line prints. Whole runs are told in pipeline.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeslim.checkpoint.config_json import read_config
+from moeslim.describe import amount, inspect, preview, sizes
+from moeslim.families import Shape
+from moeslim.inputs import (
+    BUNDLED,
+    advice,
+    evaluate_settings,
+    has_mtp,
+    model_folder,
+    options_recipe,
+    text_parts,
+    train_settings,
+    walk_settings,
+)
+from moeslim.plan.schedule import resolve
+
+__all__ = ["calibrate", "cut", "distill", "evaluate", "inspect", "plan", "preview", "report", "verify"]
+
+
+def calibrate(
+    model: str, out: Path | str, *, data: Sequence[str] | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Statistics of `model` over calibration text, in `out`; a killed calibration goes on at its layer."""
+    from moeslim.calibrate.run import calibrate as observe
+    from moeslim.data.tokens import pack
+
+    recipe = options_recipe(model, keep={}, overrides=overrides, data=data)
+    folder, out = model_folder(model), Path(out)
+    text = text_parts(recipe.data)["calibration"]
+    length, beside = recipe.data.sequence_length, out.with_name(out.name + ".tokens")
+    tokens = pack(text, folder, out_folder=beside, sequence_length=length, seed=recipe.seed)
+    sequences = min(recipe.calibrate.sequences, len(tokens))
+    stats = observe(folder, tokens, out=out, sequences=sequences, settings=walk_settings(recipe))
+    lines = [f"{out}: {stats.tokens:,} tokens in {stats.sequences} sequences of text {tokens.fingerprint}"]
+    lines += [f"layer {key}: no token reached experts {ids}; bring more text" for key, ids in stats.unreached().items()]
+    return {"stats": str(out), "tokens": stats.tokens, "text": tokens.fingerprint, "lines": [*lines, *advice(data)]}
+
+
+def plan(
+    model: str,
+    out: Path | str,
+    *,
+    stats: Path | str | None = None,
+    keep: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The decisions for cutting `model` to `keep`, written to `out` as plan.json; warnings of what engines object to."""
+    from moeslim.plan.check import check_plan
+    from moeslim.plan.make import make_plan
+    from moeslim.plan.steps import write_plan
+    from moeslim.statistics import Stats
+
+    recipe = options_recipe(model, keep=keep, overrides=overrides)
+    folder = model_folder(model, revision=recipe.revision, config_only=True)
+    config, mtp = read_config(folder), has_mtp(folder) is not False
+    target = resolve(Shape.from_config(config), recipe.keep, methods=recipe.methods)
+    known = Stats.load(stats) if stats is not None else None
+    made = make_plan(config, stats=known, target=target, methods=recipe.methods, mtp=mtp, seed=recipe.seed)
+    warnings = check_plan(made, config, mtp=mtp)
+    write_plan(out, made)
+    steps = ", ".join(step.step for step in made.steps) or "nothing to cut"
+    return {"plan": str(out), "warnings": warnings, "lines": [f"{out}: {steps}", *warnings]}
+
+
+def cut(model: str, plan_file: Path | str, *, out: Path | str) -> dict[str, Any]:
+    """Carry out a plan; the smaller checkpoint appears in `out` whole, verified, or not at all."""
+    from moeslim.plan.steps import read_plan
+    from moeslim.surgery.apply import cut as carry_out
+
+    folder = model_folder(model)
+    before = sizes(read_config(folder), has_mtp(folder))
+    receipt = carry_out(folder, read_plan(plan_file), out_folder=out)
+    after = sizes(read_config(out), has_mtp(Path(out)))
+    line = f"{out}: {amount(before['parameters'])} -> {amount(after['parameters'])} parameters"
+    return {"model": str(out), "receipt": receipt, "lines": [line]}
+
+
+def verify(model: str) -> dict[str, Any]:
+    """Whether a checkpoint is whole: names, shapes, dtypes, values, index, side files, hashes of its receipt."""
+    from moeslim.checkpoint.verify import verify as prove
+
+    folder = model_folder(model)
+    proof = prove(folder)
+    extent = "hashes of the receipt too" if proof.hashed else "no receipt: structure and values only"
+    state = "good" if proof.ok else "BROKEN"
+    head = f"{folder}: {state}, {proof.tensors} tensors, {proof.bytes / 1e9:.3f} GB ({extent})"
+    return {
+        "model": str(folder),
+        "ok": proof.ok,
+        "problems": list(proof.problems),
+        "tensors": proof.tensors,
+        "bytes": proof.bytes,
+        "hashed": proof.hashed,
+        "lines": [head, *proof.problems],
+    }
+
+
+def distill(
+    student: str,
+    out: Path | str,
+    *,
+    teacher: str | None = None,
+    data: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Train `student` on text, from `teacher` or by language modelling alone; states and curve stand in `out`.work."""
+    from moeslim.data.tokens import pack
+    from moeslim.distill.run import Place
+    from moeslim.distill.run import distill as train
+
+    more = {} if teacher else {"distill": {"lm_only": True}}
+    recipe = options_recipe(student, keep={}, overrides=overrides, data=data, **more)
+    folder, out = model_folder(student), Path(out)
+    work = out.with_name(out.name + ".work")
+    text, length = text_parts(recipe.data)["train"], recipe.data.sequence_length
+    tokens = pack(text, folder, out_folder=work / "tokens", sequence_length=length, seed=recipe.seed)
+    master = None if teacher is None else model_folder(teacher)
+    settings = train_settings(recipe, recipe.distill.tokens)
+    record = train(folder, master, tokens=tokens, out=out, settings=settings, place=Place(work))
+    line = f"{out}: {record['steps']:,} steps, loss {record['first']['total']:.3f} -> {record['last']['total']:.3f}"
+    return {**record, "model": str(out), "lines": [line]}
+
+
+def evaluate(
+    models: Sequence[str],
+    out: Path | str,
+    *,
+    teacher: str | None = None,
+    data: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Records of the models (by folder name) on held-out text, in `out`; all documents of `data` are held out."""
+    from moeslim.data.corpus import read_corpus
+    from moeslim.data.tokens import pack
+    from moeslim.evaluate.run import evaluate as measure
+
+    recipe, out = options_recipe(models[0], keep={}, overrides=overrides), Path(out)
+    paths: list[Any] = list(data) if data else [BUNDLED / "text" / "heldout.jsonl.xz"]
+    text = read_corpus([(path, None) for path in paths])
+    folders = {Path(model).name: model_folder(model) for model in models}
+    first = next(iter(folders.values()))
+    length = recipe.data.sequence_length
+    tokens = pack(text, first, out_folder=out / ".tokens", sequence_length=length, seed=recipe.seed)
+    measure(
+        folders,
+        tokens.documents(),
+        teacher=None if teacher is None else model_folder(teacher),
+        tokenizer=first,
+        settings=evaluate_settings(recipe),
+        out=out,
+    )
+    return {"records": str(out), "table": comparison(out), "lines": [f"records: {out}"]}
+
+
+def report(run_folder: Path | str) -> dict[str, Any]:
+    """The page of a run, made again from its records."""
+    from moeslim.report.collect import collect
+    from moeslim.report.page import write_page
+
+    page = write_page(collect(run_folder), Path(run_folder) / "report.html")
+    return {"page": str(page), "lines": [f"page: {page}"]}
+
+
+def comparison(records: Path) -> list[list[str]]:
+    """The table that a run prints, from the records in a folder: a row per figure, a column per model."""
+    from moeslim.report.collect import read_records
+    from moeslim.report.console import comparison as rows
+
+    return rows(read_records(records))

@@ -1,0 +1,293 @@
+"""Laws of the files that must survive: equal contents equal names, all or nothing, one process, skip what stands."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeslim.artifacts import commit, fingerprint
+from moeslim.artifacts.commit import committed_folder, discard, read_json, replace_file, write_json
+from moeslim.artifacts.fingerprint import file_fingerprint, folder_fingerprint, hash_file
+from moeslim.artifacts.lock import run_lock
+from moeslim.artifacts.run import Run, open_run
+from moeslim.errors import CheckpointError, RunError
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`, dot files too, so that nothing left behind goes unseen."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+class Killed(BaseException):
+    """Stands for a kill at a chosen place."""
+
+
+def kill(source: Path, target: Path) -> None:
+    raise Killed
+
+
+def write_half(path: Path) -> None:
+    path.write_bytes(b"half")
+    raise TypeError
+
+
+# fingerprints
+
+
+@given(st.dictionaries(st.text(), values, max_size=5))
+def test_fingerprint_ignores_the_order_of_keys_and_survives_json(value: dict[str, object]) -> None:
+    name = fingerprint.fingerprint(value)
+    assert len(name) == 16
+    assert fingerprint.fingerprint(dict(reversed(value.items()))) == name
+    assert fingerprint.fingerprint(json.loads(json.dumps(value))) == name
+
+
+def test_fingerprint_is_stable_and_sees_changes() -> None:
+    # sha256 of the nine characters {"a":[1]}, from `printf '{"a":[1]}' | sha256sum`
+    known = subprocess.run(["sha256sum"], input=b'{"a":[1]}', capture_output=True, check=True).stdout[:16].decode()
+    assert fingerprint.fingerprint({"a": [1]}) == known
+    assert fingerprint.fingerprint({"a": [2]}) != known
+    with pytest.raises(ValueError, match="JSON compliant"):
+        fingerprint.fingerprint({"a": float("nan")})
+
+
+def test_file_fingerprint_samples_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "WHOLE_LIMIT", 1000)
+    path = tmp_path / "weights"
+    body = bytearray(3 << 20)
+    path.write_bytes(body)
+    whole = file_fingerprint(path)
+    for place in (0, len(body) // 2, len(body) - 1):
+        changed = bytearray(body)
+        changed[place] = 1
+        path.write_bytes(changed)
+        assert file_fingerprint(path) != whole
+    path.write_bytes(body + b"\0")
+    assert file_fingerprint(path) != whole
+
+
+def test_folder_fingerprint_is_of_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.txt").write_text("one")
+    before = folder_fingerprint(tmp_path)
+    (tmp_path / ".lock").write_text("not part of it")
+    assert folder_fingerprint(tmp_path) == before
+    (tmp_path / "a/x.txt").rename(tmp_path / "a/y.txt")
+    renamed = folder_fingerprint(tmp_path)
+    (tmp_path / "a/y.txt").write_text("two")
+    assert len({before, renamed, folder_fingerprint(tmp_path)}) == 3
+
+
+def test_a_receipt_names_the_folder_as_long_as_it_is_true(tmp_path: Path) -> None:
+    weights = tmp_path / "w"
+    weights.write_bytes(b"1234")
+    receipt = {"files": {"w": {"sha256": hash_file(weights), "bytes": 4}}}
+    write_json(tmp_path / "receipt.json", receipt)
+    named = folder_fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("a card is not the model")
+    assert folder_fingerprint(tmp_path) == named
+    weights.write_bytes(b"1235")
+    assert folder_fingerprint(tmp_path) != named
+
+
+# writing
+
+
+def test_committed_folder_appears_whole(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "model"
+    with committed_folder(final) as folder:
+        assert folder.name.startswith(".")
+        (folder / "sub").mkdir()
+        (folder / "sub/x").write_text("x")
+        assert not final.exists()
+    assert contents(tmp_path) == {"deep/model/sub/x": b"x"}
+
+
+@pytest.mark.parametrize("problem", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_nothing(tmp_path: Path, problem: type[BaseException]) -> None:
+    def write() -> None:
+        with committed_folder(tmp_path / "model") as folder:
+            (folder / "x").write_text("x")
+            raise problem
+
+    with pytest.raises(problem):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_at_the_rename_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit, "rename", kill)
+    with pytest.raises(Killed), committed_folder(tmp_path / "model") as folder:
+        (folder / "x").write_text("x")
+    write = tmp_path / "old.json"
+    write.write_text("old")
+    with pytest.raises(Killed):
+        write_json(write, {"new": 1})
+    assert contents(tmp_path) == {"old.json": b"old"}
+
+
+def test_what_sigkill_leaves_is_no_model_and_is_cleared(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from moeslim.artifacts.commit import committed_folder\n"
+        "with committed_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'half').write_text('x')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "model")], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".model.partial"]
+    with committed_folder(tmp_path / "model") as folder:
+        (folder / "whole").write_text("x")
+    assert contents(tmp_path) == {"model/whole": b"x"}
+
+
+def test_a_living_writer_is_not_robbed(tmp_path: Path) -> None:
+    with committed_folder(tmp_path / "model") as folder:
+        (folder / "x").write_text("x")
+        with pytest.raises(RunError, match="another process"), committed_folder(tmp_path / "model"):
+            pass
+    assert contents(tmp_path) == {"model/x": b"x"}
+
+
+def test_an_output_in_use_is_refused_untouched(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("model", "file"):
+        with pytest.raises(RunError, match="not empty"), committed_folder(tmp_path / name):
+            pass
+    assert contents(tmp_path) == {"model/mine": b"mine", "file": b"mine"}
+    (tmp_path / "empty").mkdir()
+    with committed_folder(tmp_path / "empty") as folder:
+        (folder / "x").write_text("x")
+    assert (tmp_path / "empty/x").exists()
+
+
+def test_json_keeps_its_order_and_refuses_nan(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"b": 1, "a": "ä"})
+    assert list(read_json(path)) == ["b", "a"]
+    assert "ä" in path.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"b": float("inf")})
+    assert read_json(path) == {"b": 1, "a": "ä"}
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match=r"a\.json: not valid JSON"):
+        read_json(path, error=CheckpointError)
+    with pytest.raises(RunError, match="no such file"):
+        read_json(tmp_path / "b.json")
+
+
+def test_replace_file_and_discard(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError), replace_file(path) as temporary:
+        write_half(temporary)
+    assert contents(tmp_path) == {"x.bin": b"old"}
+    with replace_file(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert contents(tmp_path) == {"x.bin": b"new"}
+    (tmp_path / "folder").mkdir()
+    for name in ("x.bin", "folder", "never there"):
+        discard(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+# locks and stages
+
+
+def test_a_second_process_is_told_who_holds_the_lock(tmp_path: Path) -> None:
+    program = "import sys; from moeslim.artifacts.lock import run_lock\nwith run_lock(sys.argv[1]): print('got it')"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with run_lock(tmp_path):
+        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"in use by process {os.getpid()} on " in refused.stderr
+    assert refused.returncode == 1
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "got it\n"
+
+
+def finished(run: Run, inputs: dict[str, object]) -> None:
+    with committed_folder(run.path("cut")) as folder:
+        (folder / "w").write_text("weights")
+    run.finish("cut", inputs, outputs=["cut"])
+
+
+def test_what_stands_is_skipped_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    inputs: dict[str, object] = {"recipe": {"keep": {"experts": "50%"}}, "model": "abc"}
+    with open_run(tmp_path / "run") as run:
+        assert not run.stands("cut", inputs, outputs=["cut"])
+        finished(run, inputs)
+    with caplog.at_level(logging.INFO, "moeslim"), open_run(tmp_path / "run") as run:
+        assert run.stands("cut", dict(reversed(inputs.items())), outputs=["cut"])
+    assert "cut: stands already" in caplog.text
+    assert list(run.outputs("cut")) == ["cut"]
+
+
+def test_other_inputs_are_refused_by_name_or_done_again(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        finished(run, {"recipe": {"keep": {"experts": "50%"}, "seed": 0}})
+        other: dict[str, object] = {"recipe": {"keep": {"experts": "25%"}, "seed": 0}}
+        with pytest.raises(RunError, match=r"\(recipe.keep.experts: '50%' -> '25%'\)"):
+            run.stands("cut", other, outputs=["cut"])
+        assert run.path("cut").exists()
+    with open_run(tmp_path / "run", redo=True) as run:
+        assert not run.stands("cut", other, outputs=["cut"])
+        assert not run.path("cut").exists()
+        finished(run, other)
+        assert run.stands("cut", other, outputs=["cut"])
+
+
+def test_edited_outputs_are_kept_and_lost_ones_made_again(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        finished(run, {})
+        (run.path("cut") / "w").write_text("edited by hand")
+        with pytest.raises(RunError, match="its output cut was changed"):
+            run.stands("cut", {}, outputs=["cut"])
+        discard(run.path("cut"))
+        assert not run.stands("cut", {}, outputs=["cut"])
+        finished(run, {})
+        assert run.stands("cut", {})
+
+
+def test_a_kill_between_output_and_record_does_the_stage_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_run(tmp_path / "run") as run:
+        with committed_folder(run.path("cut")) as folder:
+            (folder / "w").write_text("weights")
+        monkeypatch.setattr(commit, "rename", kill)
+        with pytest.raises(Killed):
+            run.finish("cut", {}, outputs=["cut"])
+        monkeypatch.undo()
+        assert not run.stands("cut", {}, outputs=["cut"])
+        finished(run, {})
+        assert run.stands("cut", {}, outputs=["cut"])
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(RunError, match="not a run of moeslim"), open_run(tmp_path):
+        pass
+    with pytest.raises(RunError, match="a file stands"), open_run(tmp_path / "thesis.tex"):
+        pass
+    assert contents(tmp_path) == {"thesis.tex": b"precious"}
+
+
+def test_outputs_of_an_unfinished_stage(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run, pytest.raises(RunError, match="stage cut is not finished"):
+        run.outputs("cut")
+    write_json(tmp_path / "run/stages/cut.json", {"schema": 99})
+    with open_run(tmp_path / "run") as run, pytest.raises(RunError, match="another version"):
+        run.stands("cut", {})

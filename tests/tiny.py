@@ -1,0 +1,84 @@
+"""Tiny models of every family, written in a fraction of a second. A new family joins every law in FAMILIES."""
+
+from pathlib import Path
+from typing import Any
+
+from moeslim.model.init import write_random
+
+STACKED = {"trunk": "stacked", "mtp": "stacked"}
+MIXED = {"trunk": "stacked", "mtp": "per_expert"}
+PER_EXPERT = {"trunk": "per_expert", "mtp": "per_expert"}
+LAYOUTS = {"per_expert": PER_EXPERT, "stacked": STACKED, "mixed": MIXED}
+
+_QWEN3_NEXT: dict[str, Any] = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 2,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 10,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "initializer_range": 0.3,  # large, so that routers decide and logits differ
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "use_cache": True,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {"qwen3_next": _QWEN3_NEXT}
+
+
+def tiny_config(family: str = "qwen3_next", **changes: Any) -> dict[str, Any]:
+    """A raw config.json of a few thousand parameters; a changed depth or interval gets its `layer_types`."""
+    config = {**FAMILIES[family], **changes}
+    if "layer_types" not in changes and {"num_hidden_layers", "full_attention_interval"} & changes.keys():
+        interval = config["full_attention_interval"]
+        config["layer_types"] = [
+            "linear_attention" if (i + 1) % interval else "full_attention" for i in range(config["num_hidden_layers"])
+        ]
+    return config
+
+
+def write_tiny(
+    folder: Path,
+    *,
+    family: str = "qwen3_next",
+    seed: int = 0,
+    layouts: dict[str, str] | str = "per_expert",
+    form: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """Write a tiny checkpoint with spread norms and return its folder.
+
+    `layouts` is a key of LAYOUTS or a table of its own; `form` are further options of `write_random` (dtype, mtp,
+    float32, shard_bytes, spread, tokenizer_from), `changes` keys of the config.
+    """
+    options: dict[str, Any] = {"spread": True, "dtype": "float32", **(form or {})}
+    chosen = LAYOUTS[layouts] if isinstance(layouts, str) else layouts
+    config = tiny_config(family, **changes)
+    config["torch_dtype"] = options["dtype"]
+    write_random(folder, config, seed=seed, layouts=chosen, **options)
+    return Path(folder)
