@@ -43,7 +43,7 @@ def test_size_of_an_axis(expression: str, length: int) -> None:
 def test_positions_by_hand() -> None:
     # a*(b|c): blocks of 2 + 4 = 6; unit 0 is 0..5, unit 2 is 12..17, and of every block b keeps its second: 1.
     kept = {"a": np.array([0, 2]), "b": np.array([1])}
-    assert positions("a*(b|c)", _SIZES, kept).tolist() == [1, 2, 3, 4, 5, 13, 14, 15, 16, 17]
+    assert positions("a*(b|c)", _SIZES, kept=kept).tolist() == [1, 2, 3, 4, 5, 13, 14, 15, 16, 17]
     # mtp.fc's columns: channel j and d + j
     assert positions("c|c", _SIZES, kept={"c": np.array([0, 3])}).tolist() == [0, 3, 4, 7]
     assert positions("a*b", _SIZES, kept={"c": np.array([0])}) is None

@@ -91,10 +91,12 @@ class _Lines:
 
 
 def _show_progress() -> None:
+    # transformers says at every start which GPU kernels it lacks; TRANSFORMERS_VERBOSITY brings that back
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if int(os.environ.get("RANK", "0")):
         return
     set_sink(_Bars() if err.is_terminal else _Lines())
-    handler = RichHandler(console=err, show_path=False, show_level=False, markup=False)
+    handler = RichHandler(console=err, show_path=False, show_level=False, show_time=False, markup=False)
     logging.getLogger("moeslim").addHandler(handler)
     logging.getLogger("moeslim").setLevel(logging.INFO)
 
@@ -312,13 +314,16 @@ def _keep(**given: str | None) -> dict[str, Any]:
 
 def _table(rows: list[list[str]]) -> None:
     """A table whose first row is its head; every cell is text made by the record's owner."""
-    table = Table(*[rows[0][0]], box=None, header_style="bold", pad_edge=False)
+    if not rows:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column(rows[0][0], no_wrap=True)
     for head in rows[0][1:]:
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows[1:]:
-        table.add_row(*row)
-    # Without a terminal rich would cut the table at 80 columns.
-    Console(width=None if out.is_terminal else 200).print(table)
+        table.add_row(*row, style=None if row[0].startswith(" ") else "bold")
+    # Its own width: rich would cut cells where the terminal is narrower, a terminal only wraps the line.
+    Console(width=200).print(table, soft_wrap=True)
 
 
 def main() -> None:

@@ -111,7 +111,7 @@ def _inspect_lines(record: Mapping[str, Any]) -> list[str]:
     kinds = " + ".join(f"{number} {kind}" for kind, number in record["layer_types"].items())
     total, mtp = record["parameters"], record["mtp_parameters"]
     lines = [
-        f"{record['model']}: {record['model_type']}, {record['layers']} layers ({kinds}), hidden size {record['hidden']}",
+        f"{record['model']}: {record['model_type']}, {record['layers']} layers ({kinds}), hidden {record['hidden']}",
         f"{record['experts']} routed experts of {record['expert_size']} per layer, {record['top_k']} per token, "
         f"shared expert of {record['shared_size']}, vocabulary {record['vocab']}",
         f"parameters: {amount(total)}, active {amount(record['active'])} (embedding and head counted whole)",

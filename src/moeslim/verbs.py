@@ -53,7 +53,7 @@ def plan(
     keep: Mapping[str, Any],
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The decisions for cutting `model` to `keep`, written to `out` as plan.json; warnings of what engines object to."""
+    """The decisions for cutting `model` to `keep`, written to `out`; warnings of what engines object to."""
     from moeslim.plan.check import check_plan
     from moeslim.plan.make import make_plan
     from moeslim.plan.steps import write_plan
@@ -171,7 +171,7 @@ def report(run_folder: Path | str) -> dict[str, Any]:
 
 
 def comparison(records: Path) -> list[list[str]]:
-    """The table that a run prints, from the records in a folder: a row per figure, a column per model."""
+    """The table that a run prints, from the records in a folder: its first row is the head."""
     from moeslim.report.collect import read_records
     from moeslim.report.console import comparison as rows
 

@@ -1,26 +1,17 @@
 """Qwen3-Next: Gated DeltaNet and gated attention layers, routed and shared experts, an MTP block of its own."""
 
-from moeslim.families.spec import Family, tensors
+from moeslim.families.spec import Family, keys, tensors
 
 SPEC = Family(
     model_type="qwen3_next",
-    sizes={
-        "vocab": "vocab_size",
-        "hidden": "hidden_size",
-        "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads",
-        "head_dim": ("head_dim", 256),
-        "key_heads": ("linear_num_key_heads", 16),
-        "value_heads": ("linear_num_value_heads", 32),
-        "key_dim": ("linear_key_head_dim", 128),
-        "value_dim": ("linear_value_head_dim", 128),
-        "kernel": ("linear_conv_kernel_dim", 4),
-        "experts": "num_experts",
-        "top_k": "num_experts_per_tok",
-        "expert_size": "moe_intermediate_size",
-        "shared_size": "shared_expert_intermediate_size",
-        "dense_size": ("intermediate_size", 5632),
-    },
+    sizes=keys("""
+        vocab vocab_size             hidden hidden_size           dense_size intermediate_size=5632
+        experts num_experts          top_k num_experts_per_tok    expert_size moe_intermediate_size
+        heads num_attention_heads    kv_heads num_key_value_heads head_dim head_dim=256
+        key_heads linear_num_key_heads=16      key_dim linear_key_head_dim=128     kernel linear_conv_kernel_dim=4
+        value_heads linear_num_value_heads=32  value_dim linear_value_head_dim=128
+        shared_size shared_expert_intermediate_size
+    """),
     derived={"per_key": "value_heads // key_heads"},
     default_interval=4,
     outer=tensors("""

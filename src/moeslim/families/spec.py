@@ -53,6 +53,13 @@ def tensors(text: str) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+def keys(text: str) -> dict[str, str | tuple[str, int]]:
+    """Pairs of an axis and the config key of its size, `key=default` where the config may leave it out."""
+    words = text.split()
+    pairs = zip(words[::2], (word.partition("=") for word in words[1::2]), strict=True)
+    return {axis: (key, int(default)) if default else key for axis, (key, _, default) in pairs}
+
+
 @dataclass(frozen=True)
 class Family:
     """The facts of one architecture. `sizes` maps an axis to its config key, or to (key, default).
