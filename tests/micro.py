@@ -5,12 +5,13 @@ what it is anywhere, nothing is cleaned up, and the next one starts at once.
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tiny import write_tiny
 
-WORDS = "state house tax law man war year bank road ship farm note bill vote".split()
+WORDS = ["state", "house", "tax", "law", "man", "war", "year", "bank", "road", "ship", "farm", "note", "bill", "vote"]
 PRELOAD = [
     "moeslim.cli",
     "moeslim.pipeline",
@@ -65,8 +66,8 @@ def write_micro(home: Path, **changes: Any) -> Path:
         "schedule": "depth_first",
         "distill": {"tokens": 448, "rows_per_step": 4, "micro_rows": 2, "save_every": 2, "learning_rate": 3e-3},
         "evaluate": {
-            **{"documents_per_domain": 2, "prompts": 2, "prompt_tokens": 4, "new_tokens": 6},
-            **{"samples": 1, "speed_prompt_tokens": 8, "speed_new_tokens": 2, "speed_repeats": 0},
+            **{"documents_per_domain": 2, "prompts": 1, "prompt_tokens": 4, "new_tokens": 6},
+            **{"samples": 0, "speed_repeats": 0},
         },
         "compare_random_init": True,
         **changes,
@@ -108,37 +109,162 @@ def finish(target: Callable[..., None], *args: Any) -> int:
     return process.exitcode
 
 
-def carry_out(recipe: Path, out: Path) -> None:
+def carry_out(recipe: Path, out: Path, overrides: Sequence[str] = (), redo: bool = False) -> dict[str, Any]:
     """The whole run, or what is left of it."""
     from moeslim import pipeline
 
-    pipeline.run(recipe, out)
+    return pipeline.run(recipe, out, overrides=overrides, redo=redo)
+
+
+def carry_out_watched(recipe: Path, out: Path) -> None:
+    """The same; leaves beside `out` its table, and what the optimizer holds before each training's first step."""
+    from safetensors.torch import save_file
+
+    from moeslim.distill import loop
+    from moeslim.distill.state import parameters_by_disk_name
+
+    begin = loop.begin
+
+    def watched(student: Any, optimizer: Any, *, folder: Path, **more: Any) -> Any:
+        position = begin(student, optimizer, folder=folder, **more)
+        found = {
+            f"{part}/{name}": value
+            for name, parameter in parameters_by_disk_name(student).items()
+            for part, value in optimizer.state.get(parameter, {}).items()
+        }
+        if found:
+            save_file(found, out.parent / "optimizer" / f"{folder.name}.safetensors")
+        return position
+
+    (out.parent / "optimizer").mkdir(parents=True)
+    loop.begin = watched
+    record = carry_out(recipe, out)
+    (out.parent / "table").write_text(json.dumps(record["table"]))
+
+
+def carry_out_without_models(recipe: Path, out: Path, report: Path) -> None:
+    """The same where no model can be made live; writes what was said, and the table."""
+    from moeslim.log import logger
+    from moeslim.model.student import Student
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    Student.from_config = None  # type: ignore[assignment]  # whoever calls it fails
+    record = carry_out(recipe, out)
+    report.write_text(json.dumps({"said": said, "table": record["table"]}))
 
 
 def carry_out_until_new(recipe: Path, out: Path, ledger: Path, after: bool) -> None:
     """The same, killed at the first rename (right before or after it) that no process before has been killed at."""
     done = set(ledger.read_text().split("\n")) if ledger.exists() else set()
-    rename = os.rename
 
-    def dying(source: Path, target: Path) -> None:
-        key = _key(Path(source), Path(target), out)
-        new = key is not None and key not in done
-        if new:
-            with ledger.open("a") as file:
-                file.write(f"{key}\n")
-        if not (new and not after):
-            rename(source, target)
-        if new:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def new(place: str) -> bool:
+        if place in done:
+            return False
+        with ledger.open("a") as file:
+            file.write(f"{place}\n")
+        return True
 
-    os.rename = dying  # type: ignore[assignment]  # what everything that commits or discards goes through
+    _die_at_rename(out, new, after=after)
     carry_out(recipe, out)
 
 
-def _key(source: Path, target: Path, out: Path) -> str | None:
-    """The name of a rename in the run; None for one inside a folder that is not committed yet."""
+def carry_out_until(recipe: Path, out: Path, place: str) -> None:
+    """The same, killed right before the rename to `place`."""
+    _die_at_rename(out, lambda name: name == place, after=False)
+    carry_out(recipe, out)
+
+
+def _die_at_rename(out: Path, chosen: Callable[[str], bool], *, after: bool) -> None:
+    rename = os.rename
+
+    def dying(source: Path, target: Path) -> None:
+        place = _place(Path(source), Path(target), out)
+        hit = place is not None and chosen(place)
+        if not hit or after:
+            rename(source, target)
+        if hit:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.rename = dying  # type: ignore[assignment]  # what everything that commits or discards goes through
+
+
+def carry_out_until_tensor(recipe: Path, out: Path, name: str, tensor: int) -> None:
+    """The same, killed when `tensor` tensors of the folder `name` are written."""
+    from moeslim.checkpoint.writer import ShardWriter
+
+    add = ShardWriter.add
+
+    def dying(self: ShardWriter, *args: Any) -> None:
+        add(self, *args)
+        if self.folder.name == f".{name}.partial" and self._next == tensor:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ShardWriter.add = dying  # type: ignore[method-assign]
+    carry_out(recipe, out)
+
+
+def run_until_signal(recipe: Path, out: Path, said: Path, moment: tuple[str, int, int]) -> None:
+    """`moeslim run`, sending itself a signal at a moment (folder, step, signal); its stderr goes to `said`.
+
+    The folder is that of a training, or `stats`: then the signal comes in the first calibration's second layer.
+    """
+    from moeslim.calibrate import run as calibration
+    from moeslim.distill import loop
+
+    folder, step, number = moment
+    write, leave = loop.TrainLog.write, calibration._leave
+
+    def writing(self: loop.TrainLog, record: Any) -> None:
+        write(self, record)
+        if (self.path.parent.name, record["step"]) == (folder, step):
+            os.kill(os.getpid(), number)
+
+    def leaving(visit: Any, *args: Any, **more: Any) -> None:
+        leave(visit, *args, **more)
+        if (folder, visit.key) == ("stats", "1"):
+            os.kill(os.getpid(), number)
+
+    loop.TrainLog.write = writing  # type: ignore[method-assign]
+    calibration._leave = leaving
+    with said.open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    command_line("run", str(recipe), str(out))
+
+
+def open_with_transformers(folder: Path, report: Path) -> None:
+    """Load a checkpoint as its users do and let it write; what was found goes to `report` as JSON."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from moeslim.checkpoint.reader import Reader
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("state house", return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    reader = Reader(folder)
+    routers = [name for name in reader.rows if name.endswith("mlp.gate.weight")]
+    found = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "mismatched": sorted(map(str, info["mismatched_keys"])),
+        "tokens": written[0, prompt["input_ids"].shape[1] :].tolist(),
+        "experts": [reader.rows[name].shape[0] for name in routers],
+    }
+    report.write_text(json.dumps(found))
+
+
+def _place(source: Path, target: Path, out: Path) -> str | None:
+    """The name of a rename in the run; None for one inside a folder that is not committed yet.
+
+    walk.json commits a layer; its name goes with the number of layers done.
+    """
     place = target.resolve().relative_to(out.resolve())
-    if any(part.endswith(".partial") for part in place.parts):
+    if any(part.endswith(".partial") or part == "layers" for part in place.parts):
         return None
     layers = len(json.loads(source.read_text())["done"]) if place.name == "walk.json" else ""
     return f"{place} {layers}".strip()

@@ -386,7 +386,7 @@ def test_half_finished_work_of_something_else_is_refused(folder: Path, half: Pat
     with pytest.raises(RunError, match="half-finished"):
         calibrate(folder, ROWS, out=half, settings=WalkSettings(dtype=torch.float64, rows_per_batch=3))
     assert not half.exists()
-    found = calibrate(folder, changed, out=half, settings=EXACT, resume=False)
+    found = calibrate(folder, changed, out=half, settings=EXACT, redo=True)
     assert found.token_sets != stats.token_sets
 
 

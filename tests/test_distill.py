@@ -292,3 +292,10 @@ def test_what_cannot_work_is_refused_first(folder: Path, tokens: TokenSet, tmp_p
     with pytest.raises(DataError, match="64 words"):
         distill(small, None, settings=settings, **options)
     assert not place.work.exists()
+
+
+def test_a_stage_reads_on_where_the_one_before_ended(tokens: TokenSet) -> None:
+    settings = TrainSettings(tokens=90 * tokens.sequence_length, rows_per_step=1, micro_rows=1)
+    later = loop.first_row(tokens, settings=settings, stage=Stage(fingerprint="x", start=0.1, end=1.0))
+    assert later.epoch * len(tokens) + later.position == 10  # a tenth of 100 steps of one row
+    assert loop.first_row(tokens, settings=settings, stage=Stage(fingerprint="x")).position == 0

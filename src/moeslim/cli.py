@@ -10,13 +10,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from moeslim import __version__
 from moeslim.errors import MoeslimError
-from moeslim.log import set_sink
+from moeslim.log import logger, set_sink
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -90,15 +89,23 @@ class _Lines:
         pass
 
 
+class _Messages(logging.Handler):
+    """Log records as plain lines on stderr, above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        text = f"warning: {record.getMessage()}" if warning else record.getMessage()
+        err.print(text, style="yellow" if warning else None, highlight=False, soft_wrap=True, markup=False)
+
+
 def _show_progress() -> None:
     # transformers says at every start which GPU kernels it lacks; TRANSFORMERS_VERBOSITY brings that back
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if int(os.environ.get("RANK", "0")):
         return
     set_sink(_Bars() if err.is_terminal else _Lines())
-    handler = RichHandler(console=err, show_path=False, show_level=False, show_time=False, markup=False)
-    logging.getLogger("moeslim").addHandler(handler)
-    logging.getLogger("moeslim").setLevel(logging.INFO)
+    logger.handlers = [_Messages()]
+    logger.setLevel(logging.INFO)
 
 
 def _emit(record: dict[str, Any], *, as_json: bool, lines: list[str]) -> None:
@@ -208,9 +215,12 @@ def prune(
             _emit(preview, as_json=True, lines=[])
         return
     record = pipeline.prune(model, out_folder, keep=keep, data=data, overrides=settings or [], redo=redo)
+    record |= {size: preview[size] for size in ("before", "after")}
     _emit(record, as_json=as_json, lines=record["lines"])
     if not as_json and record["table"]:
         _table(record["table"])
+    if not record["verified"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -253,7 +263,9 @@ def verify(model: Model, as_json: AsJson = False) -> None:
     from moeslim import verbs
 
     record = verbs.verify(model)
-    _emit(record, as_json=as_json, lines=record["lines"])
+    _emit(record, as_json=as_json, lines=record["lines"][:1])
+    for problem in record["problems"]:
+        _complain(problem)
     if record["problems"]:
         raise typer.Exit(1)
 
@@ -279,10 +291,10 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Carry out a whole recipe: per stage calibrate, plan, cut, distill; then evaluate and report."""
-    from moeslim import pipeline
+    from moeslim import pipeline, verbs
 
     if dry_run:
-        record = pipeline.preview(recipe, settings or [])
+        record = verbs.preview_run(recipe, settings or [])
         _emit(record, as_json=as_json, lines=record["lines"])
         return
     record = pipeline.run(recipe, out_folder, overrides=settings or [], redo=redo)
@@ -309,7 +321,11 @@ def demo(
 
 def _keep(**given: str | None) -> dict[str, Any]:
     """The `keep` section from options: counts as numbers, percentages as they are."""
-    return {axis: int(text) if text.isdigit() else text for axis, text in given.items() if text is not None}
+    return {axis: int(text) if text.isdecimal() else text for axis, text in given.items() if text is not None}
+
+
+def _complain(problem: object) -> None:
+    err.print(f"error: {problem}", style="red", highlight=False, soft_wrap=True, markup=False)
 
 
 def _table(rows: list[list[str]]) -> None:
@@ -332,11 +348,16 @@ def main() -> None:
     try:
         app()
     except MoeslimError as problem:
-        err.print(f"error: {problem}", style="red", highlight=False, soft_wrap=True, markup=False)
+        _complain(problem)
         sys.exit(problem.exit_code)
-    except KeyboardInterrupt:
-        err.print("stopped", style="red")
-        sys.exit(130)
+    except OSError as problem:  # the machine's word: no space left, no right to write, a vanished disk
+        place = f"{problem.filename}: " if problem.filename else ""
+        _complain(f"{place}{problem.strerror or problem}; nothing half-written stays, so set it right and run again")
+        sys.exit(1)
+    except SystemExit as ending:
+        if ending.code == 130:  # typer turns Ctrl-C into this and says nothing
+            _complain("stopped; what is finished stays, and the same command goes on from there")
+        raise
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """What a model is and what a cut would make of it, from config and headers alone: no torch, answers at once."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure, refuse_quantised
 from moeslim.families import Shape, count
-from moeslim.inputs import has_mtp, model_folder, options_recipe, target_config
+from moeslim.inputs import has_mtp, model_folder, options_recipe, stage_targets, target_config
 from moeslim.plan.engines import engine_warnings
-from moeslim.plan.schedule import resolve
+from moeslim.plan.schedule import StageTarget, resolve
 from moeslim.recipe import Recipe
 
 _GIGA = 1e9
@@ -55,29 +56,92 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
 
 
 def preview(model: str, *, keep: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What pruning `model` to `keep` would give: shapes and parameters before and after, bytes, disk, work."""
+    """What pruning `model` to `keep` would give: shapes and parameters before and after, bytes, disk, memory, work.
+
+    Refuses what cannot work, from config and headers alone.
+    """
     recipe = options_recipe(model, keep=keep, overrides=overrides)
     folder = model_folder(model, revision=recipe.revision, config_only=True)
     config = read_config(folder)
+    refuse_quantised(config, folder)
     shape = Shape.from_config(config)
     target = resolve(shape, recipe.keep, methods=recipe.methods)
     mtp = has_mtp(folder)
     after = target_config(config, target, mtp=mtp is not False)
-    record = {
+    record: dict[str, Any] = {
         "before": sizes(config, mtp),
         "after": sizes(after, mtp),
         "target": dict(vars(target)),
         "warnings": engine_warnings(after, before=shape),
     }
-    lines = [_headline(shape, Shape.from_config(after), record=record), *_cost_lines(shape, recipe, record=record)]
+    record["costs"] = _costs(shape, recipe, record=record)
+    lines = [_headline(shape, Shape.from_config(after), record=record), *_cost_lines(recipe, record)]
     return {**record, "lines": [*lines, *record["warnings"]]}
 
 
+def preview_run(recipe_file: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Every stage's shape, parameters and tokens, before anything starts."""
+    recipe = Recipe.load(recipe_file, overrides)
+    source = model_folder(recipe.model, revision=recipe.revision, config_only=True)
+    config, mtp = read_config(source), has_mtp(source) is not False
+    found: list[dict[str, Any]] = []
+    before = sizes(config, mtp)
+    targets = stage_targets(recipe, source)
+    lines = [f"source: {amount(before['parameters'])} parameters, {amount(before['active'])} active"]
+    for number, target in enumerate(targets, start=1):
+        after = sizes(target_config(config, target, mtp=mtp), mtp)
+        tokens = round(recipe.distill.tokens * float(target.token_share))
+        counts = {axis: value for axis, value in vars(target).items() if axis != "token_share"}
+        found.append({**counts, **after, "tokens": tokens})
+        shape = ", ".join(f"{axis} {value}" for axis, value in counts.items())
+        told = f"{amount(after['parameters'])} parameters, {amount(after['active'])} active"
+        lines.append(f"stage {number}: {shape}; {told}, {tokens:,} tokens")
+    costs = training_costs(before, found, disk=run_bytes(recipe, before["bytes_bf16"], stages=len(targets)))
+    return {"before": before, "stages": found, "costs": costs, "lines": [*lines, *cost_lines(costs)]}
+
+
 def sizes(config: Mapping[str, Any], mtp: bool | None) -> dict[str, int]:
-    """Parameters (with the MTP head unless it is known that there is none), active ones, and bytes in bf16."""
+    """Parameters of the trunk, in all and active, those of the MTP head (0 where there is none), all bytes in bf16."""
     counted = count(config)
-    total = counted.total + (counted.mtp if mtp is not False else 0)
-    return {"parameters": total, "active": counted.active, "mtp_parameters": counted.mtp, "bytes_bf16": 2 * total}
+    head = counted.mtp if mtp is not False else 0
+    whole = 2 * (counted.total + head)
+    return {"parameters": counted.total, "active": counted.active, "mtp_parameters": head, "bytes_bf16": whole}
+
+
+def training_costs(before: Mapping[str, int], stages: Sequence[Mapping[str, int]], *, disk: int) -> dict[str, Any]:
+    """What training costs: TFLOP, bytes of memory (at the largest stage) and `disk` bytes.
+
+    A trained token takes 6 operations per active parameter of the student (2 forward, 4 backward) and 2 of the teacher.
+    Weights, gradients and two moments are fp32; the teacher beside them is counted in fp32 too.
+    """
+    operations = sum(stage["tokens"] * (6 * stage["active"] + 2 * before["active"]) for stage in stages)
+    largest = max(stage["parameters"] + stage["mtp_parameters"] for stage in stages)
+    memory = 16 * largest + 4 * (before["parameters"] + before["mtp_parameters"])
+    return {"training_teraflops": operations / 1e12, "memory_bytes": memory if operations else 0, "disk_bytes": disk}
+
+
+def cost_lines(costs: Mapping[str, Any]) -> list[str]:
+    """`training_costs` in words."""
+    training = [
+        f"time: training, {work(costs['training_teraflops'])}; calibration and evaluation come on top",
+        f"memory: {storage(costs['memory_bytes'])} to train (weights, gradients, two moments, teacher, in float32) "
+        "and the activations of a micro-batch",
+    ]
+    return [*(training if costs["training_teraflops"] else []), f"disk: at most {storage(costs['disk_bytes'])}"]
+
+
+def run_bytes(recipe: Recipe, size: int, *, stages: int) -> int:
+    """What a run leaves on the disk at most: per stage a cut, a trained model, and states with two moments in fp32."""
+    states = 6 * (recipe.distill.keep_last + 1) * size if recipe.distill.tokens else 0
+    return 2 * stages * size + states
+
+
+def cut_bytes(source: Path, target: StageTarget) -> int:
+    """Bytes of the model that a cut to `target` leaves."""
+    structure = read_structure(source)
+    before = sizes(structure.config, structure.has_mtp)
+    after = sizes(target_config(structure.config, target, mtp=structure.has_mtp), structure.has_mtp)
+    return structure.index.bytes * after["bytes_bf16"] // before["bytes_bf16"]
 
 
 def amount(parameters: int) -> str:
@@ -93,17 +157,41 @@ def _headline(before: Shape, after: Shape, *, record: Mapping[str, Any]) -> str:
     return ", ".join([*(changes or ["nothing to cut"]), parameters])
 
 
-def _cost_lines(shape: Shape, recipe: Recipe, *, record: Mapping[str, Any]) -> list[str]:
-    before, after = record["before"], record["after"]
+def storage(size: int) -> str:
+    """Bytes as people say them: 159.35 GB, 0.43 MB."""
+    return f"{size / _GIGA:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def work(teraflops: float) -> str:
+    """An amount of computing, and how long a CPU and a GPU take for it."""
+    minutes = [f"{teraflops / speed / 60:,.1f} min at {speed:g} TFLOP/s" for speed in (0.1, 200)]
+    return f"about {teraflops:,.1f} TFLOP ({', '.join(minutes)})"
+
+
+def _costs(shape: Shape, recipe: Recipe, *, record: Mapping[str, Any]) -> dict[str, Any]:
+    width = 4 if recipe.precision == "float32" else 2
     tokens = recipe.calibrate.sequences * recipe.data.sequence_length
-    teraflops = 2 * before["active"] * tokens / 1e12  # one multiplication and one addition per active parameter
-    hidden_states = 2 * tokens * 4 * shape["hidden"]  # two generations in fp32
+    return {
+        "calibration_tokens": tokens,
+        # one multiplication and one addition per active parameter
+        "calibration_teraflops": 2 * record["before"]["active"] * tokens / 1e12,
+        "calibration_bytes": 2 * tokens * width * shape["hidden"],  # two generations of hidden states
+        "model_bytes": record["after"]["bytes_bf16"],
+        "memory_bytes": width * record["before"]["bytes_bf16"] // 2,
+    }
+
+
+def _cost_lines(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
+    before, after, costs = record["before"], record["after"], record["costs"]
+    head = f"MTP head, besides: {amount(before['mtp_parameters'])} -> {amount(after['mtp_parameters'])}"
     return [
         f"active per token: {amount(before['active'])} -> {amount(after['active'])}",
-        f"in bf16: {before['bytes_bf16'] / _GIGA:.2f} GB -> {after['bytes_bf16'] / _GIGA:.2f} GB",
-        f"calibration: at most {tokens:,} tokens, about {teraflops:,.1f} TFLOP "
-        f"({teraflops / 0.1 / 60:,.1f} min at 0.1 TFLOP/s, {teraflops / 200 / 60:,.1f} min at 200)",
-        f"disk: {after['bytes_bf16'] / _GIGA:.2f} GB for the model, up to {hidden_states / _GIGA:.2f} GB to calibrate",
+        *([head] if before["mtp_parameters"] else []),
+        f"in bf16: {storage(before['bytes_bf16'])} -> {storage(after['bytes_bf16'])}",
+        f"time: calibration of at most {costs['calibration_tokens']:,} tokens, {work(costs['calibration_teraflops'])}",
+        f"disk: {storage(costs['model_bytes'])} for the model, {storage(costs['calibration_bytes'])} to calibrate",
+        f"memory: {storage(costs['memory_bytes'])} to measure before and after (a whole model in {recipe.precision}); "
+        "calibrating holds a layer, cutting a tensor",
     ]
 
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeslim.checkpoint.config_json import edit_config
-from moeslim.checkpoint.source import resolve
+from moeslim.checkpoint.config_json import edit_config, read_config
+from moeslim.checkpoint.source import resolve as find_model
 from moeslim.checkpoint.structure import read_structure
 from moeslim.data.corpus import Corpus, Document, check_disjoint, read_source
 from moeslim.data.split import hold_out
 from moeslim.errors import DataError, RecipeError, ResourceError
-from moeslim.plan.schedule import AXES, Target
+from moeslim.families import Shape
+from moeslim.plan.schedule import AXES, StageTarget, Target, resolve, stages, units
 from moeslim.recipe import Data, Recipe, Source
 
 BUNDLED = Path(__file__).parent / "demo"
@@ -26,7 +27,7 @@ def model_folder(model: str, *, revision: str | None = None, config_only: bool =
     """The folder of a model: a path, a hub name (fetched), or `demo`."""
     if model == "demo":
         return BUNDLED / "teacher"
-    return resolve(model, revision=revision, config_only=config_only)
+    return find_model(model, revision=revision, config_only=config_only)
 
 
 def has_mtp(folder: Path) -> bool | None:
@@ -90,7 +91,15 @@ def advice(data: Sequence[str] | None) -> list[str]:
     """What to tell somebody who brought no text."""
     if data:
         return []
-    return ["calibrated on the bundled mix (speeches, documentation, code); bring text like yours with --data"]
+    return ["the text is the bundled mix (speeches, documentation, code); bring text like yours with --data"]
+
+
+def stage_targets(recipe: Recipe, source: Path) -> list[StageTarget]:
+    """The shape after each stage and its share of the tokens."""
+    shape = Shape.from_config(read_config(source))
+    final = resolve(shape, recipe.keep, methods=recipe.methods)
+    schedule = recipe.schedule if isinstance(recipe.schedule, str) else list(recipe.schedule)
+    return stages(schedule, shape, target=final, unit=units(shape, recipe.methods))
 
 
 def target_config(config: Mapping[str, Any], target: Target, *, mtp: bool) -> dict[str, Any]:

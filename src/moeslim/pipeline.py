@@ -9,6 +9,7 @@ RUN/records/<label>.json   what was measured; RUN/samples.json; RUN/report.html
 Stages talk through these files. A stage whose output stands with the same inputs is skipped; a killed one goes on.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +18,15 @@ from typing import Any
 import yaml
 
 from moeslim import inputs, verbs
-from moeslim.artifacts.commit import write_bytes, write_json
+from moeslim.artifacts.commit import check_vacant, read_json, write_bytes, write_json
 from moeslim.artifacts.fingerprint import file_fingerprint, folder_fingerprint
 from moeslim.artifacts.run import Run, open_run
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure
-from moeslim.families import Shape, count
+from moeslim.describe import cut_bytes, run_bytes
 from moeslim.log import logger
-from moeslim.plan.schedule import StageTarget, resolve, stages, units
-from moeslim.recipe import Recipe
+from moeslim.plan.schedule import StageTarget
+from moeslim.recipe import Methods, Recipe
 
 PARTS = ("train", "calibration", "heldout")
 
@@ -50,11 +51,14 @@ def run(
 ) -> dict[str, Any]:
     """Carry out a recipe in the run folder `out`; going on where it stands. Returns the record with the table."""
     recipe = Recipe.load(recipe_file, overrides)
+    source, teacher = find_models(recipe)
+    targets = inputs.stage_targets(recipe, source)
+    check_settings(recipe, source, teacher=teacher)
+    check_room(recipe, source, folder=Path(out), stages=len(targets))
     with open_run(out, redo=redo) as folder:
-        story = open_story(recipe, folder)
-        write_bytes(folder.path("recipe.yaml"), yaml.safe_dump(recipe.dump(), sort_keys=False).encode())
-        targets = stage_targets(recipe, story.source)
-        check_room(story, targets)
+        story = Story(recipe, folder, source, teacher)
+        if not folder.path("recipe.yaml").exists():  # what stands there was made by it, until all is made anew
+            write_recipe(story)
         pack_text(story)
         student, done = story.source, 0.0
         for number, target in enumerate(targets, start=1):
@@ -67,10 +71,13 @@ def run(
             output = "model" if last else f"{folder_name}/distilled"
             student = distill_stage(story, folder_name, student=f"{folder_name}/cut", output=output, span=span)
             done = span[1]
-        models = {"teacher": story.teacher, "cut": story.path(f"stage-{len(targets)}/cut"), "distilled": student}
+        models = {"teacher": story.teacher, "cut": story.path(f"stage-{len(targets)}/cut")}
+        if recipe.distill.tokens:
+            models["distilled"] = student
         if recipe.compare_random_init:
             models["random-init"] = random_init(story, student)
         evaluate_models(story, models)
+        write_recipe(story)
         return tell(story, student)
 
 
@@ -88,18 +95,25 @@ def prune(
     The checkpoint is `out`; statistics, plan and records stay in the folder `out`.work beside it.
     """
     out = Path(out)
+    work = out.with_name(out.name + ".work")
     recipe = inputs.options_recipe(model, keep=keep, overrides=overrides, data=data, evaluate=_LIGHT)
-    with open_run(out.with_name(out.name + ".work"), redo=redo) as folder:
-        story = open_story(recipe, folder)
-        target = stage_targets(recipe.model_copy(update={"schedule": "one_shot"}), story.source)[-1]
-        inputs.check_disk(out, read_structure(story.source).index.bytes)
+    if not work.exists():
+        check_vacant(out)
+    source, _ = find_models(recipe)
+    target = inputs.stage_targets(recipe.model_copy(update={"schedule": "one_shot"}), source)[-1]
+    check_settings(recipe, source, teacher=source)
+    with open_run(work, redo=redo) as folder:
+        story = Story(recipe, folder, source, source)
+        check_output(story, "stage-1", out=out)
+        if not folder.finished("stage-1-cut"):
+            inputs.check_disk(out, cut_bytes(source, target))
         pack_text(story, parts=("calibration", "heldout"))
-        calibrate_stage(story, "stage-1", student=story.source)
-        plan_stage(story, "stage-1", student=story.source, target=target)
-        cut_stage(story, "stage-1", student=story.source, output=out)
+        calibrate_stage(story, "stage-1", student=source)
+        plan_stage(story, "stage-1", student=source, target=target)
+        cut_stage(story, "stage-1", student=source, output=out)
         proof = verbs.verify(str(out))
-        evaluate_models(story, {"teacher": story.source, "cut": out})
-        text = "bundled mix" if not data else ", ".join(data)
+        evaluate_models(story, {"teacher": source, "cut": out})
+        text = ", ".join(data) if data else "the bundled mix"
         mark = story.tokens["calibration"].fingerprint
         lines = [*proof["lines"], f"calibrated on {text} ({mark})", *inputs.advice(data)]
         return {
@@ -110,30 +124,58 @@ def prune(
         }
 
 
-_LIGHT = {"documents_per_domain": 8, "prompts": 8, "samples": 0, "speed_repeats": 0}
+_LIGHT = {"documents_per_domain": 8, "prompts": 0, "samples": 0, "speed_repeats": 0}
 
 
-def open_story(recipe: Recipe, folder: Run) -> Story:
-    """Find source and teacher, and check both before anything expensive."""
+def find_models(recipe: Recipe) -> tuple[Path, Path]:
+    """The folders of source and teacher, both whole as far as headers tell."""
     source = inputs.model_folder(recipe.model, revision=recipe.revision)
     check_structure(read_structure(source))
-    teacher = source if recipe.teacher is None else inputs.model_folder(recipe.teacher)
-    return Story(recipe, folder, source, teacher)
+    teacher = source
+    if recipe.teacher is not None:
+        teacher = inputs.model_folder(recipe.teacher)
+        check_structure(read_structure(teacher))
+    return source, teacher
 
 
-def stage_targets(recipe: Recipe, source: Path) -> list[StageTarget]:
-    """The shape after each stage and its share of the tokens."""
-    shape = Shape.from_config(read_config(source))
-    final = resolve(shape, recipe.keep, methods=recipe.methods)
-    schedule = recipe.schedule if isinstance(recipe.schedule, str) else list(recipe.schedule)
-    return stages(schedule, shape, target=final, unit=units(shape, recipe.methods))
+def write_recipe(story: Story) -> None:
+    """RUN/recipe.yaml: the recipe with every default filled in."""
+    write_bytes(story.path("recipe.yaml"), yaml.safe_dump(story.recipe.dump(), sort_keys=False).encode())
 
 
-def check_room(story: Story, targets: Sequence[StageTarget]) -> None:
-    """Refuse a run that the disk cannot hold: per stage a cut, a trained model, and states with two moments in fp32."""
-    size = read_structure(story.source).index.bytes
-    states = 6 * (story.recipe.distill.keep_last + 1) * size if story.recipe.distill.tokens else 0
-    inputs.check_disk(story.run.folder, 2 * len(targets) * size + states)
+def check_settings(recipe: Recipe, source: Path, *, teacher: Path) -> None:
+    """Refuse settings that a late stage could not work with, before the first one."""
+    from moeslim.distill.teacher import check_same_words
+
+    inputs.evaluate_settings(recipe).check()
+    if recipe.distill.tokens:
+        inputs.train_settings(recipe, recipe.distill.tokens).check()
+    if teacher != source:
+        check_same_words(source, teacher)
+
+
+def check_room(recipe: Recipe, source: Path, *, folder: Path, stages: int) -> None:
+    """Refuse a run that the disk cannot hold; what stands in its folder already is not asked for again."""
+    needed = run_bytes(recipe, read_structure(source).index.bytes, stages=stages)
+    standing = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    inputs.check_disk(folder, max(0, needed - standing))
+
+
+def check_output(story: Story, stage: str, *, out: Path) -> None:
+    """Refuse an `out` that holds something which this work folder's own cut did not write; nothing of it is touched.
+
+    A run that was killed between the cut and its record leaves a model whose receipt names the plan that stands here.
+    """
+    plan_file = story.path(f"{stage}/plan.json")
+    if story.run.finished(f"{stage}-cut"):
+        return  # then it is compared with what was written
+    if plan_file.is_file() and (out / "receipt.json").is_file():
+        from moeslim.plan.steps import read_plan
+
+        parents = read_json(out / "receipt.json").get("parents", {})
+        if parents.get("plan") == read_plan(plan_file).fingerprint:
+            return
+    check_vacant(out)
 
 
 def pack_text(story: Story, parts: Sequence[str] = PARTS) -> None:
@@ -149,6 +191,7 @@ def pack_text(story: Story, parts: Sequence[str] = PARTS) -> None:
             out_folder=story.path(f"tokens/{part}"),
             sequence_length=recipe.data.sequence_length,
             seed=recipe.seed,
+            redo=story.run.redo,
         )
 
 
@@ -162,7 +205,8 @@ def calibrate_stage(story: Story, stage: str, *, student: Path) -> None:
         "text": tokens.fingerprint,
         "calibrate": recipe.calibrate.model_dump(mode="json"),
     }
-    if story.run.stands(f"{stage}-calibrate", made_from, outputs=[output]):
+    # Statistics without a record (a kill came between) are not cleared: `calibrate` knows whether they are right.
+    if story.run.stands(f"{stage}-calibrate", made_from, outputs=[output] if story.run.redo else []):
         return
     calibrate(
         student,
@@ -170,6 +214,7 @@ def calibrate_stage(story: Story, stage: str, *, student: Path) -> None:
         out=story.path(output),
         sequences=min(recipe.calibrate.sequences, len(tokens)),
         settings=inputs.walk_settings(recipe),
+        redo=story.run.redo,
     )
     story.run.finish(f"{stage}-calibrate", made_from, outputs=[output])
 
@@ -192,12 +237,23 @@ def plan_stage(story: Story, stage: str, *, student: Path, target: StageTarget) 
     if story.run.stands(f"{stage}-plan", made_from, outputs=[output]):
         return
     config, mtp = read_config(student), read_structure(student).has_mtp
-    stats = Stats.load(story.path(f"{stage}/stats"))
-    plan = make_plan(config, stats=stats, target=target, methods=recipe.methods, mtp=mtp, seed=recipe.seed)
+    stats, methods = Stats.load(story.path(f"{stage}/stats")), stage_methods(story, stage)
+    plan = make_plan(config, stats=stats, target=target, methods=methods, mtp=mtp, seed=recipe.seed)
     for warning in check_plan(plan, config, mtp=mtp):
         logger.warning("%s", warning)
     write_plan(story.path(output), plan)
     story.run.finish(f"{stage}-plan", made_from, outputs=[output])
+
+
+def stage_methods(story: Story, stage: str) -> Methods:
+    """The recipe's methods, with the protected experts as the stage's student numbers them."""
+    from moeslim.plan.protect import renumbered
+    from moeslim.plan.steps import read_plan
+
+    protect: Mapping[str, Sequence[int]] = story.recipe.methods.protect
+    for earlier in range(1, int(stage.removeprefix("stage-"))):
+        protect = renumbered(protect, read_plan(story.path(f"stage-{earlier}/plan.json")))
+    return story.recipe.methods.model_copy(update={"protect": protect})
 
 
 def cut_stage(story: Story, stage: str, *, student: Path, output: Path | None = None) -> None:
@@ -205,7 +261,9 @@ def cut_stage(story: Story, stage: str, *, student: Path, output: Path | None = 
     from moeslim.plan.steps import read_plan
     from moeslim.surgery.apply import cut
 
-    name = f"{stage}/cut" if output is None else str(output.absolute())
+    name = f"{stage}/cut" if output is None else os.path.relpath(output, story.run.folder)
+    if output is not None:
+        check_output(story, stage, out=output)
     plan_file = story.path(f"{stage}/plan.json")
     made_from = {"model": folder_fingerprint(student), "plan": file_fingerprint(plan_file)}
     if story.run.stands(f"{stage}-cut", made_from, outputs=[name]):
@@ -234,7 +292,7 @@ def distill_stage(story: Story, stage: str, *, student: str, output: str, span: 
     }
     if not run.stands(f"{stage}-distill", made_from, outputs=[output]):
         moments = slice_moments(story, stage)
-        place = Place(story.path(stage), start=span[0], end=span[1], moments=moments)
+        place = Place(story.path(stage), start=span[0], end=span[1], moments=moments, redo=run.redo)
         settings = inputs.train_settings(recipe, tokens)
         text = story.tokens["train"]
         distill(story.path(student), teacher, tokens=text, out=story.path(output), settings=settings, place=place)
@@ -253,11 +311,13 @@ def slice_moments(story: Story, stage: str) -> Path | None:
     before = last_state(story.path(f"stage-{number - 1}")) if number > 1 else None
     if before is None or story.recipe.distill.optimizer_state == "reset":
         return None
-    out = story.path(f"{stage}/moments")
-    if not out.exists():
-        plan = without_scale(read_plan(story.path(f"{stage}/plan.json")))
-        write_moments(before, out, cut=lambda source, target: cut(source, plan, out_folder=target))
-    return out
+    plan_file, output = story.path(f"{stage}/plan.json"), f"{stage}/moments"
+    made_from = {"state": folder_fingerprint(before), "plan": file_fingerprint(plan_file)}
+    if not story.run.stands(f"{stage}-moments", made_from, outputs=[output]):
+        plan = without_scale(read_plan(plan_file))
+        write_moments(before, story.path(output), cut=lambda source, target: cut(source, plan, out_folder=target))
+        story.run.finish(f"{stage}-moments", made_from, outputs=[output])
+    return story.path(output)
 
 
 def random_init(story: Story, student: Path) -> Path:
@@ -306,22 +366,5 @@ def tell(story: Story, student: Path) -> dict[str, Any]:
     facts = collect(story.run.folder)
     write_card(facts, student)
     page = verbs.report(story.run.folder)["page"]
-    lines = [f"model: {student}", f"page: {page}"]
+    lines = [*verbs.differences(story.path("records")), f"model: {student}", f"page: {page}"]
     return {"model": str(student), "page": page, "table": verbs.comparison(story.path("records")), "lines": lines}
-
-
-def preview(recipe_file: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Every stage's shape, parameters and tokens, before anything starts."""
-    recipe = Recipe.load(recipe_file, overrides)
-    source = inputs.model_folder(recipe.model, revision=recipe.revision, config_only=True)
-    config = read_config(source)
-    found, lines = [], []
-    for number, target in enumerate(stage_targets(recipe, source), start=1):
-        after = inputs.target_config(config, target, mtp=True)
-        counted = count(after)
-        tokens = round(recipe.distill.tokens * float(target.token_share))
-        sizes = {axis: value for axis, value in vars(target).items() if axis != "token_share"}
-        found.append({**sizes, "parameters": counted.total, "active": counted.active, "tokens": tokens})
-        shape = ", ".join(f"{axis} {value}" for axis, value in sizes.items())
-        lines.append(f"stage {number}: {shape}; {counted.total / 1e6:,.2f} M parameters, {tokens:,} tokens")
-    return {"stages": found, "lines": lines}

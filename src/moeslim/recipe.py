@@ -229,8 +229,8 @@ class Evaluate(_Section):
     """Held-out documents for bits per byte, KL and top-1 agreement."""
     stride: Count | None = None
     """Tokens between windows of `data.sequence_length`; left out means windows that do not overlap."""
-    prompts: Count = 64
-    """Held-out prompts per domain for the drafting acceptance."""
+    prompts: Annotated[int, Field(ge=0)] = 64
+    """Held-out prompts per domain for the drafting acceptance; 0 leaves it out."""
     prompt_tokens: Count = 64
     """Tokens of each prompt."""
     new_tokens: Count = 64

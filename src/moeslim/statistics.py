@@ -184,6 +184,10 @@ class Stats:
     def load(cls, folder: Path | str) -> "Stats":
         """Read what `save` wrote; RunError where a file is missing, broken or of another schema."""
         folder = Path(folder)
+        if not (folder / "stats.json").is_file():
+            raise RunError(
+                f"{folder}: no statistics there (no stats.json); give a folder that `moeslim calibrate` wrote"
+            )
         facts = read_json(folder / "stats.json")
         if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
             raise RunError(f"{folder}/stats.json: not statistics of schema {SCHEMA}; calibrate again with this version")

@@ -7,8 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moeslim.artifacts.commit import check_vacant
+from moeslim.artifacts.fingerprint import folder_fingerprint
+from moeslim.artifacts.lock import run_lock
 from moeslim.checkpoint.config_json import read_config
-from moeslim.describe import amount, inspect, preview, sizes
+from moeslim.checkpoint.structure import check_structure, read_structure
+from moeslim.describe import amount, inspect, preview, preview_run, sizes
+from moeslim.errors import PlanError, RunError
 from moeslim.families import Shape
 from moeslim.inputs import (
     BUNDLED,
@@ -23,7 +28,7 @@ from moeslim.inputs import (
 )
 from moeslim.plan.schedule import resolve
 
-__all__ = ["calibrate", "cut", "distill", "evaluate", "inspect", "plan", "preview", "report", "verify"]
+__all__ = ["calibrate", "cut", "distill", "evaluate", "inspect", "plan", "preview", "preview_run", "report", "verify"]
 
 
 def calibrate(
@@ -34,7 +39,10 @@ def calibrate(
     from moeslim.data.tokens import pack
 
     recipe = options_recipe(model, keep={}, overrides=overrides, data=data)
-    folder, out = model_folder(model), Path(out)
+    folder, out = model_folder(model, revision=recipe.revision), Path(out)
+    check_structure(read_structure(folder))
+    if not (out / "stats.json").is_file():
+        check_vacant(out)
     text = text_parts(recipe.data)["calibration"]
     length, beside = recipe.data.sequence_length, out.with_name(out.name + ".tokens")
     tokens = pack(text, folder, out_folder=beside, sequence_length=length, seed=recipe.seed)
@@ -64,6 +72,11 @@ def plan(
     config, mtp = read_config(folder), has_mtp(folder) is not False
     target = resolve(Shape.from_config(config), recipe.keep, methods=recipe.methods)
     known = Stats.load(stats) if stats is not None else None
+    if known is not None and has_mtp(folder) is not None and known.model != folder_fingerprint(folder):
+        raise PlanError(
+            f"{stats}: statistics of model {known.model}, but {folder} is {folder_fingerprint(folder)}; "
+            "give the statistics of this model, or calibrate it"
+        )
     made = make_plan(config, stats=known, target=target, methods=recipe.methods, mtp=mtp, seed=recipe.seed)
     warnings = check_plan(made, config, mtp=mtp)
     write_plan(out, made)
@@ -121,11 +134,15 @@ def distill(
     recipe = options_recipe(student, keep={}, overrides=overrides, data=data, **more)
     folder, out = model_folder(student), Path(out)
     work = out.with_name(out.name + ".work")
-    text, length = text_parts(recipe.data)["train"], recipe.data.sequence_length
-    tokens = pack(text, folder, out_folder=work / "tokens", sequence_length=length, seed=recipe.seed)
     master = None if teacher is None else model_folder(teacher)
+    for model in filter(None, (folder, master)):
+        check_structure(read_structure(model))
+    check_vacant(out)
+    text, length = text_parts(recipe.data)["train"], recipe.data.sequence_length
     settings = train_settings(recipe, recipe.distill.tokens)
-    record = train(folder, master, tokens=tokens, out=out, settings=settings, place=Place(work))
+    with run_lock(work):
+        tokens = pack(text, folder, out_folder=work / "tokens", sequence_length=length, seed=recipe.seed)
+        record = train(folder, master, tokens=tokens, out=out, settings=settings, place=Place(work))
     line = f"{out}: {record['steps']:,} steps, loss {record['first']['total']:.3f} -> {record['last']['total']:.3f}"
     return {**record, "model": str(out), "lines": [line]}
 
@@ -146,7 +163,9 @@ def evaluate(
     recipe, out = options_recipe(models[0], keep={}, overrides=overrides), Path(out)
     paths: list[Any] = list(data) if data else [BUNDLED / "text" / "heldout.jsonl.xz"]
     text = read_corpus([(path, None) for path in paths])
-    folders = {Path(model).name: model_folder(model) for model in models}
+    folders = {name: model_folder(model) for name, model in _labels(models).items()}
+    for folder in folders.values():
+        check_structure(read_structure(folder))
     first = next(iter(folders.values()))
     length = recipe.data.sequence_length
     tokens = pack(text, first, out_folder=out / ".tokens", sequence_length=length, seed=recipe.seed)
@@ -161,12 +180,29 @@ def evaluate(
     return {"records": str(out), "table": comparison(out), "lines": [f"records: {out}"]}
 
 
+def _labels(models: Sequence[str]) -> dict[str, str]:
+    """What each model is called in records and tables: the last part of its name, which must tell them apart."""
+    labels: dict[str, str] = {}
+    for model in models:
+        label = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
+        if label in labels:
+            raise RunError(
+                f"{model}: {labels[label]} is called {label} too, and their records would overwrite each other; "
+                "rename a folder, or evaluate them apart with two --out"
+            )
+        labels[label] = model
+    return labels
+
+
 def report(run_folder: Path | str) -> dict[str, Any]:
     """The page of a run, made again from its records."""
     from moeslim.report.collect import collect
     from moeslim.report.page import write_page
 
-    page = write_page(collect(run_folder), Path(run_folder) / "report.html")
+    facts = collect(run_folder)
+    if not facts.run and not facts.records:
+        raise RunError(f"{run_folder}: no run of moeslim (neither run.json nor records/); give the folder of a run")
+    page = write_page(facts, Path(run_folder) / "report.html")
     return {"page": str(page), "lines": [f"page: {page}"]}
 
 
@@ -176,3 +212,25 @@ def comparison(records: Path) -> list[list[str]]:
     from moeslim.report.console import comparison as rows
 
     return rows(read_records(records))
+
+
+def differences(records: Path) -> list[str]:
+    """What distillation brought, in bits per byte per domain: against the cut and the random-init model, paired.
+
+    The error is that of the documents' own differences, so what is hard for both models cancels.
+    """
+    from moeslim.evaluate.record import Record
+    from moeslim.evaluate.run import paired
+
+    found = {path.stem: Record.read(path) for path in sorted(records.glob("*.json"))}
+    lines = []
+    for other in ("cut", "random-init"):
+        if "distilled" not in found or other not in found:
+            continue
+        figures = paired(found["distilled"], found[other])
+        told = [
+            f"{domain} {figure.value:+.3f}" + (f" ± {figure.se:.3f}" if figure.se is not None else "")
+            for domain, figure in figures.items()
+        ]
+        lines.append(f"bits per byte, distilled minus {other}: {', '.join(told)}")
+    return lines

@@ -101,13 +101,16 @@ def check_vacant(final: Path | str) -> None:
 
 
 def discard(path: Path | str) -> None:
-    """Remove a file or a folder such that a half-removed one cannot be mistaken for a whole one."""
+    """Remove a file or a folder such that a half-removed one cannot be mistaken for a whole one.
+
+    What a killed removal of the same path left goes too.
+    """
     path = Path(path)
+    removed = path.absolute().with_name(f".{path.absolute().name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return
-    removed = path.absolute().with_name(f".{path.absolute().name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
     os.rename(path, removed)
     shutil.rmtree(removed)
 

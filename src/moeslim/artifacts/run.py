@@ -78,6 +78,10 @@ class Run:
         }
         write_json(self._record_path(name), record)
 
+    def finished(self, name: str) -> bool:
+        """Whether stage `name` was ever finished here, from whatever inputs."""
+        return self._record_path(name).exists()
+
     def outputs(self, name: str) -> dict[str, str]:
         """Path -> content fingerprint of what stage `name` wrote; RunError if it is not finished."""
         record = self._record(name)
@@ -109,8 +113,7 @@ class Run:
 
     def _clear(self, outputs: Iterable[str]) -> None:
         for output in outputs:
-            if (self.folder / output).exists():
-                discard(self.folder / output)
+            discard(self.folder / output)
 
 
 def _changed(before: Any, now: Any, *, place: str = "") -> list[str]:

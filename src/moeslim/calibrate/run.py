@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moeslim.artifacts.commit import check_vacant, committed_folder, discard
+from moeslim.artifacts.commit import check_vacant, committed_folder, discard, read_json
 from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.artifacts.lock import run_lock
 from moeslim.calibrate.observe import LayerObserver
 from moeslim.checkpoint.reader import Reader
-from moeslim.errors import DataError
+from moeslim.errors import CheckpointError, DataError
 from moeslim.log import logger, progress
 from moeslim.model.walk import LayerVisit, WalkSettings, walk
 from moeslim.statistics import SCHEMA, Stats, join
@@ -56,13 +56,13 @@ def calibrate(
     out: Path | str,
     sequences: int | None = None,
     settings: WalkSettings | None = None,
-    resume: bool = True,
+    redo: bool = False,
 ) -> Stats:
     """Statistics of the checkpoint folder `model` over `sequences` rows spread evenly over `tokens` (None: all).
 
     Writes `out` last and at once; where it stands already, from the same model, rows and settings, it is read instead.
-    `resume` False throws away what a killed calibration left. Raises DataError for rows that the model cannot read,
-    RunError where `out`, or the half-finished work beside it, is of something else or in use.
+    With `redo` half-finished work of something else is thrown away. Raises DataError for rows that the model cannot
+    read, RunError where `out`, or the half-finished work beside it, is of something else or in use.
     """
     out, settings = Path(out).absolute(), settings or WalkSettings()
     reader = Reader(model)
@@ -77,8 +77,9 @@ def calibrate(
             return standing
     check_vacant(out)
     with run_lock(work):
-        if not resume:
-            (work / "walk.json").unlink(missing_ok=True)  # without it nothing there counts
+        walked = work / "walk.json"
+        if redo and walked.exists() and read_json(walked).get("name") != job.name:
+            walked.unlink()  # without it nothing there counts
         _walk(reader, rows, work=work, job=job, settings=settings)
         stats = join(Stats.load(folder) for folder in _parts(work, reader))
         with committed_folder(out) as temporary:
@@ -106,6 +107,13 @@ def _leave(visit: LayerVisit, observer: LayerObserver, *, job: _Job) -> None:
     layer, part.norms = observer.result()
     if layer is not None:
         part.layers[visit.key] = layer
+    for sums in (*part.layers.values(), *part.norms.values()):
+        for name, array in sums.state().items():
+            if not np.isfinite(array).all():
+                raise CheckpointError(
+                    f"layer {visit.key}: its {name} is NaN or Inf, so some weight or activation is; "
+                    "look for bad weights with `moeslim verify`"
+                )
     part.save(visit.folder)
 
 

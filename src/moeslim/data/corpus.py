@@ -61,7 +61,7 @@ def read_source(path: Path | str, *, domain: str | None = None, text_key: str = 
         records = formats.read_path(place, text_key=text_key)
         fallback = place.name.split(".")[0]
     elif place.suffix.lower() in formats.SUFFIXES or place.is_absolute() or str(path).startswith("."):
-        raise DataError(f"{path}: there is no such file or folder")
+        raise DataError(f"{path}: there is no such file or folder; give text, JSON lines, Parquet or a folder of them")
     else:
         records = formats.read_dataset(str(path), text_key=text_key)
         fallback = str(path).split(":")[0]

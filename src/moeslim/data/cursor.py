@@ -21,6 +21,12 @@ class Cursor:
     epoch: int = 0
     position: int = 0
 
+    @classmethod
+    def after(cls, rows: int, *, seed: int, num_rows: int) -> "Cursor":
+        """The place after `rows` rows of a text of `num_rows`, for a stage that goes on where another ended."""
+        epoch, position = divmod(rows, num_rows)
+        return cls(seed, epoch, position)
+
     def state(self) -> dict[str, int]:
         """What a save holds; `Cursor(**state)` is the same place."""
         return {"seed": self.seed, "epoch": self.epoch, "position": self.position}

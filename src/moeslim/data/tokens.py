@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from moeslim.artifacts.commit import committed_folder, read_json, write_json
+from moeslim.artifacts.commit import committed_folder, discard, read_json, write_json
 from moeslim.artifacts.fingerprint import fingerprint, hash_file
 from moeslim.data.chat import render
 from moeslim.data.corpus import Corpus, Document
-from moeslim.errors import DataError
+from moeslim.errors import DataError, RunError
 from moeslim.log import logger, progress
 
 SCHEMA = 1
-_ENCODED_AT_ONCE = 256  # documents; bounds the memory that encodings take
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_ENCODED_AT_ONCE = 32  # documents; bounds the memory that encodings take
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,17 @@ class TokenSet:
 
 
 def pack(
-    corpus: Corpus, tokenizer_folder: Path | str, *, out_folder: Path | str, sequence_length: int, seed: int
+    corpus: Corpus,
+    tokenizer_folder: Path | str,
+    *,
+    out_folder: Path | str,
+    sequence_length: int,
+    seed: int,
+    redo: bool = False,
 ) -> TokenSet:
     """Tokenise and pack `corpus` into `out_folder`; a folder that already holds exactly this is opened instead.
 
+    One that holds other tokens is replaced with `redo`, and RunError without, before anything is tokenised.
     Documents are shuffled by `seed`. Chat documents go through the tokenizer's template and only the assistant's
     tokens count as targets; of the others every token counts, and the EOS after them.
     """
@@ -119,6 +127,12 @@ def pack(
         if standing.fingerprint == identity:
             logger.info("%s: tokens stand already", out_folder)
             return standing
+        if not redo:
+            raise RunError(
+                f"{out_folder}: not empty, it holds the tokens of another text, tokenizer, sequence length or seed; "
+                "choose another output folder, remove this one, or pass --redo to a run"
+            )
+        discard(out_folder)
     tokenizer = load_tokenizer(tokenizer_folder)
     stream, mask, places, documents = _stream(corpus, tokenizer, seed=seed, length=sequence_length)
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
@@ -150,10 +164,14 @@ def load_tokenizer(folder: Path | str) -> Any:
     """The transformers tokenizer in `folder`; DataError if there is none or it has no EOS to join documents with."""
     from transformers import AutoTokenizer  # seconds to import, and opening packed tokens needs none of it
 
+    names = [path.name for path in Path(folder).glob("*") if path.name in _TOKENIZERS or path.suffix == ".tiktoken"]
+    if not names:  # for some model types transformers then makes up a tokenizer without words
+        raise DataError(f"{folder}: there is no tokenizer; put the model's {_TOKENIZERS[0]} and its config there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as problem:
-        raise DataError(f"{folder}: no tokenizer could be loaded ({str(problem).splitlines()[0]})") from None
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise DataError(f"{folder}: the tokenizer cannot be loaded ({reason}); fetch its files again") from None
     if tokenizer.eos_token_id is None:
         raise DataError(f"{folder}: the tokenizer has no eos_token, which joins documents; set it in its config")
     return tokenizer

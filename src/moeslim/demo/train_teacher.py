@@ -2,9 +2,9 @@
 
     python -m moeslim.demo.train_teacher --data TOKENS --work FOLDER --tokens 9000000 --out FOLDER
 
-TOKENS is a folder of packed tokens (rows of 256). SIGTERM or Ctrl-C saves and stops; the
-same command goes on, bit-identically. The learning rate's cosine runs over --tokens. `--export` writes a checkpoint
-from the newest state without training, also while the training runs in another process.
+TOKENS is a folder of packed tokens (rows of 256), made by build_text.py. SIGTERM or Ctrl-C saves and stops; the same
+command goes on, bit-identically. The learning rate's cosine runs over --tokens. `--start` trains a checkpoint further
+with a schedule of its own. `--export` writes a checkpoint from the newest state, also while the training runs.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moeslim.artifacts.commit import read_json, write_json
-from moeslim.artifacts.fingerprint import fingerprint
+from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.data.tokens import TokenSet
 from moeslim.demo import tokenizer_path
 from moeslim.distill.loop import train
@@ -105,13 +105,13 @@ def settings_for(tokens: int, *, seed: int, learning_rate: float) -> TrainSettin
     )
 
 
-def export(work: Path, out: Path) -> None:
+def export(work: Path, start: Path, *, out: Path) -> None:
     """Write the newest state of the training in `work` as a checkpoint `out` in bf16; an `out` that stands is kept."""
     folders = step_folders(work / "states")
     if not folders:
         raise RunError(f"{work}: no training state here yet; train first")
     student = load_student(folders[-1] / "weights")
-    save_student(student, work / "start", out=out, kind="demo", parents={}, recipe=read_json(work / "settings.json"))
+    save_student(student, start, out=out, kind="demo", parents={}, recipe=read_json(work / "settings.json"))
     logger.info("%s written from %s", out, folders[-1])
 
 
@@ -125,26 +125,27 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--start", type=Path, help="train this checkpoint further, with a schedule of its own")
     parser.add_argument("--export", action="store_true", help="write --out from the newest state, do not train")
     return parser.parse_args()
 
 
 def _run(args: argparse.Namespace) -> None:
-    start = args.work / "start"
+    start = args.start or args.work / "start"
     if not args.export:
         tokens = TokenSet.open(args.data)
         config = teacher_config(vocab_size=tokens.vocab_size, eos=tokens.eos)
         settings = settings_for(args.tokens, seed=args.seed, learning_rate=args.learning_rate)
         if not start.exists():
             write_random(start, config, seed=args.seed, tokenizer_from=args.tokenizer)
-        facts = {"settings": settings.facts(), "config": config, "tokens": tokens.fingerprint}
+        facts = {"settings": settings.facts(), "start": folder_fingerprint(start), "tokens": tokens.fingerprint}
         write_json(args.work / "settings.json", facts)
         torch.set_num_threads(args.threads)
         tune_cpu()
         student = load_student(start, experts=SORTED)
         train(student, tokens, settings=settings, folder=args.work, stage=Stage(fingerprint=fingerprint(facts)))
     if args.out is not None:
-        export(args.work, args.out)
+        export(args.work, start, out=args.out)
 
 
 def main() -> int:

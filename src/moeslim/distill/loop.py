@@ -6,6 +6,7 @@ batch holds T+1 tokens and counts as T.
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -126,6 +127,11 @@ class TrainLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def sync(self) -> None:
+        """Make all lines so far durable: a state must not outlive the log of its steps."""
+        with self.path.open("a", encoding="utf-8") as file:
+            os.fsync(file.fileno())
+
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a training log, [] where there is none."""
@@ -157,7 +163,8 @@ def train(
     tokens_per_step = settings.rows_per_step * tokens.sequence_length
     steps = num_steps(settings, tokens.sequence_length)
     optimizer = make_optimizer(student, settings)
-    position = begin(student, optimizer, settings=settings, folder=folder, stage=stage)
+    first = first_row(tokens, settings=settings, stage=stage)
+    position = begin(student, optimizer, first=first, settings=settings, folder=folder, stage=stage)
     log = TrainLog(folder / "curve.jsonl", position.step)
     student.train()
     stream = batches(tokens, position.cursor, rows_per_batch=settings.rows_per_step)
@@ -182,6 +189,7 @@ def train(
             advance(tokens_per_step, note=f"loss {gradient.loss:.3f}")
             asked = stopped()
             if asked or step == steps or step % settings.save_every == 0:
+                log.sync()
                 state.save(
                     folder / "states",
                     state.Position(step, cursor),
@@ -190,21 +198,36 @@ def train(
                     fingerprint=stage.fingerprint,
                     keep_last=settings.keep_last,
                 )
-            if asked and step < steps:
+            asked = stopped() if step == steps else asked  # nobody looks again after the last step
+            if asked:
                 done = f"after step {step} of {steps}"
                 raise Interrupted(f"{asked}: stopped {done}, saved in {folder}; run again to go on")
     return read_log(folder / "curve.jsonl")
 
 
+def first_row(tokens: TokenSet, *, settings: TrainSettings, stage: Stage) -> Cursor:
+    """Where the stage's text begins: behind what the stages before it have read, so that a run reads on and on."""
+    run_steps = num_steps(settings, tokens.sequence_length) / (stage.end - stage.start)
+    rows = round(stage.start * run_steps) * settings.rows_per_step
+    return Cursor.after(rows, seed=settings.seed, num_rows=len(tokens))
+
+
 def begin(
-    student: Student, optimizer: torch.optim.Optimizer, *, settings: TrainSettings, folder: Path, stage: Stage
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    *,
+    first: Cursor,
+    settings: TrainSettings,
+    folder: Path,
+    stage: Stage,
 ) -> state.Position:
-    """Where the training starts: after the newest state in `folder`, or at the first row with the stage's moments."""
+    """Where the training starts: after the newest state in `folder`, or at row `first` with the stage's moments."""
     position = state.resume(folder / "states", student, optimizer=optimizer, fingerprint=stage.fingerprint)
     if position is not None:
         logger.info("going on after step %d", position.step)
+        state.keep_newest(folder / "states", settings.keep_last)  # a kill may have come between saving and removing
         return position
     torch.manual_seed(settings.seed)
     if stage.moments is not None:
         state.load_moments(stage.moments, student, optimizer=optimizer)
-    return state.Position(0, Cursor(seed=settings.seed))
+    return state.Position(0, first)

@@ -12,7 +12,7 @@ from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.data.tokens import TokenSet
 from moeslim.distill.loop import train
 from moeslim.distill.settings import Stage, TrainSettings, num_steps
-from moeslim.distill.state import step_folders
+from moeslim.distill.state import forget_others, step_folders
 from moeslim.distill.teacher import OnlineTeacher, check_same_words
 from moeslim.errors import DataError, RecipeError
 from moeslim.model.load import load_student
@@ -26,12 +26,14 @@ class Place:
 
     `work` gets curve.jsonl and states/; `start` and `end` are the shares of the run's tokens before and after the
     stage; `moments` is a folder of `state.slice_moments`. Without one a stage in mid-run warms up again (over 1 %).
+    With `redo`, states of a training with other settings, models or data are removed, not refused.
     """
 
     work: Path
     start: float = 0.0
     end: float = 1.0
     moments: Path | None = None
+    redo: bool = False
 
 
 def check(student: Path, teacher: Path | None, *, tokens: TokenSet, settings: TrainSettings) -> None:
@@ -85,6 +87,8 @@ def distill(
     stage = Stage(
         identity, place.start, place.end, moments=place.moments, rewarm=place.moments is None and place.start > 0
     )
+    if place.redo:
+        forget_others(place.work / "states", identity)
     live = load_student(student, device=settings.device, experts=SORTED)
     dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
     word = None

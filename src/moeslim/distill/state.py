@@ -8,6 +8,7 @@ slices a checkpoint by a plan slices the optimizer's moments in the same way.
 """
 
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +83,21 @@ def save(
             "random": torch.get_rng_state().numpy().tobytes().hex(),
         }
         write_json(temporary / "state.json", facts)
-    for old in step_folders(root)[: -max(keep_last, 1)]:
-        discard(old)
+    keep_newest(root, keep_last)
     return folder
+
+
+def keep_newest(root: Path, count: int) -> None:
+    """Remove all but the newest `count` states under `root`; one stays in any case."""
+    for old in step_folders(root)[: -max(count, 1)]:
+        discard(old)
+
+
+def forget_others(root: Path, fingerprint: str) -> None:
+    """Remove the states under `root` that were made with other settings, models or data than `fingerprint` names."""
+    for folder in step_folders(root):
+        if read_json(folder / "state.json")["fingerprint"] != fingerprint:
+            discard(folder)
 
 
 def load_moments(folder: Path, student: Student, *, optimizer: torch.optim.Optimizer) -> None:
@@ -128,8 +141,11 @@ def slice_moments(folder: Path, out: Path, *, cut: Callable[[Path, Path], object
 def resume(root: Path, student: Student, *, optimizer: torch.optim.Optimizer, fingerprint: str) -> Position | None:
     """Restore the newest state under `root` into student, optimizer and torch's generator; None if there is none.
 
-    Raises RunError where the state was made with other settings, models or data.
+    What killed saves and removals left there goes. Raises RunError where the state was made with other settings, models
+    or data.
     """
+    for left in root.glob(".step-*"):
+        shutil.rmtree(left)
     folders = step_folders(root)
     if not folders:
         return None

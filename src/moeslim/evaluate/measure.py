@@ -1,6 +1,7 @@
 """Everything that is measured on one model, on the ground that it shares with the others."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import transformers
 from moeslim import __version__
 from moeslim.artifacts.fingerprint import fingerprint
 from moeslim.data.tokens import TokenDocument, load_tokenizer
+from moeslim.errors import CheckpointError
 from moeslim.evaluate import drafting
 from moeslim.evaluate.agreement import TeacherStates
 from moeslim.evaluate.generate import generate, sampler
@@ -79,9 +81,20 @@ def load(folder: Path, settings: Settings) -> Student:
 
 def teacher_states(folder: Path, ground: Ground) -> TeacherStates:
     """What the model in `folder` says at every scored position."""
-    states = score(load(folder, ground.settings), ground.documents, layout=ground.layout, keep_states=True).states
-    assert states is not None
-    return states
+    scores = score(load(folder, ground.settings), ground.documents, layout=ground.layout, keep_states=True)
+    _check_finite(folder, scores)
+    assert scores.states is not None
+    return scores.states
+
+
+def _check_finite(folder: Path, scores: Scores) -> None:
+    """CheckpointError where the model's own loss is no number; nothing measured on it would mean anything."""
+    bad = [source for source, value in zip(scores.sources, scores.nats, strict=True) if not math.isfinite(value)]
+    if bad:
+        raise CheckpointError(
+            f"{folder}: its loss on {bad[0]} is NaN or Inf ({len(bad)} of {len(scores.nats)} documents); "
+            "look for bad weights with `moeslim verify`"
+        )
 
 
 def measure(
@@ -97,6 +110,7 @@ def measure(
         figures |= _speed(student, ground) | peak_figure(device)
     compared = teacher if job.teacher is not None else None
     scores = score(student, ground.documents, layout=ground.layout, teacher=compared, keep_states=keep_states)
+    _check_finite(job.folder, scores)
     figures |= scores.figures()
     if settings.prompts and student.mtp is not None:
         figures |= _drafting(student, ground)

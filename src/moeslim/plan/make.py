@@ -14,7 +14,8 @@ from moeslim.artifacts.fingerprint import fingerprint
 from moeslim.errors import PlanError
 from moeslim.families import Row, Shape, table
 from moeslim.plan import importance
-from moeslim.plan.schedule import AXES, Target, pattern_period
+from moeslim.plan.protect import check_protected
+from moeslim.plan.schedule import AXES, Target, check_depth, pattern_period, single_layers
 from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, Plan, SetTopK, SourceShape, Step
 from moeslim.recipe import Methods
 from moeslim.statistics import LayerStats, NormStats, Stats
@@ -99,7 +100,7 @@ class _Maker:
 
     def cut_experts(self, count: int) -> CutExperts:
         kept, missed = {}, {}
-        self._check_protected()
+        check_protected(self.methods.protect, self.shape, mtp=self.mtp)
         for new, old in self._moe_keys():
             always = self.methods.protect.get(old, ())
             try:
@@ -139,19 +140,6 @@ class _Maker:
         pairs = [(str(new), str(old)) for new, old in enumerate(self.layers) if self.shape.is_moe(str(old))]
         return [*pairs, ("mtp.0", "mtp.0")] if self.mtp else pairs
 
-    def _check_protected(self) -> None:
-        known = [
-            key for key in (*self.shape.layer_keys, "mtp.0") if self.shape.is_moe(key) and (self.mtp or key != "mtp.0")
-        ]
-        for key, ids in self.methods.protect.items():
-            if key not in known:
-                raise PlanError(f"methods.protect: {key!r} is no layer with experts; known are {_span(known)}")
-            wrong = [e for e in ids if not 0 <= e < self.shape["experts"]]
-            if wrong:
-                raise PlanError(
-                    f"methods.protect.{key}: {wrong[0]} is no expert; they are 0..{self.shape['experts'] - 1}"
-                )
-
     def _layer(self, key: str, what: str) -> LayerStats:
         if self.stats is None:
             raise PlanError(
@@ -161,14 +149,20 @@ class _Maker:
             raise PlanError(
                 f"the statistics have no layer {key}; they are of another model, or unfinished: calibrate anew"
             )
-        return self.stats.layers[key]
+        found = self.stats.layers[key]
+        _check_size(f"layer {key}", len(found.x_sum), wanted=self.shape["hidden"], what="channels")
+        if self.shape.is_moe(key):
+            _check_size(f"layer {key}", len(found.routed), wanted=self.shape["experts"], what="experts")
+        return found
 
     def _norm(self, name: str) -> NormStats:
         if self.stats is None:
             raise PlanError("choosing hidden channels needs calibration statistics; calibrate first")
         if name not in self.stats.norms:
             raise PlanError(f"the statistics have nothing on {name}; they are of another model: calibrate anew")
-        return self.stats.norms[name]
+        found = self.stats.norms[name]
+        _check_size(name, len(found.abs_sum), wanted=self.shape["hidden"], what="channels")
+        return found
 
     def _renumbered(self, row: Row) -> str:
         """The norm's name in the model as cut_hidden finds it."""
@@ -206,14 +200,8 @@ def kept_layers(shape: Shape, layers: Sequence[LayerStats], *, count: int, metho
     PlanError where N is no multiple of the period, since the pattern of mixers would break.
     """
     period, gone = pattern_period(shape.layer_types), len(layers) - count
-    single = methods.depth == "block_influence" and methods.allow_irregular
-    if gone % period and not single:
-        allowed = [len(layers) - n for n in range(period, len(layers), period)]
-        more = ", or set allow_irregular" if methods.depth == "block_influence" else ""
-        raise PlanError(
-            f"keep.layers: {methods.depth} takes out whole periods of {period} layers, {len(layers)} -> {count} is "
-            f"{gone}; keep {_span(allowed)}{more}, or use the method `last`"
-        )
+    check_depth(len(layers), count, period=period, methods=methods)
+    single = single_layers(methods)
     if methods.depth == "mean_similarity":
         similarity = importance.layer_similarity(layers)[: count + 1]
         start = int(np.flatnonzero(similarity == similarity.max())[-1])
@@ -227,6 +215,14 @@ def kept_layers(shape: Shape, layers: Sequence[LayerStats], *, count: int, metho
     return [layer for layer in range(len(layers)) if layer // period in stay or layer >= periods * period]
 
 
+def _check_size(where: str, found: int, *, wanted: int, what: str) -> None:
+    if found != wanted:
+        raise PlanError(
+            f"the statistics of {where} are of {found} {what}, the model has {wanted}; they are of another model: "
+            "calibrate anew"
+        )
+
+
 def _stays(row: Row, prefixes: Sequence[str]) -> bool:
     return row.subtree == "mtp" or row.layer is None or any(row.name.startswith(prefix) for prefix in prefixes)
 
@@ -236,9 +232,3 @@ def _check_target(shape: Shape, target: Target) -> None:
         wanted, there = getattr(target, axis), shape.layers if axis == "layers" else shape[axis]
         if wanted is not None and not 1 <= wanted <= there:
             raise PlanError(f"keep.{axis}: {wanted} of {there}; keep at least 1 and at most {there}")
-
-
-def _span(values: Sequence[object]) -> str:
-    """A list in words, shortened in the middle."""
-    words = [str(value) for value in values]
-    return ", ".join(words if len(words) <= 6 else [*words[:3], "...", *words[-2:]]) or "nothing"

