@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -95,9 +96,9 @@ def start(target: Callable[..., None], *args: Any) -> BaseProcess:
     """Run `target` in a forked process with one thread; its `exitcode` is -9 after a SIGKILL, as in subprocess."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    os.environ["OMP_NUM_THREADS"] = "1"  # read once, when the server starts
     process = context.Process(target=target, args=args)
-    process.start()
+    with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):  # read once, when the server starts
+        process.start()
     return process
 
 

@@ -202,6 +202,7 @@ def test_replace_file_and_discard(tmp_path: Path) -> None:
         temporary.write_bytes(b"new")
     assert contents(tmp_path) == {"x.bin": b"new"}
     (tmp_path / "folder").mkdir()
+    (tmp_path / ".never there.removed" / "left by a killed removal").mkdir(parents=True)
     for name in ("x.bin", "folder", "never there"):
         discard(tmp_path / name)
     assert list(tmp_path.iterdir()) == []

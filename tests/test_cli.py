@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from command import MEASURE, SMALL, TRAIN, Command, moeslim, settings, write_model, write_text
 from fake_run import fake_run
-from moeslim import __version__
+from moeslim import __version__, describe
 from tiny import tiny_config
 
 __all__ = ["moeslim"]  # a fixture
@@ -329,3 +329,13 @@ def run_in_shell() -> Callable[..., Any]:
         return subprocess.run(line, capture_output=True, text=True, check=False)
 
     return call
+
+
+def test_amounts_in_words() -> None:
+    # 0.6 TFLOP are 6 s at 0.1 TFLOP/s; 1 EFLOP is a million TFLOP: 115.7 days, or 83.3 minutes at 200
+    assert describe.work(0.6) == "about 0.6 TFLOP (6.0 s at 0.1 TFLOP/s, 0.0 s at 200 TFLOP/s)"
+    assert describe.work(1e6) == "about 1.0 EFLOP (115.7 days at 0.1 TFLOP/s, 83.3 min at 200 TFLOP/s)"
+    assert describe.storage(428_000) == "0.43 MB"
+    assert describe.storage(162_650_000_000) == "162.65 GB"
+    assert describe.amount(79_674_391_296) == "79.674 B"
+    assert describe.amount(188_000) == "0.188 M"

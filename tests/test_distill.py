@@ -219,6 +219,16 @@ def test_a_kill_while_saving_leaves_the_state_before(
     assert _same(uninterrupted[0], two)
 
 
+def test_leftovers_of_killed_saves_and_removals_go(folder: Path, tokens: TokenSet, tmp_path: Path) -> None:
+    for name in (".step-0000009.partial", ".step-0000003.removed"):
+        (tmp_path / "states" / name / "weights").mkdir(parents=True)
+    _train(load_student(folder), tokens, tmp_path, steps=2, save_every=1)
+    for number in (3, 4):  # a kill came before the removal of old states, and nothing is left to train
+        shutil.copytree(tmp_path / "states" / "step-0000002", tmp_path / "states" / f"step-000000{number}")
+    _train(load_student(folder), tokens, tmp_path, steps=2, keep_last=1)
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["step-0000004"]
+
+
 def test_bf16_keeps_fp32_weights_and_learns(folder: Path, tokens: TokenSet, tmp_path: Path) -> None:
     aligned = write_tiny(tmp_path / "m", num_hidden_layers=2, initializer_range=0.1, moe_intermediate_size=16)
     student = load_student(aligned, experts="moeslim_sorted")

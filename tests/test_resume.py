@@ -171,7 +171,7 @@ def test_ten_runs_killed_once_each_at_a_random_moment(
 ) -> None:
     rng, hit = random.Random(2), []
     for number in range(KILLS):
-        out = tmp_path / f"run-{number}"
+        out = tmp_path / str(number) / "run"
         hit.append(killed_at_random(recipe, out, wait=rng.uniform(0, seconds)))
         Watch(out).look()
         assert micro.finish(micro.carry_out, recipe, out) == 0

@@ -164,8 +164,16 @@ def storage(size: int) -> str:
 
 def work(teraflops: float) -> str:
     """An amount of computing, and how long a CPU and a GPU take for it."""
-    minutes = [f"{teraflops / speed / 60:,.1f} min at {speed:g} TFLOP/s" for speed in (0.1, 200)]
-    return f"about {teraflops:,.1f} TFLOP ({', '.join(minutes)})"
+    times = [f"{_time(teraflops / speed)} at {speed:g} TFLOP/s" for speed in (0.1, 200)]
+    told = f"{teraflops:,.1f} TFLOP" if teraflops < 1e6 else f"{teraflops / 1e6:,.1f} EFLOP"
+    return f"about {told} ({', '.join(times)})"
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("years", 365.25 * 86400), ("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _costs(shape: Shape, recipe: Recipe, *, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Greedy tokens by transformers, the yardstick of serve_check.py: `reference.py MODEL DTYPE TOKENS OUT.json`.
+"""Greedy tokens by transformers, the yardstick of serve_check.py: `reference.py DTYPE MODEL TOKENS OUT.json`.
 
 A process of its own, so that neither library sees the other's patches and threads.
 """
@@ -32,11 +32,25 @@ def greedy(model: Any, prompt: list[int], tokens: int) -> dict[str, Any]:
         step = model(torch.tensor([chosen[-1:]]), past_key_values=step.past_key_values, use_cache=True)
 
 
+@torch.inference_mode()
+def noise(text: dict[str, Any], exact: Any) -> float:
+    """How far the dtype alone moves transformers' logits on this text: the largest difference to fp32's."""
+    given = text["prompt"] + text["tokens"][:-1]
+    logits = exact(torch.tensor([given])).logits[0, len(text["prompt"]) - 1 :]
+    steps = zip(logits, text["logits"], strict=True)
+    return max(abs(float(exact_step[token]) - logit) for exact_step, best in steps for token, logit in best.items())
+
+
 def main() -> None:
-    folder, dtype, tokens, out = sys.argv[1:]
+    dtype, folder, tokens, out = sys.argv[1:]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
+    model, exact = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[name]).eval()
+        for name in (dtype, "float32")
+    )
     texts = [greedy(model, tokenizer.encode(text), int(tokens)) for text in PROMPTS]
+    for text in texts:
+        text["noise"] = noise(text, exact)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     Path(out).write_text(json.dumps({"versions": versions, "texts": texts}))
 

@@ -38,7 +38,11 @@ GROUPS = (
     Group("Bits per byte", "held-out text, lower is better", (("bits_per_byte", ""),)),
     Group("KL from the teacher", "nats per token, lower is better", (("kl", ""),)),
     Group("Top-1 agreement with the teacher", "% of tokens", (("top1", ""),)),
-    Group("Accepted drafts", "% of drafts whose first j + 1 tokens are right", tuple((name, name) for name in DRAFTS)),
+    Group(
+        "Accepted drafts",
+        "% of drafts whose first j + 1 tokens are right; a model that repeats itself is easy to draft for",
+        tuple((name, name) for name in DRAFTS),
+    ),
     Group("Mean accepted length", "tokens, the trunk's free one included", (("accepted_length", ""),)),
     Group("Speed", "tokens per second", (("prefill", "prefill"), ("decode", "decode"))),
 )
