@@ -209,3 +209,8 @@ def two_models_of_one_name(given: Given) -> list[object]:
 @case("no run of moeslim", "give the folder of a run")
 def report_of_no_run(given: Given) -> list[object]:
     return ["report", given.model.parent / "stats"]
+
+
+@case("nothing to cut", "--experts 50%")
+def prune_without_a_size(given: Given) -> list[object]:
+    return ["prune", given.model, given.out]

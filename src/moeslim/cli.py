@@ -320,8 +320,14 @@ def demo(
 
 
 def _keep(**given: str | None) -> dict[str, Any]:
-    """The `keep` section from options: counts as numbers, percentages as they are."""
-    return {axis: int(text) if text.isdecimal() else text for axis, text in given.items() if text is not None}
+    """The `keep` section from options: counts as numbers, percentages as they are, a share as what is refused well."""
+    return {axis: _number(text) for axis, text in given.items() if text is not None}
+
+
+def _number(text: str) -> int | float | str:
+    if text.isdecimal():
+        return int(text)
+    return float(text) if text.startswith(("0.", ".")) and text.replace(".", "", 1).isdecimal() else text
 
 
 def _complain(problem: object) -> None:

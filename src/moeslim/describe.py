@@ -96,7 +96,8 @@ def preview_run(recipe_file: Path | str, overrides: Sequence[str] = ()) -> dict[
         shape = ", ".join(f"{axis} {value}" for axis, value in counts.items())
         told = f"{amount(after['parameters'])} parameters, {amount(after['active'])} active"
         lines.append(f"stage {number}: {shape}; {told}, {tokens:,} tokens")
-    costs = training_costs(before, found, disk=run_bytes(recipe, before["bytes_bf16"], stages=len(targets)))
+    disk = run_bytes(recipe, before["bytes_bf16"], stages=len(targets))
+    costs = training_costs(recipe, before, stages=found, disk=disk)
     return {"before": before, "stages": found, "costs": costs, "lines": [*lines, *cost_lines(costs)]}
 
 
@@ -108,15 +109,20 @@ def sizes(config: Mapping[str, Any], mtp: bool | None) -> dict[str, int]:
     return {"parameters": counted.total, "active": counted.active, "mtp_parameters": head, "bytes_bf16": whole}
 
 
-def training_costs(before: Mapping[str, int], stages: Sequence[Mapping[str, int]], *, disk: int) -> dict[str, Any]:
+def training_costs(
+    recipe: Recipe, before: Mapping[str, int], *, stages: Sequence[Mapping[str, int]], disk: int
+) -> dict[str, Any]:
     """What training costs: TFLOP, bytes of memory (at the largest stage) and `disk` bytes.
 
     A trained token takes 6 operations per active parameter of the student (2 forward, 4 backward) and 2 of the teacher.
-    Weights, gradients and two moments are fp32; the teacher beside them is counted in fp32 too.
+    A random-init model to compare with is the last stage's shape on all tokens. Weights, gradients and two moments are
+    fp32; the teacher beside them is in the recipe's precision.
     """
-    operations = sum(stage["tokens"] * (6 * stage["active"] + 2 * before["active"]) for stage in stages)
+    twin = [{**stages[-1], "tokens": recipe.distill.tokens}] if recipe.compare_random_init else []
+    operations = sum(stage["tokens"] * (6 * stage["active"] + 2 * before["active"]) for stage in [*stages, *twin])
+    width = 4 if recipe.precision == "float32" else 2
     largest = max(stage["parameters"] + stage["mtp_parameters"] for stage in stages)
-    memory = 16 * largest + 4 * (before["parameters"] + before["mtp_parameters"])
+    memory = 16 * largest + width * (before["parameters"] + before["mtp_parameters"])
     return {"training_teraflops": operations / 1e12, "memory_bytes": memory if operations else 0, "disk_bytes": disk}
 
 
@@ -124,8 +130,8 @@ def cost_lines(costs: Mapping[str, Any]) -> list[str]:
     """`training_costs` in words."""
     training = [
         f"time: training, {work(costs['training_teraflops'])}; calibration and evaluation come on top",
-        f"memory: {storage(costs['memory_bytes'])} to train (weights, gradients, two moments, teacher, in float32) "
-        "and the activations of a micro-batch",
+        f"memory: {storage(costs['memory_bytes'])} to train (weights, gradients and two moments in float32, the "
+        "teacher) and the activations of a micro-batch",
     ]
     return [*(training if costs["training_teraflops"] else []), f"disk: at most {storage(costs['disk_bytes'])}"]
 
@@ -197,7 +203,8 @@ def _cost_lines(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
         *([head] if before["mtp_parameters"] else []),
         f"in bf16: {storage(before['bytes_bf16'])} -> {storage(after['bytes_bf16'])}",
         f"time: calibration of at most {costs['calibration_tokens']:,} tokens, {work(costs['calibration_teraflops'])}",
-        f"disk: {storage(costs['model_bytes'])} for the model, {storage(costs['calibration_bytes'])} to calibrate",
+        f"disk: {storage(costs['model_bytes'])} for the model, "
+        f"at most {storage(costs['calibration_bytes'])} to calibrate",
         f"memory: {storage(costs['memory_bytes'])} to measure before and after (a whole model in {recipe.precision}); "
         "calibrating holds a layer, cutting a tensor",
     ]

@@ -24,6 +24,7 @@ from moeslim.artifacts.run import Run, open_run
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure
 from moeslim.describe import cut_bytes, run_bytes
+from moeslim.errors import RecipeError
 from moeslim.log import logger
 from moeslim.plan.schedule import StageTarget
 from moeslim.recipe import Methods, Recipe
@@ -97,6 +98,10 @@ def prune(
     out = Path(out)
     work = out.with_name(out.name + ".work")
     recipe = inputs.options_recipe(model, keep=keep, overrides=overrides, data=data, evaluate=_LIGHT)
+    if all(kept is None for kept in recipe.keep.model_dump().values()):
+        raise RecipeError(
+            "nothing to cut: say what to keep, for example --experts 50% (or --layers, --top-k and so on)"
+        )
     if not work.exists():
         check_vacant(out)
     source, _ = find_models(recipe)

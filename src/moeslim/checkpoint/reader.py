@@ -15,7 +15,6 @@ from moeslim.errors import CheckpointError
 from moeslim.families import Row, expert_prefix, pieces
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-DTYPE_NAMES = {value: name for name, value in TORCH_DTYPES.items()}
 
 
 class Reader:

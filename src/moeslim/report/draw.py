@@ -60,11 +60,11 @@ class _Frame:
         return self.height - _BOTTOM - (value - self.y0) / span * (self.height - _TOP - _BOTTOM)
 
 
-def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that lie in [low, high]."""
     if not high > low:
         return [low]
-    rough = (high - low) / about
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next((m * power for m in (1, 2, 5) if m * power >= rough * 0.999), 10 * power)
     first = math.ceil(low / step - 1e-9)
