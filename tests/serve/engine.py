@@ -1,4 +1,4 @@
-"""vLLM's side of serve_check.py: `engine.py PART MODEL PROMPTS.json TOKENS OUT.json`, PART one of the keys of `PARTS`.
+"""vLLM's side of serve_check.py: `engine.py PART MODEL TOKENS OUT.json`, PART one of the keys of `PARTS`.
 
 A process of its own per part. OUT.json is written whatever happens: a part that stops says where, in `stopped`.
 """
@@ -22,7 +22,7 @@ os.environ |= {
 import deltanet
 import torch
 import vllm
-from prompts import TOP
+from prompts import PROMPTS, TOP
 from safetensors import safe_open
 from vllm import LLM, SamplingParams
 
@@ -40,17 +40,18 @@ def engine(model: str, part: str) -> LLM:
     return LLM(model, enforce_eager=True, logprobs_mode="raw_logits", disable_log_stats=False, **options, **PARTS[part])
 
 
-def greedy(llm: LLM, prompts: list[list[int]], *, tokens: int) -> list[dict[str, Any]]:
-    """Per prompt the ids chosen and {id: logit} of the best, all prompts in one batch as a server would run them."""
+def greedy(llm: LLM, tokens: int) -> list[dict[str, Any]]:
+    """Per prompt its ids, those chosen and {id: logit} of the best; all prompts in one batch, as a server runs them."""
     wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=TOP)
-    done = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], wanted, use_tqdm=False)
-    answers = [each.outputs[0] for each in done]
     return [
         {
-            "tokens": list(answer.token_ids),
-            "logits": [{token: entry.logprob for token, entry in step.items()} for step in answer.logprobs or []],
+            "prompt": list(done.prompt_token_ids or []),
+            "tokens": list(done.outputs[0].token_ids),
+            "logits": [
+                {token: best.logprob for token, best in step.items()} for step in done.outputs[0].logprobs or []
+            ],
         }
-        for answer in answers
+        for done in llm.generate(list(PROMPTS), wanted, use_tqdm=False)
     ]
 
 
@@ -114,7 +115,7 @@ def counters(llm: LLM) -> dict[str, Any]:
     }
 
 
-def run(part: str, model: str, *, prompts: list[list[int]], tokens: int, record: dict[str, Any]) -> None:
+def run(part: str, model: str, *, tokens: int, record: dict[str, Any]) -> None:
     """Fill `record` phase by phase, so that what was reached before an error stays known."""
     if part == "mtp":
         watch_drafter(Path(model), record)
@@ -126,16 +127,16 @@ def run(part: str, model: str, *, prompts: list[list[int]], tokens: int, record:
     record["phase"] = "starting the engine"
     llm = engine(model, part)
     record["phase"] = "generating"
-    record["texts"] = greedy(llm, prompts, tokens=tokens)
+    record["texts"] = greedy(llm, tokens)
     record["drafts"] = counters(llm)
     record["phase"] = "done"
 
 
 def main() -> None:
-    part, model, prompts, tokens, out = sys.argv[1:]
+    part, model, tokens, out = sys.argv[1:]
     record: dict[str, Any] = {"versions": {"vllm": vllm.__version__, "torch": torch.__version__}}
     try:
-        run(part, model, prompts=json.loads(Path(prompts).read_text()), tokens=int(tokens), record=record)
+        run(part, model, tokens=int(tokens), record=record)
     except Exception as problem:  # whatever stops the engine is the finding, and is passed on
         traceback.print_exc()
         frame = traceback.extract_tb(problem.__traceback__)[-1]

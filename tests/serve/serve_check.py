@@ -9,7 +9,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ HERE = Path(__file__).parent
 
 def call(script: str, *arguments: str | Path, log: Path) -> Any:
     """What a script of this folder wrote to its last argument; raises SystemExit with the end of its log."""
+    out = Path(arguments[-1])
+    out.unlink(missing_ok=True)  # an answer of an earlier run must not stand in for one that failed
     with log.open("w") as sink:
         command = [sys.executable, HERE / script, *arguments]
         done = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, check=False)
-    out = Path(arguments[-1])
     if done.returncode or not out.exists():
         raise SystemExit(f"{script} ended with code {done.returncode}; the end of {log}:\n{log.read_text()[-3000:]}")
     return json.loads(out.read_text())
@@ -34,6 +34,8 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], *, ties_allowed: bool)
     the distance that it moves transformers' own logits from fp32's. After the first difference the texts are different
     questions, so nothing is compared there.
     """
+    if ours["prompt"] != theirs["prompt"]:
+        return False, f"the prompt is {ours['prompt']} to transformers and {theirs['prompt']} to vLLM"
     pairs = list(zip(ours["tokens"], theirs["tokens"], strict=True))
     equal = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
     apart = max((largest_difference(ours["logits"][i], theirs["logits"][i]) for i in range(equal)), default=0.0)
@@ -100,26 +102,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", nargs="?", default="runs/demo/model", type=Path)
     parser.add_argument("--tokens", default=48, type=int, help="new tokens per text")
+    parser.add_argument("--logs", default="runs/serve-check", type=Path, help="what both sides said, and their answers")
     asked = parser.parse_args()
     if not (asked.model / "config.json").exists():
         raise SystemExit(f"{asked.model}: no model here; `make demo` makes runs/demo/model, or name a folder")
     model, tokens = asked.model.resolve(), str(asked.tokens)
-    work = Path(tempfile.mkdtemp(prefix="serve-check-"))
+    work = asked.logs.resolve()
+    work.mkdir(parents=True, exist_ok=True)
     references = {
         dtype: call("reference.py", dtype, model, tokens, work / f"reference-{dtype}.json", log=work / f"{dtype}.log")
         for dtype in ("float32", "bfloat16")
     }
-    prompts = work / "prompts.json"
-    prompts.write_text(json.dumps([text["prompt"] for text in references["float32"]["texts"]]))
     engines = {
-        part: call("engine.py", part, model, prompts, tokens, work / f"{part}.json", log=work / f"vllm-{part}.log")
+        part: call("engine.py", part, model, tokens, work / f"{part}.json", log=work / f"vllm-{part}.log")
         for part in ("float32", "bfloat16", "mtp")
     }
     versions = references["float32"]["versions"] | engines["float32"]["versions"]
     print(f"{asked.model}: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     fine = [check_texts(dtype, references[dtype], engines[dtype]) for dtype in references]
     fine.append(check_mtp(engines["mtp"], references["bfloat16"], log=work / "vllm-mtp.log"))
-    print(f"\n{'all as it must be' if all(fine) else 'NOT as it must be'}; logs in {work}")
+    print(f"\n{'all as it must be' if all(fine) else 'NOT as it must be'}; logs in {asked.logs}")
     raise SystemExit(0 if all(fine) else 1)
 
 
