@@ -1,39 +1,35 @@
 """Qwen3-Next: Gated DeltaNet and gated attention layers, routed and shared experts, an MTP block of its own."""
 
-from moeslim.families.spec import Family, keys, tensors
+from moeslim.families.spec import Family, keys, sections
 
 SPEC = Family(
     model_type="qwen3_next",
     sizes=keys("""
-        vocab vocab_size             hidden hidden_size           dense_size intermediate_size=5632
-        experts num_experts          top_k num_experts_per_tok    expert_size moe_intermediate_size
-        heads num_attention_heads    kv_heads num_key_value_heads head_dim head_dim=256
-        key_heads linear_num_key_heads=16      key_dim linear_key_head_dim=128     kernel linear_conv_kernel_dim=4
-        value_heads linear_num_value_heads=32  value_dim linear_value_head_dim=128
-        shared_size shared_expert_intermediate_size
+        vocab vocab_size    hidden hidden_size    dense_size intermediate_size=5632    kernel linear_conv_kernel_dim=4
+        experts num_experts     expert_size moe_intermediate_size    shared_size shared_expert_intermediate_size
+        top_k num_experts_per_tok    heads num_attention_heads    kv_heads num_key_value_heads    head_dim head_dim=256
+        key_heads linear_num_key_heads=16     key_dim linear_key_head_dim=128
+        value_heads linear_num_value_heads=32 value_dim linear_value_head_dim=128
     """),
     derived={"per_key": "value_heads // key_heads"},
     default_interval=4,
-    outer=tensors("""
-        embedding  model.embed_tokens.weight  vocab, hidden
-        norm       model.norm.weight          hidden         zero_centred
-        head       lm_head.weight             vocab, hidden
-    """),
     layer_prefix="model.layers.{l}.",
-    parts={
-        "every": tensors("""
+    parts=sections("""
+        outer:
+            embedding  model.embed_tokens.weight  vocab, hidden
+            norm       model.norm.weight          hidden         zero_centred
+            head       lm_head.weight             vocab, hidden
+        every:
             norm  input_layernorm.weight           hidden  zero_centred
             norm  post_attention_layernorm.weight  hidden  zero_centred
-        """),
-        "full_attention": tensors("""
+        full_attention:
             attention  self_attn.q_proj.weight  heads*(head_dim|head_dim), hidden
             attention  self_attn.k_proj.weight  kv_heads*head_dim, hidden
             attention  self_attn.v_proj.weight  kv_heads*head_dim, hidden
             attention  self_attn.o_proj.weight  hidden, heads*head_dim
             attention  self_attn.q_norm.weight  head_dim  zero_centred
             attention  self_attn.k_norm.weight  head_dim  zero_centred
-        """),
-        "linear_attention": tensors("""
+        linear_attention:
             deltanet  linear_attn.in_proj_qkvz.weight  key_heads*(2*key_dim|2*per_key*value_dim), hidden
             deltanet  linear_attn.in_proj_ba.weight    key_heads*(per_key|per_key), hidden
             deltanet  linear_attn.conv1d.weight        2*key_heads*key_dim|key_heads*per_key*value_dim, 1, kernel  conv
@@ -41,28 +37,23 @@ SPEC = Family(
             deltanet  linear_attn.dt_bias              key_heads*per_key  dt_bias
             deltanet  linear_attn.norm.weight          value_dim  plain_norm
             deltanet  linear_attn.out_proj.weight      hidden, key_heads*per_key*value_dim
-        """),
-        "moe": tensors("""
+        moe:
             router  mlp.gate.weight                     experts, hidden
             shared  mlp.shared_expert.gate_proj.weight  shared_size, hidden  gate
             shared  mlp.shared_expert.up_proj.weight    shared_size, hidden  up
             shared  mlp.shared_expert.down_proj.weight  hidden, shared_size  down
             shared  mlp.shared_expert_gate.weight       1, hidden
-        """),
-        "dense": tensors("""
+        dense:
             dense  mlp.gate_proj.weight  dense_size, hidden
             dense  mlp.up_proj.weight    dense_size, hidden
             dense  mlp.down_proj.weight  hidden, dense_size
-        """),
-    },
-    expert_prefix="mlp.experts",
-    router="mlp.gate",
-    mtp_outer=tensors("""
-        mtp_fc  mtp.fc.weight                     hidden, hidden|hidden
-        norm    mtp.pre_fc_norm_embedding.weight  hidden  zero_centred
-        norm    mtp.pre_fc_norm_hidden.weight     hidden  zero_centred
-        norm    mtp.norm.weight                   hidden  zero_centred
+        mtp:
+            mtp_fc  mtp.fc.weight                     hidden, hidden|hidden
+            norm    mtp.pre_fc_norm_embedding.weight  hidden  zero_centred
+            norm    mtp.pre_fc_norm_hidden.weight     hidden  zero_centred
+            norm    mtp.norm.weight                   hidden  zero_centred
     """),
+    expert_prefix="mlp.experts",
     mtp_layer_prefix="mtp.layers.0.",
     mtp_mixer="full_attention",
     rope_defaults={"rope_theta": 10000.0, "partial_rotary_factor": 0.25},

@@ -53,6 +53,12 @@ def tensors(text: str) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+def sections(text: str) -> dict[str, tuple[Tensor, ...]]:
+    """The tensors of a page by part: a line that ends with a colon names the part of the lines below it."""
+    found = re.split(r"^\s*(\w+):\s*$", text, flags=re.MULTILINE)[1:]
+    return {part: tensors(lines) for part, lines in zip(found[::2], found[1::2], strict=True)}
+
+
 def keys(text: str) -> dict[str, str | tuple[str, int]]:
     """Pairs of an axis and the config key of its size, `key=default` where the config may leave it out."""
     words = text.split()
@@ -64,23 +70,26 @@ def keys(text: str) -> dict[str, str | tuple[str, int]]:
 class Family:
     """The facts of one architecture. `sizes` maps an axis to its config key, or to (key, default).
 
-    `parts` holds the tensors of a layer by part: "every" for all layers, then one entry per token mixer (the words of
-    `layer_types`), "moe" and "dense". `expert_prefix` is where `layouts.py` puts the routed experts.
+    `parts` holds the tensors by part: "outer" outside the layers; "every" in all layers, one entry per token mixer (the
+    words of `layer_types`), "moe" and "dense"; "mtp" in the MTP head outside its layer. `expert_prefix` is where
+    `layouts.py` puts the routed experts.
     """
 
     model_type: str
     sizes: Mapping[str, str | tuple[str, int]]
     derived: Mapping[str, str]  # axis -> "numerator // denominator" of two other axes
     default_interval: int
-    outer: tuple[Tensor, ...]
     layer_prefix: str
     parts: Mapping[str, tuple[Tensor, ...]]
     expert_prefix: str
-    router: str
-    mtp_outer: tuple[Tensor, ...]
     mtp_layer_prefix: str
     mtp_mixer: str
     rope_defaults: Mapping[str, float] = field(default_factory=dict)  # what a config without these keys means
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The token mixers that `layer_types` may name."""
+        return tuple(part for part in self.parts if part not in ("outer", "every", "moe", "dense", "mtp"))
 
 
 @lru_cache(maxsize=4096)

@@ -87,11 +87,11 @@ def _rows(shape: Shape, layouts: Layouts, *, mtp: bool) -> Iterator[Row]:
                     if "{e}" in line.name:
                         yield replace(line, name=line.name.replace("{e}", str(expert)), expert=expert)
 
-    for tensor in family.outer:
+    for tensor in family.parts["outer"]:
         if not (shape.tied and tensor.component == "head"):
             yield row(tensor, "", None, "trunk")
     for key in shape.layer_keys:
         yield from layer_rows(key, "trunk")
     if mtp:
-        yield from (row(tensor, "", None, "mtp") for tensor in family.mtp_outer)
+        yield from (row(tensor, "", None, "mtp") for tensor in family.parts["mtp"])
         yield from layer_rows("mtp.0", "mtp")
