@@ -150,10 +150,10 @@ def carry_out_without_models(recipe: Path, out: Path, report: Path) -> None:
 
     said: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: said.append(record.getMessage())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    Student.from_config = None  # type: ignore[assignment]  # whoever calls it fails
+    Student.from_config = None  # whoever calls it fails
     record = carry_out(recipe, out)
     report.write_text(json.dumps({"said": said, "table": record["table"]}))
 
@@ -190,7 +190,7 @@ def _die_at_rename(out: Path, chosen: Callable[[str], bool], *, after: bool) -> 
         if hit:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    os.rename = dying  # type: ignore[assignment]  # what everything that commits or discards goes through
+    os.rename = dying  # what everything that commits or discards goes through
 
 
 def carry_out_until_tensor(recipe: Path, out: Path, name: str, tensor: int) -> None:
@@ -204,7 +204,7 @@ def carry_out_until_tensor(recipe: Path, out: Path, name: str, tensor: int) -> N
         if self.folder.name == f".{name}.partial" and self._next == tensor:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    ShardWriter.add = dying  # type: ignore[method-assign]
+    ShardWriter.add = dying
     carry_out(recipe, out)
 
 
@@ -229,7 +229,7 @@ def run_until_signal(recipe: Path, out: Path, said: Path, moment: tuple[str, int
         if (folder, visit.key) == ("stats", "1"):
             os.kill(os.getpid(), number)
 
-    loop.TrainLog.write = writing  # type: ignore[method-assign]
+    loop.TrainLog.write = writing
     calibration._leave = leaving
     with said.open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())

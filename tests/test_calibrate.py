@@ -208,7 +208,7 @@ def test_scores_equal_hand_arithmetic_on_a_hand_made_router() -> None:
     indices = torch.tensor([[0, 1], [1, 0], [0, 1]])
     gates = torch.tensor([[0.3, 0.1], [0.5, 0.5], [0.6, 0.2]])
     logits = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, -1.0], [0.0, 0.0, -3.0]])
-    experts = FileExperts(HandFile(), lambda gate: gate)  # type: ignore[arg-type]  # has what is used of a file
+    experts = FileExperts(HandFile(), lambda gate: gate)  # has what is used of a file
     sums = {name: np.zeros(3) for name in ("norm_sum", "gate_norm_sum", "neuron_sum")}
 
     def observe(expert: int, tokens: torch.Tensor, g: torch.Tensor, h: torch.Tensor, out: torch.Tensor) -> None:

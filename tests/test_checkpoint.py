@@ -119,7 +119,7 @@ def _first(table: dict[str, str], value: str) -> None:
         (lambda m: m.pop("lm_head.weight"), "holds lm_head.weight, which .* does not name"),
         (lambda m: _first(m, sorted(m.values())[-1]), "says that lm_head.weight is in .* but it is in model-00001"),
         (lambda m: m.clear(), "weight_map must give"),
-        (lambda m: _first(m, 7), "weight_map must give"),  # type: ignore[arg-type]  # wrong on purpose
+        (lambda m: _first(m, 7), "weight_map must give"),  # wrong on purpose
     ],
 )
 def test_indexes_that_lie(copy: Path, change: Callable[[dict[str, str]], None], message: str) -> None:
@@ -340,7 +340,7 @@ def test_writer_holds_callers_to_the_plan(tmp_path: Path, monkeypatch: pytest.Mo
     writer.add("a", torch.zeros(2))
     with pytest.raises(AssertionError, match="1 planned tensors were not given"):
         writer.finish()
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
     with pytest.raises(ResourceError, match="free some space"):
         ShardWriter(tmp_path, planned)
 

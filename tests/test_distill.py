@@ -48,12 +48,12 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenSet:
 
 def _settings(steps: int = 6, **changes: object) -> TrainSettings:
     base = TrainSettings(tokens=steps * 4 * T, rows_per_step=4, micro_rows=2, learning_rate=3e-3, save_every=100)
-    return replace(base, lm_only=True, **changes)  # type: ignore[arg-type]  # keywords of a dataclass
+    return replace(base, lm_only=True, **changes)  # keywords of a dataclass
 
 
 def _train(student: Student, tokens: TokenSet, folder: Path, **changes: object) -> list[dict]:
     stage = Stage(fingerprint="one")
-    return loop.train(student, tokens, settings=_settings(**changes), folder=folder, stage=stage)  # type: ignore[arg-type]
+    return loop.train(student, tokens, settings=_settings(**changes), folder=folder, stage=stage)
 
 
 def _batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,7 +171,7 @@ def test_a_signal_saves_and_goes_on_exactly(
 
     def accumulate(*args: object, **named: object) -> loop.Gradient:
         os.kill(os.getpid(), number)
-        return original(*args, **named)  # type: ignore[arg-type]
+        return original(*args, **named)
 
     monkeypatch.setattr(loop, "accumulate", accumulate)
     with pytest.raises(Interrupted, match="after step 1 of 4") as caught:
@@ -272,7 +272,7 @@ def test_distill_from_folder_to_folder_in_two_stages(folder: Path, tokens: Token
     record = distill(tmp_path / "one", teacher, tokens=tokens, out=tmp_path / "two", settings=settings, place=second)
     assert record["last"]["lam"] == pytest.approx(0.75)
     assert record["last"]["learning_rate"] == pytest.approx(settings.min_learning_rate)
-    facts = json.loads((last_state(second.work) / "state.json").read_text())  # type: ignore[operator]  # it is there
+    facts = json.loads((last_state(second.work) / "state.json").read_text())  # it is there
     assert set(facts["adam_steps"].values()) == {8}
     again = distill(tmp_path / "one", teacher, tokens=tokens, out=tmp_path / "three", settings=settings, place=second)
     assert again["files"] == record["files"]  # from the finished state, the same bytes

@@ -83,7 +83,7 @@ class Watch:
 
 def told(capsys: pytest.CaptureFixture[str], what: str, places: list[str]) -> None:
     with capsys.disabled():
-        print(f"\n{what}: {', '.join(places)}")  # noqa: T201
+        print(f"\n{what}: {', '.join(places)}")
 
 
 def where(run: Path) -> str:
@@ -249,7 +249,7 @@ def sliced(whole: Path) -> Callable[[str], tuple[dict, dict]]:
 
     def read(moment: str) -> tuple[dict, dict]:
         last = max((whole / "stage-1" / "states").iterdir())
-        return tuple(load_file(f / moment / "model.safetensors") for f in (last, whole / "stage-2" / "moments"))  # type: ignore[return-value]
+        return tuple(load_file(f / moment / "model.safetensors") for f in (last, whole / "stage-2" / "moments"))
 
     return read
 

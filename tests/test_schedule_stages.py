@@ -129,7 +129,7 @@ def test_a_stage_without_a_change_gives_its_tokens_away() -> None:
 )
 def test_what_cannot_be_a_schedule(schedule: object, target: Target, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        stages(schedule, A80, target=target, unit=Units())  # type: ignore[arg-type]
+        stages(schedule, A80, target=target, unit=Units())
 
 
 def test_percentages_in_counts() -> None:

@@ -80,7 +80,7 @@ def test_number_of_steps() -> None:
 )
 def test_impossible_settings_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(RecipeError):
-        TrainSettings(**{"tokens": 100, **changes}).check()  # type: ignore[arg-type]  # the point of the test
+        TrainSettings(**{"tokens": 100, **changes}).check()  # the point of the test
 
 
 def test_serving_form_says_that_it_is_not_built() -> None:
