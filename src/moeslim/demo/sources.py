@@ -18,11 +18,10 @@ from moeslim.errors import DataError
 DEBIAN_DOCS = Path("/usr/share/doc/python3.11/html/_sources")  # where Debian's package puts the manuals' sources
 DOMAINS = ("speeches", "docs", "code")
 
-# Tests repeat what they test; the rest are tables, generated files or build facts rather than code that people write.
+# Tests repeat what they test, so they are never held out (`collect_tests` gives them apart, to train on); the rest are
+# tables, generated files or build facts rather than code that people write.
+_TEST_FOLDERS = {"test", "tests", "idle_test"}
 _SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "idle_test",
     "site-packages",
     "encodings",
     "pydoc_data",
@@ -47,7 +46,15 @@ def collect(docs_folder: Path = DEBIAN_DOCS) -> list[Text]:
     Links are resolved and texts compared after squeezing their white space (Debian shows each page under several
     links, and a page held out must not come back in training under another name). DataError if a source is missing.
     """
-    texts = [*_speeches(), *_docs(docs_folder), *_code()]
+    return _unique([*_speeches(), *_docs(docs_folder), *_code(tests=False)])
+
+
+def collect_tests() -> list[Text]:
+    """The standard library's own tests: more code to train on, not in `collect`; licensed like the library."""
+    return _unique(_code(tests=True))
+
+
+def _unique(texts: list[Text]) -> list[Text]:
     seen: set[str] = set()
     unique = []
     for text in texts:
@@ -73,9 +80,15 @@ def _docs(folder: Path) -> list[Text]:
     return _read(folder, "*.rst.txt", domain="docs", name="python3.11-doc")
 
 
-def _code() -> list[Text]:
+def _code(*, tests: bool) -> list[Text]:
     folder = Path(sysconfig.get_paths()["stdlib"])
-    return [text for text in _read(folder, "*.py", domain="code", name="cpython/Lib") if _is_prose_code(text)]
+    texts = _read(folder, "*.py", domain="code", name="cpython/Lib")
+    prefix = "cpython/Lib/"
+    return [
+        text
+        for text in texts
+        if _is_prose_code(text) and tests == bool(_TEST_FOLDERS.intersection(Path(text.source[len(prefix) :]).parts))
+    ]
 
 
 def _read(folder: Path, pattern: str, *, domain: str, name: str) -> list[Text]:

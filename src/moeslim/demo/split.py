@@ -55,6 +55,21 @@ def shared_shingles(texts: Sequence[Text]) -> np.ndarray:
     return np.array([_found(own, repeated).mean() if len(own) else 1.0 for own in hashes])
 
 
+def without_copies(extra: Sequence[Text], apart: Sequence[Text]) -> list[Text]:
+    """`extra` without each text that shares more than MAX_SHARED of its own, or of any text of `apart`'s, shingles."""
+    hashes = [_shingles(text.text) for text in apart]
+    together = np.unique(np.concatenate(hashes))
+
+    def is_free(text: Text) -> bool:
+        own = _shingles(text.text)
+        common = own[_found(own, together)] if len(own) else own
+        return len(common) <= MAX_SHARED * len(own) and all(
+            _found(other, common).sum() <= MAX_SHARED * len(other) for other in hashes
+        )
+
+    return [text for text in extra if is_free(text)]
+
+
 def _shingles(text: str) -> np.ndarray:
     words = np.array([zlib.crc32(word.encode()) for word in text.split()], dtype=np.uint64)
     if len(words) < SHINGLE_WORDS:
