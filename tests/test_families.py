@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,24 @@ def test_dense_layers_and_patterns() -> None:
 def test_impossible_configs_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(FamilyError, match=message):
         Shape.from_config({**tiny_config(), **changes})
+
+
+def test_groups_of_experts_are_read_where_the_family_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (Shape.from_config(tiny_config()).groups, Shape.from_config(tiny_config()).topk_group) == (1, 1)
+    spec = FAMILIES["qwen3_next"]
+    sizes = {**spec.sizes, "groups": ("n_group", 1), "topk_group": ("topk_group", 1)}
+    monkeypatch.setitem(FAMILIES, "grouped", replace(spec, model_type="grouped", sizes=sizes))
+    shape = Shape.from_config(tiny_config(model_type="grouped", n_group=4, topk_group=2))
+    assert (shape.groups, shape.topk_group) == (4, 2)
+    assert Shape.from_config(tiny_config(model_type="grouped")).groups == 1
+    for changes, message in [
+        ({"n_group": 3, "topk_group": 2}, r"num_experts \(8\) must be a multiple of n_group \(3\)"),
+        ({"n_group": 4, "topk_group": 5}, "topk_group is 5 of n_group 4"),
+        ({"n_group": 4, "topk_group": 1, "num_experts_per_tok": 3}, "must hold the 3 experts per token"),
+        ({"n_group": 0}, "n_group must be a whole number of at least 1"),
+    ]:
+        with pytest.raises(FamilyError, match=message):
+            Shape.from_config(tiny_config(model_type="grouped", **changes))
 
 
 def test_the_room_is_light(tmp_path: Path) -> None:

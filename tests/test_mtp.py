@@ -9,11 +9,13 @@ from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import MtpModel
 
-from moeslim.losses import LossWeights, Signal, total
+from moeslim.losses import Coefficients, LossWeights, Signal, coefficients, term_counts
 from moeslim.model.load import load_student
 from moeslim.model.sorted_experts import NAME as SORTED
 from moeslim.model.student import Student
 from tiny import tiny_config, write_tiny
+
+ONE = Coefficients({"lm": 1.0, "mtp_lm.1": 1.0})
 
 RENAMED = {
     "pre_fc_norm_embedding": "enorm",
@@ -122,9 +124,11 @@ def test_depths_follow_the_recursion(student: Student) -> None:
 def test_forward_sums_equal_logits_written_out(student: Student, depths: int) -> None:
     rows, mask = _rows(3, 9), torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) > 0.25
     with torch.no_grad():
-        terms = student(rows, mask, depths=depths)
+        names = ["lm", *(f"mtp_lm.{m}" for m in range(1, depths + 1))]
+        terms = student(rows, mask, coefficients=Coefficients(dict.fromkeys(names, 0.0)))
         hidden = student.hidden(rows[:, :-1])
         states = [hidden, *student.mtp_states(hidden, rows, depths=depths)]
+        counts = term_counts(mask, depths)
         for m, state in enumerate(states):
             logp = torch.log_softmax((state @ student.head.T).double(), -1)
             wanted, count = 0.0, 0
@@ -135,20 +139,22 @@ def test_forward_sums_equal_logits_written_out(student: Student, depths: int) ->
                         count += 1
             name = f"mtp_lm.{m}" if m else "lm"
             assert float(terms.sums[name]) == pytest.approx(wanted, rel=1e-5)
-            assert terms.counts[name] == count
-    assert len(terms.sums) == depths + 1
+            assert counts[name] == count
+    assert list(terms.sums) == names
+    assert float(terms.loss) == 0.0
 
 
 def test_a_student_is_its_own_best_teacher(student: Student) -> None:
     """teacher == student: KD is 0; MTP-KD is the KL from the backbone's word at the same target, not 0."""
     rows, mask = _rows(2, 9), torch.ones(2, 8, dtype=torch.bool)
     hidden = student.hidden(rows[:, :-1])
-    terms = student(rows, mask, teacher=Signal(hidden.detach(), student.head.detach()), depths=1)
-    assert float(terms.sums["kd"].detach()) == pytest.approx(0.0, abs=1e-4)
+    asked = Coefficients({"kd": 1.0, "mtp_kd.1": 1.0})
+    terms = student(rows, mask, coefficients=asked, teacher=Signal(hidden.detach(), student.head.detach()))
+    assert float(terms.sums["kd"]) == pytest.approx(0.0, abs=1e-5)
     p = torch.log_softmax((hidden @ student.head.T).double(), -1)
     q = torch.log_softmax((student.mtp_states(hidden, rows, depths=1)[0] @ student.head.T).double(), -1)
     wanted = (p[:, 1:].exp() * (p[:, 1:] - q)).sum()  # target t_{i+2}: the backbone says it at i+1
-    assert float(terms.sums["mtp_kd.1"].detach()) == pytest.approx(float(wanted.detach()), rel=1e-4)
+    assert float(terms.sums["mtp_kd.1"]) == pytest.approx(float(wanted.detach()), rel=1e-4)
     assert float(wanted.detach()) > 1.0
 
 
@@ -157,7 +163,7 @@ def test_gradient_reaches_the_trunk_unless_detached(student: Student) -> None:
     for detach in (False, True):
         student.detach_trunk = detach
         student.zero_grad()
-        student(rows, mask).sums["mtp_lm.1"].backward()
+        student(rows, mask, coefficients=Coefficients({"lm": 0.0, "mtp_lm.1": 1.0})).loss.backward()
         assert student.mtp is not None
         assert student.mtp.fc.weight.grad is not None
         assert (student.trunk.model.layers[0].input_layernorm.weight.grad is None) == detach
@@ -187,25 +193,25 @@ def test_balance_counts_over_the_micro_batches_of_a_step(student: Student) -> No
     one, two = _rows(2, 9), _rows(2, 9, seed=5)
     mask = torch.ones(2, 8, dtype=torch.bool)
     student.routers.start_step()
-    first, second = student(one, mask).balance, student(two, mask).balance
+    first, second = (student(rows, mask, coefficients=ONE).balance for rows in (one, two))
     assert first is not None
     assert second is not None
-    assert float(first.detach()) == pytest.approx(_by_hand_balance(student, [one]), rel=1e-5)
-    assert float(second.detach()) == pytest.approx(_by_hand_balance(student, [one, two]), rel=1e-5)
+    assert float(first) == pytest.approx(_by_hand_balance(student, [one]), rel=1e-5)
+    assert float(second) == pytest.approx(_by_hand_balance(student, [one, two]), rel=1e-5)
     student.routers.start_step()
-    again = student(two, mask).balance
+    again = student(two, mask, coefficients=ONE).balance
     assert again is not None
-    assert float(again.detach()) == pytest.approx(_by_hand_balance(student, [two]), rel=1e-5)
+    assert float(again) == pytest.approx(_by_hand_balance(student, [two]), rel=1e-5)
 
 
 def test_sorted_experts_equal_eager_ones_in_values_and_gradients(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "m", moe_intermediate_size=16)
     rows, mask = _rows(2, 17), torch.ones(2, 16, dtype=torch.bool)
+    factors = coefficients(LossWeights(beta=0.3, alpha=0.01), counts=term_counts(mask, 1), tokens=32)
     found = {}
     for experts in ("eager", SORTED):
         student = load_student(folder, experts=experts)
-        terms = student(rows, mask)
-        loss = total(terms, LossWeights(beta=0.3, alpha=0.01), counts=terms.counts, tokens=32)
+        loss = student(rows, mask, coefficients=factors).loss
         loss.backward()
         found[experts] = [loss.detach(), *(p.grad for p in student.parameters())]
     for ours, eager in zip(found[SORTED], found["eager"], strict=True):

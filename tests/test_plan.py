@@ -44,6 +44,8 @@ HAND = layer(
     gate_sum=[5.0, 3.0, 2.0, 0.0],
     gate_norm_sum=[4.0, 8.0, 6.0, 0.0],
     norm_sum=[16.0, 24.0, 20.0, 0.0],
+    softmax_norm_sum=[2.0, 6.0, 5.0, 0.0],
+    removal_sum=[5.0, 1.0, 8.0, 0.0],
 )
 
 
@@ -55,10 +57,17 @@ HAND = layer(
         ("reap", [0.5, 1.0, 1.5, 0.0]),
         ("ean", [16.0, 24.0, 20.0, 0.0]),
         ("router_blind", [2.0, 3.0, 5.0, 0.0]),
+        ("removal", [0.5, 0.1, 0.8, 0.0]),  # over all 10 tokens, not over X_e
+        ("ream_saliency", [0.25, 0.75, 1.25, 0.0]),
     ],
 )
 def test_expert_importance_by_hand(method: str, expected: list[float]) -> None:
     assert importance.expert_importance(HAND, method).tolist() == expected
+
+
+def test_removal_must_have_been_measured() -> None:
+    with pytest.raises(PlanError, match=r"removal was not measured; calibrate with `calibrate\.removal: true`"):
+        importance.expert_importance(layer(tokens=1.0, routed=[1.0]), "removal")
 
 
 def test_unreached_experts_are_listed_and_random_depends_on_seed_and_layer() -> None:
@@ -310,7 +319,7 @@ def edited(step: dict[str, Any] | None = None, **top: Any) -> str:
         (edited({"kept": {}}), "step 2: `step` must be one of"),
         (
             edited({"step": "cut_experts", "keep": {}}),
-            "step 2 (cut_experts): key keep: unknown key, did you mean kept?; allowed are step, kept, importance",
+            "step 2 (cut_experts): key keep: unknown key, did you mean kept?; allowed are step, kept, merged",
         ),
         (edited({"step": "set_top_k"}), "step 2 (set_top_k): key top_k: missing; the keys are step, top_k"),
         (edited({"step": "set_top_k", "top_k": 0}), "step 2 (set_top_k): key top_k: Input should be greater than 0"),

@@ -48,6 +48,6 @@ def test_what_cannot_be_protected_is_refused() -> None:
         check_protected({"mtp.0": (0,)}, shape, mtp=False)
     with pytest.raises(PlanError, match=r"methods.protect.0: 8 is no expert; they are 0..7"):
         check_protected({"0": (8,)}, shape, mtp=True)
-    check_room(PROTECT, 2)
+    check_room(PROTECT, 2, shape=shape)
     with pytest.raises(PlanError, match=r"methods.protect.1: 2 experts are protected but only 1 are kept"):
-        check_room(PROTECT, 1)
+        check_room(PROTECT, 1, shape=shape)

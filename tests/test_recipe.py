@@ -50,6 +50,27 @@ def test_load_takes_what_yaml_says(tmp_path: Path) -> None:
     assert Recipe.parse(recipe.dump()) == recipe
 
 
+@pytest.mark.parametrize(
+    ("methods", "expected"),
+    [
+        ({"expert_op": "partial", "rho": 0.29}, {"rho": 0.29, "align": "auto", "sequential": None}),
+        ({"expert_op": "partial", "rho": 0}, {"rho": 0.0}),
+        (
+            {"expert_op": "partial_pairs", "rho": "auto", "similarity": "router"},
+            {"rho": "auto", "similarity": "router"},
+        ),
+        ({"expert_op": "m_smoe", "align": "activations", "experts": "frequency"}, {"align": "activations"}),
+        ({"expert_op": "drop", "align": "none", "sequential": True, "calibrate_router": True}, {"sequential": True}),
+        ({"expert_op": "ream", "sequential": False}, {"sequential": False, "similarity": "auto"}),
+        ({"experts": "removal"}, {"expert_op": "drop", "calibrate_router": False}),
+    ],
+)
+def test_what_becomes_of_experts(methods: dict[str, object], expected: dict[str, object]) -> None:
+    recipe = Recipe.parse({"model": "m", "methods": methods})
+    assert {key: getattr(recipe.methods, key) for key in expected} == expected
+    assert Recipe.parse(recipe.dump()) == recipe
+
+
 def test_a_recipe_cannot_be_changed() -> None:
     recipe = Recipe(model="m")
     with pytest.raises(ValidationError, match="frozen"):
@@ -75,6 +96,17 @@ def test_a_recipe_cannot_be_changed() -> None:
         ("model: m\nseed: one", 'line 2: seed: Input should be a valid integer; found "one"'),
         ("model: 3", "line 1: model: Input should be a valid string; found 3"),
         ("model: m\nmethods: {experts: magic}", "line 2: methods.experts: Input should be 'frequency', 'soft_logits'"),
+        ("model: m\nmethods: {rho: 2}", "line 2: methods.rho: Input should be less than or equal to 1; found 2"),
+        ("model: m\nmethods: {rho: most}", "line 2: methods.rho: Input should be 'auto'; found \"most\""),
+        ("model: m\nmethods: {align: weights}", "line 2: methods: drop merges nothing, so it takes no similarity and"),
+        ("model: m\nmethods: {similarity: router}", "line 2: methods: drop merges nothing"),
+        (
+            "model: m\nmethods: {expert_op: ream, similarity: router}",
+            "methods: ream has a similarity of its own; leave",
+        ),
+        ("model: m\nmethods: {expert_op: merge, rho: auto}", "methods: merge has no rho; leave it out, or use partial"),
+        ("model: m\nmethods: {expert_op: hc_smoe, experts: ean}", "hc_smoe has an importance of its own (frequency)"),
+        ("model: m\nmethods: {expert_op: average}", "methods.expert_op: Input should be 'drop', 'merge', 'partial'"),
         ("model: m\nschedule: both", "line 2: schedule: Input should be 'one_shot'"),
         ("model: m\nschedule: [{layers: 1, tokens: 0.5}]", "shares of tokens add up to 0.5; they must add up to 1"),
         ("model: m\nschedule: [{layers: 0.4, tokens: 1}]", "shares of layers add up to 0.4"),

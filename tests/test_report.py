@@ -161,6 +161,20 @@ def test_replay_counts_in_the_source() -> None:
     assert facts.words()[1].replace("\u00a0", " ") == "4 → 2 layers"
 
 
+def test_replay_counts_merged_experts() -> None:
+    """Layer 0 merges two experts into expert 1 and drops one; the MTP block merges one."""
+    merged = {
+        "0": [{"base": 1, "experts": [0, 1, 3], "weights": [1, 2, 3], "orders": []}],
+        "mtp.0": [{"base": 0, "experts": [0, 4], "weights": [1, 1], "orders": []}],
+    }
+    step = {"step": "cut_experts", "kept": {"0": [1, 4], "mtp.0": [0, 2]}, "merged": merged}
+    sizes = {"layers": 1, "hidden": 4, "experts": 5, "expert_size": 4, "shared_size": 4, "top_k": 2}
+    facts = replay([[step]], sizes, mtp=True)
+    assert facts.merged == 3
+    assert facts.layers[0].experts == (1, 0, 1, 1, 0)
+    assert replay([[{**step, "merged": {}}]], sizes, mtp=True).merged == 0
+
+
 def test_the_numbers_of_the_records_are_on_the_page(folder: Path) -> None:
     document = shown(folder)
     for domain in DOMAINS:

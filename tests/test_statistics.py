@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moeslim.errors import RunError
-from moeslim.statistics import LayerStats, NormStats, Stats, join
+from moeslim.statistics import LayerStats, NormStats, Starved, Stats, coverage_lines, join
 
 D, E, WIDE, S = 6, 4, 3, 5
 SHAPES = {
@@ -19,12 +19,16 @@ SHAPES = {
     "gate_sum": (E,),
     "gate_norm_sum": (E,),
     "norm_sum": (E,),
+    "softmax_norm_sum": (E,),
+    "removal_sum": (E,),
     "logit_gram": (E, E),
     "mean_output_sum": (E, D),
+    "softmax_output_sum": (E, D),
     "neuron_sum": (E, WIDE),
     "neuron_shared_sum": (S,),
 }
 CONSTANT = {
+    "router_gram": np.eye(E),
     "down_norm": np.arange(E * WIDE, dtype=float).reshape(E, WIDE),
     "down_norm_shared": np.arange(S, dtype=float),
 }
@@ -129,6 +133,44 @@ def test_unreached_experts_are_listed_by_layer(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "stats.json").read_text())["unreached_experts"] == {"1": [1, 3]}
 
 
+def starving() -> Stats:
+    """10,000 tokens; in layer 1 expert 2 got 50 of them and expert 0 none, layer 0 is dense, the MTP block is fed."""
+    whole = stats(3)
+    for key, routed in {"1": [0.0, 900.0, 50.0, 100.0], "mtp.0": [400.0, 200.0, 300.0, 100.0]}.items():
+        whole.layers[key].routed, whole.layers[key].tokens = np.array(routed), 10_000.0
+    return whole
+
+
+def test_a_starved_expert_is_named_with_the_tokens_that_it_lacks(tmp_path: Path) -> None:
+    """Expert 2 gets 1 in 200, so 50 more take 10,000; expert 0's rate is below 3 in 10,000, so 100 take 333,334."""
+    whole = starving()
+    assert whole.coverage(minimum=100) == {
+        "1": [Starved(0, routed=0, more=333_334), Starved(2, routed=50, more=10_000)]
+    }
+    assert whole.coverage(minimum=50) == {"1": [Starved(0, routed=0, more=166_667)]}
+    assert whole.coverage(minimum=150)["mtp.0"] == [Starved(3, routed=100, more=5_000)]
+    whole.save(tmp_path)
+    facts = json.loads((tmp_path / "stats.json").read_text())
+    assert facts["starved_experts"]["1"][1] == {"expert": 2, "routed": 50, "more": 30_000}  # to have 200
+
+
+def test_coverage_is_told_in_a_line_per_layer_worst_first() -> None:
+    whole = starving()
+    assert coverage_lines(whole.coverage(minimum=100), minimum=100) == [
+        "layer 1: fewer than 100 tokens reached experts 0 (0), 2 (50); "
+        "it takes at least 333,334 more calibration tokens"
+    ]
+    coverage = {str(i): [Starved(e, routed=10 + e, more=1000 * i + e) for e in range(6)] for i in range(12)}
+    lines = coverage_lines(coverage, minimum=100)
+    assert len(lines) == 9
+    assert lines[0] == (
+        "layer 11: fewer than 100 tokens reached experts 0 (10), 1 (11), 2 (12), 3 (13) and 2 more; "
+        "it takes about 11,005 more calibration tokens"
+    )
+    assert lines[8].startswith("4 further layers")
+    assert coverage_lines({}) == []
+
+
 def test_join_puts_layers_of_the_same_tokens_together() -> None:
     whole = stats(3)
     parts = [
@@ -155,5 +197,5 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
     stats(3).save(tmp_path)
     facts = json.loads((tmp_path / "stats.json").read_text())
     (tmp_path / "stats.json").write_text(json.dumps({**facts, "schema": 99}))
-    with pytest.raises(RunError, match="schema 1"):
+    with pytest.raises(RunError, match="schema 2"):
         Stats.load(tmp_path)

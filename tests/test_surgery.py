@@ -2,15 +2,28 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from cuts import (
+    SHAPES,
+    TOKENS,
+    cut_by,
+    difference,
+    experts_step,
+    moe_keys,
+    plan_for,
+    same,
+    size_step,
+    some,
+    tensors,
+    write_source,
+)
 from moeslim.artifacts import commit
 from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.checkpoint.reader import Reader
@@ -18,46 +31,15 @@ from moeslim.checkpoint.verify import verify
 from moeslim.checkpoint.writer import ShardWriter
 from moeslim.errors import PlanError, ResourceError, RunError
 from moeslim.families import Shape
-from moeslim.plan import Plan, read_plan, write_plan
-from moeslim.plan.make import source_shape
-from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK, Step, without_scale
+from moeslim.plan import read_plan, write_plan
+from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK, Step, for_moments
 from moeslim.surgery import cut
 from moeslim.surgery.apply import rescaled
 from oracle import Oracle
 from tiny import write_tiny
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "gqa 4:2, deltanet 4:2, per expert, one shard": {},
-    "gqa 4:1, deltanet 2:2, stacked, tied, many shards": {
-        "num_key_value_heads": 1,
-        "linear_num_value_heads": 2,
-        "layouts": "stacked",
-        "tie_word_embeddings": True,
-        "seed": 1,  # with 0, one MTP state is so small that even an eps of 1e-12 moves it by more than 1e-8
-        "form": {"shard_bytes": 60_000},
-    },
-    "mha, deltanet 8:2, mixed, many shards, 3:1": {
-        "num_key_value_heads": 4,
-        "linear_num_value_heads": 8,
-        "layouts": "mixed",
-        "num_hidden_layers": 4,
-        "full_attention_interval": 4,
-        "form": {"shard_bytes": 60_000},
-    },
-    "dense second layer, no gate renormalisation, no MTP": {
-        "mlp_only_layers": [1],
-        "norm_topk_prob": False,
-        "form": {"mtp": False},
-    },
-}
-TOKENS = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(5))
 GONE = (0, 6, 7, 13)
 CHANNELS = tuple(c for c in range(16) if c not in GONE)
-
-
-def write_source(folder: Path, **changes: Any) -> Path:
-    form = {"dtype": "float64", **changes.pop("form", {})}
-    return write_tiny(folder, form=form, **changes)
 
 
 @pytest.fixture(scope="module", params=SHAPES.values(), ids=list(SHAPES))
@@ -68,57 +50,6 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_source(tmp_path_factory.mktemp("plain") / "model")
-
-
-def plan_for(folder: Path, *steps: Step) -> Plan:
-    reader = Reader(folder)
-    return Plan(source=source_shape(reader.config, mtp=reader.has_mtp), steps=steps)
-
-
-def cut_by(folder: Path, out: Path, *steps: Step) -> Path:
-    cut(folder, plan_for(folder, *steps), out_folder=out)
-    return out
-
-
-def moe_keys(folder: Path) -> list[str]:
-    reader = Reader(folder)
-    return [key for key in reader.layer_keys if reader.shape.is_moe(key)]
-
-
-def some(of: int, count: int, seed: object) -> tuple[int, ...]:
-    """`count` of 0..of-1, ascending, other ones for every seed."""
-    random = np.random.default_rng(list(repr(seed).encode()))
-    return tuple(sorted(random.choice(of, count, replace=False).tolist()))
-
-
-def experts_step(keys: Iterable[str], count: int, of: int = 8) -> CutExperts:
-    return CutExperts(kept={key: some(of, count, key) for key in keys})
-
-
-def size_step(keys: Iterable[str], experts: int) -> CutExpertSize:
-    """8 of 12 neurons, others in every expert, and 6 of 10 in the shared expert."""
-    keys = list(keys)
-    return CutExpertSize(
-        experts={key: tuple(some(12, 8, (key, e)) for e in range(experts)) for key in keys},
-        shared={key: some(10, 6, key) for key in keys},
-    )
-
-
-def difference(out: Path, oracle: Oracle) -> float:
-    return float((Oracle(out).run(TOKENS) - oracle.run(TOKENS)).abs().max())
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
-def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    """Equal names, dtypes, shapes and bits."""
-
-    def bits(t: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
-        return t.dtype, t.shape, t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-    return one.keys() == other.keys() and all(bits(t) == bits(other[name]) for name, t in one.items())
 
 
 # ---- the oracle itself
@@ -312,9 +243,9 @@ def test_the_scales_of_two_cuts_multiply(plain: Path, tmp_path: Path) -> None:
     assert torch.allclose(out["model.norm.weight"], (1 + weight) * 0.75 - 1, rtol=0, atol=1e-15)
 
 
-def test_a_plan_without_scale_selects_the_same_values(plain: Path, tmp_path: Path) -> None:
+def test_a_plan_for_moments_selects_the_same_values(plain: Path, tmp_path: Path) -> None:
     plan = plan_for(plain, hidden_step(plain))
-    cut(plain, without_scale(plan), out_folder=tmp_path / "out")
+    cut(plain, for_moments(plan), out_folder=tmp_path / "out")
     before, after = tensors(plain), tensors(tmp_path / "out")
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"][list(CHANNELS)])
     assert torch.equal(after["lm_head.weight"], before["lm_head.weight"][:, list(CHANNELS)])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import ResourceError, RunError
 from moeslim.model import hidden as hidden_files
-from moeslim.model.experts import ExpertFile, run_experts
+from moeslim.model.experts import ExpertFile, FileExperts
 from moeslim.model.mtp import MtpBlock
 from moeslim.model.walk import LayerVisit, WalkSettings, walk
 from tiny import write_tiny
@@ -137,7 +137,7 @@ def test_unused_experts_are_not_read(folders: dict[str, Path]) -> None:
     file = ExpertFile(Reader(folders["per_expert"]), "1", dtype=torch.float32)
     x = torch.ones(3, 16)
     chosen = torch.tensor([[2, 5]] * 3)
-    run_experts(file, x, indices_TK=chosen, gates_TK=torch.full((3, 2), 0.5), act=torch.nn.functional.silu)
+    FileExperts(file, torch.nn.functional.silu)(x, chosen, torch.full((3, 2), 0.5))
     assert set(file._held) == {2, 5}
 
 

@@ -1,7 +1,13 @@
 """Tiny models of every family, written in a fraction of a second. A new family joins every law in FAMILIES."""
 
+import re
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
 
 from moeslim.model.init import write_random
 
@@ -82,3 +88,43 @@ def write_tiny(
     config["torch_dtype"] = options["dtype"]
     write_random(folder, config, seed=seed, layouts=chosen, **options)
     return Path(folder)
+
+
+def rearrange_experts(
+    source: Path,
+    out: Path,
+    *,
+    experts: Sequence[int],
+    neurons: Mapping[int, Sequence[int]] | None = None,
+    routers: bool = False,
+) -> Path:
+    """Write the model whose expert e is the source's `experts[e]` in every layer, in one shard, and return its folder.
+
+    Place i of expert e takes neuron `neurons[e][i]`, so its output does not change; `routers`: router rows move along.
+    """
+    out.mkdir(parents=True)
+    shutil.copy(source / "config.json", out / "config.json")
+    old = {name: t for file in sorted(source.glob("*.safetensors")) for name, t in load_file(file).items()}
+    new = {}
+    for name, tensor in old.items():
+        own = re.fullmatch(r"(.+\.mlp\.experts\.)(\d+)(\.(?:gate|up|down)_proj\.weight)", name)
+        if own:
+            expert = int(own[2])
+            tensor = _reordered(old[f"{own[1]}{experts[expert]}{own[3]}"], own[3], (neurons or {}).get(expert))
+        elif name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            entries = [_reordered(tensor[e], name, (neurons or {}).get(place)) for place, e in enumerate(experts)]
+            tensor = torch.stack(entries)
+        elif name.endswith(".mlp.gate.weight") and routers:
+            tensor = tensor[list(experts)]
+        new[name] = tensor.contiguous().clone()
+    save_file(new, out / "model.safetensors")
+    return out
+
+
+def _reordered(matrix: torch.Tensor, name: str, order: Sequence[int] | None) -> torch.Tensor:
+    if order is None:
+        return matrix
+    ids = torch.tensor(order)
+    if "down_proj" in name:
+        return matrix[:, ids]
+    return matrix[torch.cat([ids, ids + matrix.shape[0] // 2]) if "gate_up" in name else ids]

@@ -1,7 +1,8 @@
 """moeslim makes a mixture-of-experts language model smaller and keeps what made it good.
 
-`moeslim.inspect, calibrate, plan, cut, distill, evaluate, verify` are the command line's verbs with its arguments; each
-returns a record. Importing the package loads nothing heavy: a verb's code is read when the verb is first asked for.
+`moeslim.inspect, probe, calibrate, plan, cut, cache_teacher, distill, evaluate, verify` are the command line's verbs
+with its arguments; each returns a record. Importing the package loads nothing heavy: a verb's code is read when the
+verb is first asked for.
 """
 
 import importlib
@@ -11,7 +12,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_VERBS = {name: "moeslim.verbs" for name in ("inspect", "calibrate", "plan", "cut", "distill", "evaluate", "verify")}
+_VERBS = dict.fromkeys(
+    ("inspect", "probe", "calibrate", "plan", "cut", "cache_teacher", "distill", "evaluate", "verify"), "moeslim.verbs"
+)
 _ROOMS = ("calibrate", "plan", "distill", "evaluate")
 """Verbs that are also rooms: `moeslim.plan` is the package with the planning code, and calling it runs the verb."""
 

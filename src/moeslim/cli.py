@@ -1,21 +1,15 @@
-"""The command line: verbs, and the only place that prints."""
+"""The command line: verbs, and what they print."""
 
 import json
-import logging
-import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from moeslim import __version__
+from moeslim.display import complain, out, show_progress, show_table
 from moeslim.errors import MoeslimError
-from moeslim.log import logger, set_sink
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,8 +17,6 @@ app = typer.Typer(
     help="Make a mixture-of-experts language model smaller and keep what made it good. "
     "Percentages and counts always say what is KEPT.",
 )
-out = Console()
-err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub name, or `demo` (the bundled teacher).")]
 Kept = Annotated[str | None, typer.Option(help="Kept: a count or a percentage such as 50%.")]
@@ -38,74 +30,6 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a recipe key, e.g. --set distill.tokens=1000000.")
 ]
 Redo = Annotated[bool, typer.Option("--redo", help="Make stages anew whose inputs changed.")]
-
-
-class _Bars:
-    """Progress on a terminal."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=err, transient=True,
-        )  # fmt: skip
-        self._open = 0
-
-    def start(self, label: str, total: float, *, unit: str) -> TaskID:
-        if self._open == 0:
-            self._progress.start()
-        self._open += 1
-        return self._progress.add_task(label, total=total, note="")
-
-    def advance(self, handle: Any, amount: float, *, note: str) -> None:
-        self._progress.update(handle, advance=amount, note=note)
-
-    def finish(self, handle: Any) -> None:
-        self._progress.remove_task(handle)
-        self._open -= 1
-        if self._open == 0:
-            self._progress.stop()
-
-
-class _Lines:
-    """A line every 10 s where there is no terminal."""
-
-    def start(self, label: str, total: float, *, unit: str) -> dict[str, Any]:
-        now = time.monotonic()
-        return {"label": label, "total": total, "unit": unit, "done": 0.0, "began": now, "said": now}
-
-    def advance(self, handle: Any, amount: float, *, note: str) -> None:
-        handle["done"] += amount
-        now = time.monotonic()
-        if now - handle["said"] < 10 or handle["done"] <= 0:
-            return
-        handle["said"] = now
-        left = (now - handle["began"]) * (handle["total"] - handle["done"]) / handle["done"]
-        share = 100 * handle["done"] / max(handle["total"], 1e-9)
-        err.print(
-            f"{handle['label']}: {share:.0f}% of {handle['total']:,.0f} {handle['unit']}, {left:.0f} s left {note}"
-        )
-
-    def finish(self, handle: Any) -> None:
-        pass
-
-
-class _Messages(logging.Handler):
-    """Log records as plain lines on stderr, above the progress bars."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        warning = record.levelno >= logging.WARNING
-        text = f"warning: {record.getMessage()}" if warning else record.getMessage()
-        err.print(text, style="yellow" if warning else None, highlight=False, soft_wrap=True, markup=False)
-
-
-def _show_progress() -> None:
-    # transformers says at every start which GPU kernels it lacks; TRANSFORMERS_VERBOSITY brings that back
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if int(os.environ.get("RANK", "0")):
-        return
-    set_sink(_Bars() if err.is_terminal else _Lines())
-    logger.handlers = [_Messages()]
-    logger.setLevel(logging.INFO)
 
 
 def _emit(record: dict[str, Any], *, as_json: bool, lines: list[str]) -> None:
@@ -218,16 +142,38 @@ def prune(
     record |= {size: preview[size] for size in ("before", "after")}
     _emit(record, as_json=as_json, lines=record["lines"])
     if not as_json and record["table"]:
-        _table(record["table"])
+        show_table(record["table"])
     if not record["verified"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def cache_teacher(
+    model: Model,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Training text, `demo`, or a recipe with such text.")],
+    out_folder: Annotated[Path, typer.Argument(metavar="CACHE", help="Where the cache goes.")],
+    k: Annotated[int, typer.Option("--k", help="Largest probabilities kept per position.")] = 50,
+    samples: Annotated[
+        int, typer.Option(help="Words drawn from the rest, for an estimate of the full KL; 0: a lower bound of it.")
+    ] = 8,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write down once what a teacher says on a text, for any number of trainings; goes on where it was killed."""
+    from moeslim import verbs
+
+    record = verbs.cache_teacher(model, data, out=out_folder, overrides=settings or [], k=k, samples=samples)
+    _emit(record, as_json=as_json, lines=record["lines"])
 
 
 @app.command()
 def distill(
     student: Annotated[str, typer.Argument(help="The checkpoint to train.")],
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where the trained checkpoint goes.")],
-    teacher: Annotated[str | None, typer.Option(help="The teacher; left out: language modelling alone.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The teacher; without any: language modelling alone.")] = None,
+    teacher_cache: Annotated[
+        str | None, typer.Option(help="A folder from `moeslim cache-teacher`; without --data its own text is read.")
+    ] = None,
     data: DataOption = None,
     settings: Settings = None,
     as_json: AsJson = False,
@@ -235,7 +181,9 @@ def distill(
     """Train with LM + KD + MTP losses; saves, and goes on exactly where it was stopped."""
     from moeslim import verbs
 
-    record = verbs.distill(student, out_folder, teacher=teacher, data=data, overrides=settings or [])
+    record = verbs.distill(
+        student, out_folder, teacher=teacher, teacher_cache=teacher_cache, data=data, overrides=settings or []
+    )
     _emit(record, as_json=as_json, lines=record["lines"])
 
 
@@ -254,7 +202,31 @@ def evaluate(
     record = verbs.evaluate(models, out_folder, teacher=teacher, data=data, overrides=settings or [])
     _emit(record, as_json=as_json, lines=record["lines"])
     if not as_json:
-        _table(record["table"])
+        show_table(record["table"])
+
+
+@app.command()
+def probe(
+    model: Model,
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where record, page and statistics go.")] = Path(
+        "probe"
+    ),
+    data: DataOption = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0.0, help="Nats per token that the loss may rise and be safe. Default: 0.02.")
+    ] = None,
+    settings: Settings = None,
+    redo: Redo = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict what every number of experts would cost: where the knee is, what is safe. Trains and cuts nothing."""
+    from moeslim import verbs
+    from moeslim.report.probe import probe_table
+
+    record = verbs.probe(model, out_folder, data=data, overrides=settings or [], tolerance=tolerance, redo=redo)
+    if not as_json:
+        show_table(probe_table(record))
+    _emit(record, as_json=as_json, lines=record["lines"])
 
 
 @app.command()
@@ -265,7 +237,7 @@ def verify(model: Model, as_json: AsJson = False) -> None:
     record = verbs.verify(model)
     _emit(record, as_json=as_json, lines=record["lines"][:1])
     for problem in record["problems"]:
-        _complain(problem)
+        complain(problem)
     if record["problems"]:
         raise typer.Exit(1)
 
@@ -300,7 +272,7 @@ def run(
     record = pipeline.run(recipe, out_folder, overrides=settings or [], redo=redo)
     _emit(record, as_json=as_json, lines=[])
     if not as_json:
-        _table(record["table"])
+        show_table(record["table"])
         _emit(record, as_json=False, lines=record["lines"])
 
 
@@ -315,7 +287,7 @@ def demo(
     from moeslim import pipeline
 
     record = pipeline.run(bundled.recipe_path(), out_folder, overrides=settings or [], redo=redo)
-    _table(record["table"])
+    show_table(record["table"])
     _emit(record, as_json=False, lines=record["lines"])
 
 
@@ -330,39 +302,21 @@ def _number(text: str) -> int | float | str:
     return float(text) if text.startswith(("0.", ".")) and text.replace(".", "", 1).isdecimal() else text
 
 
-def _complain(problem: object) -> None:
-    err.print(f"error: {problem}", style="red", highlight=False, soft_wrap=True, markup=False)
-
-
-def _table(rows: list[list[str]]) -> None:
-    """A table whose first row is its head; every cell is text made by the record's owner."""
-    if not rows:
-        return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column(rows[0][0], no_wrap=True)
-    for head in rows[0][1:]:
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in rows[1:]:
-        table.add_row(*row, style=None if row[0].startswith(" ") else "bold")
-    # Its own width: rich would cut cells where the terminal is narrower, a terminal only wraps the line.
-    Console(width=200).print(table, soft_wrap=True)
-
-
 def main() -> None:
     """Run the command line; a user's mistake ends in one message on stderr and a non-zero exit code."""
-    _show_progress()
+    show_progress()
     try:
         app()
     except MoeslimError as problem:
-        _complain(problem)
+        complain(problem)
         sys.exit(problem.exit_code)
     except OSError as problem:  # the machine's word: no space left, no right to write, a vanished disk
         place = f"{problem.filename}: " if problem.filename else ""
-        _complain(f"{place}{problem.strerror or problem}; nothing half-written stays, so set it right and run again")
+        complain(f"{place}{problem.strerror or problem}; nothing half-written stays, so set it right and run again")
         sys.exit(1)
     except SystemExit as ending:
         if ending.code == 130:  # typer turns Ctrl-C into this and says nothing
-            _complain("stopped; what is finished stays, and the same command goes on from there")
+            complain("stopped; what is finished stays, and the same command goes on from there")
         raise
 
 

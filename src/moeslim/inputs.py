@@ -15,8 +15,9 @@ from moeslim.data.corpus import Corpus, Document, check_disjoint, read_source
 from moeslim.data.split import hold_out
 from moeslim.errors import DataError, RecipeError, ResourceError
 from moeslim.families import Shape
+from moeslim.plan.grouping import needs_search
 from moeslim.plan.schedule import AXES, StageTarget, Target, resolve, stages, units
-from moeslim.recipe import Data, Recipe, Source
+from moeslim.recipe import Data, Methods, Recipe, Source
 
 BUNDLED = Path(__file__).parent / "demo"
 """The bundled teacher, tokenizer and text; as files, since the code in demo/ stands above this room."""
@@ -102,6 +103,23 @@ def stage_targets(recipe: Recipe, source: Path) -> list[StageTarget]:
     return stages(schedule, shape, target=final, unit=units(shape, recipe.methods))
 
 
+def check_search(recipe: Recipe, source: Path, *, targets: Sequence[StageTarget]) -> None:
+    """PlanError where the methods ask for something to be tried that the cut of one of the stages makes untrue."""
+    config = read_config(source)
+    for target in targets:
+        stage_search(config, target, methods=recipe.methods, seed=recipe.seed)
+        config = target_config(config, target, mtp=False)
+
+
+def stage_search(config: Mapping[str, Any], target: StageTarget, *, methods: Methods, seed: int) -> Any:
+    """What has to be tried on live layers to cut a model of `config` to `target`; None where statistics decide."""
+    if not needs_search(methods):
+        return None
+    from moeslim.search.run import expert_search
+
+    return expert_search(Shape.from_config(config), target, methods=methods, seed=seed)
+
+
 def target_config(config: Mapping[str, Any], target: Target, *, mtp: bool) -> dict[str, Any]:
     """The config after keeping the first layers and `target`'s counts: for sizes, before anything is decided."""
     layers = None if target.layers is None else list(range(target.layers))
@@ -149,6 +167,28 @@ def train_settings(recipe: Recipe, tokens: int) -> Any:
 
     where = device(recipe.device)
     return TrainSettings.of(recipe.distill, tokens=tokens, seed=recipe.seed, precision=recipe.precision, device=where)
+
+
+def cache_settings(recipe: Recipe, *, k: int, samples: int) -> Any:
+    """What a cache keeps of a teacher's word, and how the teacher is run."""
+    import torch
+
+    from moeslim.distill.cache import Ask
+
+    where, dtype, rows = device(recipe.device), getattr(torch, recipe.precision), recipe.distill.micro_rows
+    return Ask(k, samples, seed=recipe.seed, dtype=dtype, device=where, rows_per_batch=rows)
+
+
+def teaching_folder(recipe: Recipe, teacher: Path | None, *, student: Path, tokens: Any) -> Path | None:
+    """Whose word a training on `tokens` hears: the teacher's, a cache's (which must be of all these), or nobody's."""
+    from moeslim.distill.cache import CacheFolder
+    from moeslim.distill.cache.teacher import check_cache
+
+    if recipe.distill.teacher_cache is None:
+        return None if recipe.distill.lm_only else teacher
+    cache = CacheFolder.open(recipe.distill.teacher_cache)
+    check_cache(cache, student, tokens=tokens, teacher=teacher)
+    return cache.folder
 
 
 def evaluate_settings(recipe: Recipe) -> Any:

@@ -10,6 +10,7 @@ Stages talk through these files. A stage whose output stands with the same input
 """
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,7 @@ def run(
     recipe = Recipe.load(recipe_file, overrides)
     source, teacher = find_models(recipe)
     targets = inputs.stage_targets(recipe, source)
+    inputs.check_search(recipe, source, targets=targets)
     check_settings(recipe, source, teacher=teacher)
     check_room(recipe, source, folder=Path(out), stages=len(targets))
     with open_run(out, redo=redo) as folder:
@@ -61,11 +63,12 @@ def run(
         if not folder.path("recipe.yaml").exists():  # what stands there was made by it, until all is made anew
             write_recipe(story)
         pack_text(story)
+        inputs.teaching_folder(recipe, teacher, student=source, tokens=story.tokens["train"])  # refuses a foreign cache
         student, done = story.source, 0.0
         for number, target in enumerate(targets, start=1):
             last = number == len(targets)
             folder_name = f"stage-{number}"
-            calibrate_stage(story, folder_name, student=student)
+            calibrate_stage(story, folder_name, student=student, target=target)
             plan_stage(story, folder_name, student=student, target=target)
             cut_stage(story, folder_name, student=student)
             span = (done, done + float(target.token_share))
@@ -106,6 +109,7 @@ def prune(
         check_vacant(out)
     source, _ = find_models(recipe)
     target = inputs.stage_targets(recipe.model_copy(update={"schedule": "one_shot"}), source)[-1]
+    inputs.check_search(recipe, source, targets=[target])
     check_settings(recipe, source, teacher=source)
     with open_run(work, redo=redo) as folder:
         story = Story(recipe, folder, source, source)
@@ -113,7 +117,7 @@ def prune(
         if not folder.finished("stage-1-cut"):
             inputs.check_disk(out, cut_bytes(source, target))
         pack_text(story, parts=("calibration", "heldout"))
-        calibrate_stage(story, "stage-1", student=source)
+        calibrate_stage(story, "stage-1", student=source, target=target)
         plan_stage(story, "stage-1", student=source, target=target)
         cut_stage(story, "stage-1", student=source, output=out)
         proof = verbs.verify(str(out))
@@ -150,7 +154,7 @@ def write_recipe(story: Story) -> None:
 
 def check_settings(recipe: Recipe, source: Path, *, teacher: Path) -> None:
     """Refuse settings that a late stage could not work with, before the first one."""
-    from moeslim.distill.teacher import check_same_words
+    from moeslim.distill.words import check_same_words
 
     inputs.evaluate_settings(recipe).check()
     if recipe.distill.tokens:
@@ -200,15 +204,23 @@ def pack_text(story: Story, parts: Sequence[str] = PARTS) -> None:
         )
 
 
-def calibrate_stage(story: Story, stage: str, *, student: Path) -> None:
-    """STAGE/stats: what every layer of the current student does on calibration text."""
+def calibrate_stage(story: Story, stage: str, *, student: Path, target: StageTarget) -> None:
+    """STAGE/stats: what every layer of the current student does on calibration text.
+
+    Where the methods ask for something to be tried on the live layers, that is done on the way, for this target.
+    """
+    from moeslim.calibrate.observe import Observe
     from moeslim.calibrate.run import calibrate
 
     recipe, tokens, output = story.recipe, story.tokens["calibration"], f"{stage}/stats"
+    removal = recipe.calibrate.removal or recipe.methods.experts == "removal"
+    methods = stage_methods(story, stage)
+    search = inputs.stage_search(read_config(student), target, methods=methods, seed=recipe.seed)
     made_from = {
         "model": folder_fingerprint(student),
         "text": tokens.fingerprint,
-        "calibrate": recipe.calibrate.model_dump(mode="json"),
+        "calibrate": {**recipe.calibrate.model_dump(mode="json"), "removal": removal},
+        "search": None if search is None else search.facts,
     }
     # Statistics without a record (a kill came between) are not cleared: `calibrate` knows whether they are right.
     if story.run.stands(f"{stage}-calibrate", made_from, outputs=[output] if story.run.redo else []):
@@ -219,19 +231,23 @@ def calibrate_stage(story: Story, stage: str, *, student: Path) -> None:
         out=story.path(output),
         sequences=min(recipe.calibrate.sequences, len(tokens)),
         settings=inputs.walk_settings(recipe),
-        redo=story.run.redo,
+        observe=Observe(removal=removal, search=search, redo=story.run.redo),
     )
     story.run.finish(f"{stage}-calibrate", made_from, outputs=[output])
 
 
 def plan_stage(story: Story, stage: str, *, student: Path, target: StageTarget) -> None:
-    """STAGE/plan.json: what stays, decided from the statistics; can be read and edited before the cut."""
+    """STAGE/plan.json: what stays, decided from the statistics; can be read and edited before the cut.
+
+    Beside it the router rows, where a search has trained some.
+    """
     from moeslim.plan.check import check_plan
+    from moeslim.plan.experts import ROUTERS
     from moeslim.plan.make import make_plan
     from moeslim.plan.steps import write_plan
     from moeslim.statistics import Stats
 
-    recipe, output = story.recipe, f"{stage}/plan.json"
+    recipe, output, routers = story.recipe, f"{stage}/plan.json", f"{stage}/{ROUTERS}"
     counts = {axis: value for axis, value in vars(target).items() if axis != "token_share"}
     made_from = {
         "stats": story.run.outputs(f"{stage}-calibrate"),
@@ -239,15 +255,19 @@ def plan_stage(story: Story, stage: str, *, student: Path, target: StageTarget) 
         "methods": recipe.methods.model_dump(mode="json"),
         "seed": recipe.seed,
     }
-    if story.run.stands(f"{stage}-plan", made_from, outputs=[output]):
+    if story.run.stands(f"{stage}-plan", made_from, outputs=[output, routers]):
         return
     config, mtp = read_config(student), read_structure(student).has_mtp
     stats, methods = Stats.load(story.path(f"{stage}/stats")), stage_methods(story, stage)
     plan = make_plan(config, stats=stats, target=target, methods=methods, mtp=mtp, seed=recipe.seed)
     for warning in check_plan(plan, config, mtp=mtp):
         logger.warning("%s", warning)
+    outputs = [output]
+    if any(step.step == "set_routers" for step in plan.steps):
+        shutil.copyfile(story.path(f"{stage}/stats/routers.safetensors"), story.path(routers))
+        outputs.append(routers)
     write_plan(story.path(output), plan)
-    story.run.finish(f"{stage}-plan", made_from, outputs=[output])
+    story.run.finish(f"{stage}-plan", made_from, outputs=outputs)
 
 
 def stage_methods(story: Story, stage: str) -> Methods:
@@ -273,7 +293,8 @@ def cut_stage(story: Story, stage: str, *, student: Path, output: Path | None = 
     made_from = {"model": folder_fingerprint(student), "plan": file_fingerprint(plan_file)}
     if story.run.stands(f"{stage}-cut", made_from, outputs=[name]):
         return
-    cut(student, read_plan(plan_file), out_folder=story.path(name), recipe=story.recipe.dump())
+    plan, recipe = read_plan(plan_file), story.recipe.dump()
+    cut(student, plan, out_folder=story.path(name), recipe=recipe, beside=plan_file.parent)
     story.run.finish(f"{stage}-cut", made_from, outputs=[name])
 
 
@@ -285,12 +306,13 @@ def distill_stage(story: Story, stage: str, *, student: str, output: str, span: 
     tokens = round(recipe.distill.tokens * (span[1] - span[0]))
     if not tokens:
         return story.path(student)
-    teacher = None if recipe.distill.lm_only else story.teacher
+    text = story.tokens["train"]
+    teacher = inputs.teaching_folder(recipe, story.teacher, student=story.path(student), tokens=text)
     made_from = {
         "student": folder_fingerprint(story.path(student)),
         "teacher": None if teacher is None else folder_fingerprint(teacher),
-        "text": story.tokens["train"].fingerprint,
-        "distill": recipe.distill.model_dump(mode="json", exclude={"save_every", "keep_last"}),
+        "text": text.fingerprint,
+        "distill": recipe.distill.model_dump(mode="json", exclude={"save_every", "keep_last", "teacher_cache"}),
         "precision": recipe.precision,
         "seed": recipe.seed,
         "span": list(span),
@@ -299,7 +321,6 @@ def distill_stage(story: Story, stage: str, *, student: str, output: str, span: 
         moments = slice_moments(story, stage)
         place = Place(story.path(stage), start=span[0], end=span[1], moments=moments, redo=run.redo)
         settings = inputs.train_settings(recipe, tokens)
-        text = story.tokens["train"]
         distill(story.path(student), teacher, tokens=text, out=story.path(output), settings=settings, place=place)
         run.finish(f"{stage}-distill", made_from, outputs=[output])
     return story.path(output)
@@ -309,7 +330,7 @@ def slice_moments(story: Story, stage: str) -> Path | None:
     """STAGE/moments: the moments of the stage before, cut by this stage's plan; None where there are none."""
     from moeslim.distill.run import last_state
     from moeslim.distill.state import slice_moments as write_moments
-    from moeslim.plan.steps import read_plan, without_scale
+    from moeslim.plan.steps import for_moments, read_plan
     from moeslim.surgery.apply import cut
 
     number = int(stage.removeprefix("stage-")) if stage.startswith("stage-") else 1
@@ -319,7 +340,7 @@ def slice_moments(story: Story, stage: str) -> Path | None:
     plan_file, output = story.path(f"{stage}/plan.json"), f"{stage}/moments"
     made_from = {"state": folder_fingerprint(before), "plan": file_fingerprint(plan_file)}
     if not story.run.stands(f"{stage}-moments", made_from, outputs=[output]):
-        plan = without_scale(read_plan(plan_file))
+        plan = for_moments(read_plan(plan_file))
         write_moments(before, story.path(output), cut=lambda source, target: cut(source, plan, out_folder=target))
         story.run.finish(f"{stage}-moments", made_from, outputs=[output])
     return story.path(output)

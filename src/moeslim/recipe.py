@@ -4,23 +4,18 @@ An unknown key, a doubled key or an impossible value raises RecipeError with its
 Percentages and counts always say what is **kept**. Paths are relative to the folder where the command is run.
 """
 
-import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from moeslim.errors import RecipeError
-
-_Path = tuple[str | int, ...]
-_Lines = Mapping[_Path, int]
+from moeslim.recipe_text import Lines, explain, override, read_yaml
 
 
 def _checked_kept(value: object) -> object:
@@ -35,6 +30,10 @@ def _checked_kept(value: object) -> object:
 Kept = Annotated[int | str | None, BeforeValidator(_checked_kept)]
 Fractional = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+_kind = Discriminator(lambda value: "word" if isinstance(value, str) else "given")
+Rho = Annotated[Annotated[Literal["auto"], Tag("word")] | Annotated[Fractional, Tag("given")], _kind]
+OWN_IMPORTANCE = {"m_smoe": "frequency", "hc_smoe": "frequency", "ream": "ream_saliency"}
+"""Operations whose paper decides by which importance they choose and weigh."""
 
 
 def parse_kept(value: int | str | None, of: int, *, multiple_of: int = 1) -> int:
@@ -75,7 +74,6 @@ class Source(_Section):
     """Which split of a `datasets` dataset."""
 
 
-_kind = Discriminator(lambda value: "word" if isinstance(value, str) else "given")
 DataSource = Annotated[Annotated[Literal["demo"], Tag("word")] | Annotated[Source, Tag("given")], _kind]
 
 
@@ -99,6 +97,8 @@ class Calibrate(_Section):
     """Rows of `data.sequence_length` tokens."""
     rows_per_batch: Count = 4
     """Rows that go through a layer at once; memory, not results beyond rounding."""
+    removal: bool = False
+    """Also learn what each expert's removal changes; on by itself where `methods.experts` is removal."""
 
 
 class Keep(_Section):
@@ -131,12 +131,35 @@ class Methods(_Section):
     """Correction of the norms for the channels that are gone."""
     round_to: Count = 64
     """Percentages of hidden channels and neurons are rounded to a multiple of this."""
-    experts: Literal["frequency", "soft_logits", "reap", "ean", "router_blind", "random"] = "reap"
-    """Importance of a routed expert (high = keep)."""
-    expert_op: Literal["drop"] = "drop"
-    """What happens to the experts that are not kept."""
+    experts: Literal["frequency", "soft_logits", "reap", "ean", "router_blind", "removal", "random"] = "reap"
+    """Importance of a routed expert (high = keep); m_smoe, hc_smoe and ream have one of their own."""
+    expert_op: Literal["drop", "merge", "partial", "partial_pairs", "m_smoe", "hc_smoe", "ream"] = "drop"
+    """What happens to the experts that are not kept: dropped, or merged into kept ones."""
+    similarity: Literal["auto", "logits", "router", "outputs"] = "auto"
+    """Which kept expert a merged one joins: router logits, router rows, mean outputs; auto is the operation's own."""
+    rho: Rho = 0.5
+    """partial: share of the kept experts that take none in, exactly as written; auto tries some on held-out rows."""
+    align: Literal["auto", "none", "weights", "activations"] = "auto"
+    """Whether neurons are matched before experts are averaged, and by what; auto is the operation's own."""
+    sequential: bool | None = None
+    """Calibrate each layer behind the layers that are cut already; left out means for ream only."""
+    calibrate_router: bool = False
+    """Train the kept router rows of each cut layer to give the uncut layer's output; kept where they do better."""
     protect: dict[str, tuple[int, ...]] = {}
     """Layer key ("0", "mtp.0") -> expert ids that stay in any case."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        op = self.expert_op
+        if op == "drop" and (self.similarity, self.align) not in {("auto", "auto"), ("auto", "none")}:
+            raise ValueError("drop merges nothing, so it takes no similarity and no align; leave them out, or merge")
+        if op in ("hc_smoe", "ream") and self.similarity != "auto":
+            raise ValueError(f"{op} has a similarity of its own; leave similarity out")
+        if op not in ("partial", "partial_pairs") and self.rho != 0.5:
+            raise ValueError(f"{op} has no rho; leave it out, or use partial or partial_pairs")
+        if op in OWN_IMPORTANCE and self.experts not in {"reap", OWN_IMPORTANCE[op]}:
+            raise ValueError(f"{op} has an importance of its own ({OWN_IMPORTANCE[op]}); leave experts out")
+        return self
 
 
 class Stage(_Section):
@@ -212,6 +235,8 @@ class Distill(_Section):
     """Saved states that stay."""
     lm_only: bool = False
     """Train without a teacher (lam = 0; none is loaded)."""
+    teacher_cache: str | None = None
+    """A folder from `moeslim cache-teacher`, whose word takes the place of a running teacher's."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -219,6 +244,13 @@ class Distill(_Section):
             raise ValueError(f"micro_rows {self.micro_rows} must divide rows_per_step {self.rows_per_step}")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        if self.teacher_cache is not None and self.lm_only:
+            raise ValueError("lm_only trains without a teacher, so it takes no teacher_cache; leave one of them out")
+        if self.teacher_cache is not None and self.temperature != 1.0:
+            raise ValueError(
+                f"temperature {self.temperature:g} needs all of a teacher's probabilities, and a teacher_cache keeps "
+                "the largest and the mass of the rest; set it to 1, or train with the teacher itself"
+            )
         return self
 
 
@@ -284,117 +316,25 @@ class Recipe(_Section):
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
         """The recipe in a YAML file after `overrides` ("distill.tokens=1000", "data.train.0.path=x"), checked."""
-        lines: dict[_Path, int] = {}
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            lines.update(_lines(yaml.compose(text, Loader=_Loader), ()))
-            values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecipeError) as problem:
-            raise RecipeError(f"{path}: cannot be read as a YAML recipe: {problem}") from None
+        values, lines = read_yaml(path)
         return cls.parse(values, overrides, where=str(path), lines=lines)
 
     @classmethod
     def parse(
-        cls, values: object, overrides: Sequence[str] = (), *, where: str = "recipe", lines: _Lines | None = None
+        cls, values: object, overrides: Sequence[str] = (), *, where: str = "recipe", lines: Lines | None = None
     ) -> Self:
         """The recipe in a nested dictionary (left untouched) after `overrides`; `lines` places keys in messages."""
         if not isinstance(values, dict):
             raise RecipeError(f"{where}: a recipe is a mapping that has at least `model: ...`")
         tree = json.loads(json.dumps(values, default=str))  # a copy, with the keys as text
-        changed = [_override(tree, override) for override in overrides]
+        changed = [override(tree, text) for text in overrides]
         try:
             return cls.model_validate_json(json.dumps(tree))
         except ValidationError as problem:
-            found = [_message(tree, error, lines=lines or {}, changed=changed) for error in problem.errors()]
+            errors = problem.errors()
+            found = [explain(tree, error, model=cls, lines=lines or {}, changed=changed) for error in errors]
             raise RecipeError("\n".join(f"{where}: {message}" for message in found)) from None
 
     def dump(self) -> dict[str, Any]:
         """Every key with its value, as JSON can say it; `Recipe.parse` of it gives an equal recipe."""
         return self.model_dump(mode="json")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 4e-4 is a number and 1e6 a whole one, as everybody expects."""
-
-
-_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("!exponent", _EXPONENT, list("-+0123456789"))
-_Loader.add_constructor("!exponent", lambda _, node: int(x) if (x := float(node.value)).is_integer() else x)
-
-
-def _lines(node: yaml.Node | None, place: _Path) -> Iterator[tuple[_Path, int]]:
-    """(path, line) of everything below `node`; RecipeError for a key that is given twice."""
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                raise RecipeError(f"line {line}: the key {key.value} stands in line {seen[key.value]} already")
-            seen[key.value] = line
-            yield (*place, key.value), line
-            yield from _lines(value, (*place, key.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield (*place, index), value.start_mark.line + 1
-            yield from _lines(value, (*place, index))
-
-
-def _override(tree: dict[str, Any], override: str) -> _Path:
-    """Put one "a.b=c" into `tree`; returns its path."""
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or "" in parts:
-        raise RecipeError(f"--set {override}: write it like distill.tokens=1000000")
-    path: list[str | int] = []
-    here: Any = tree
-    try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-        for depth, part in enumerate(parts):
-            path.append(int(part) if isinstance(here, list) else part)
-            if depth == len(parts) - 1:
-                here[path[-1]] = value
-            else:
-                here = here.setdefault(part, {}) if isinstance(here, dict) else here[path[-1]]
-    except (ValueError, IndexError, TypeError, yaml.YAMLError):
-        raise RecipeError(f"--set {override}: there is no place of this name, or its value is not YAML") from None
-    return tuple(path)
-
-
-def _message(tree: dict[str, Any], error: ErrorDetails, *, lines: _Lines, changed: list[_Path]) -> str:
-    """One of pydantic's findings as `line 7: distill.tokenz: ...`, with the nearest key for an unknown one."""
-    path: list[str | int] = []
-    here: Any = tree
-    for part in error["loc"]:  # pydantic also names the branches of unions there; those are no keys
-        if (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int)):
-            here = here[part]  # type: ignore[index]  # checked one line above for either kind
-            path.append(part)
-    if error["type"] == "missing":
-        path.append(error["loc"][-1])
-        text = "is missing"
-    elif error["type"] == "extra_forbidden":
-        text = "is no known key" + _suggestion(path)
-    else:
-        text = f"{error['msg'].removeprefix('Value error, ')}; found {json.dumps(here)[:80]}"
-    above = [tuple(path[:length]) for length in range(len(path), 0, -1)]
-    line = next((f"line {lines[place]}: " for place in above if place in lines), "")
-    return f"{'--set ' if any(key in above for key in changed) else line}{'.'.join(map(str, path)) or 'recipe'}: {text}"
-
-
-def _suggestion(path: list[str | int]) -> str:
-    """What may have been meant by the unknown key at the end of `path`: a key beside it, or one of another section."""
-    section: type[_Section] = Recipe
-    for part in path[:-1]:
-        if part in section.model_fields:
-            section = (*_sections(section.model_fields[str(part)].annotation), section)[0]
-    wanted = str(path[-1])
-    if near := difflib.get_close_matches(wanted, section.model_fields, n=1):
-        return f"; did you mean {near[0]}?"
-    for name, field in Recipe.model_fields.items():
-        if any(wanted in inner.model_fields for inner in _sections(field.annotation)):
-            return f"; did you mean {name}.{wanted}?"
-    return f"; allowed are {', '.join(section.model_fields)}"
-
-
-def _sections(annotation: Any) -> list[type[_Section]]:
-    own = [annotation] if isinstance(annotation, type) and issubclass(annotation, _Section) else []
-    return own + [section for inner in get_args(annotation) for section in _sections(inner)]

@@ -7,28 +7,46 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeslim.artifacts.commit import check_vacant
+from moeslim.artifacts.commit import check_vacant, write_json
 from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.artifacts.lock import run_lock
+from moeslim.artifacts.run import open_run
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure
 from moeslim.describe import amount, inspect, preview, preview_run, sizes
-from moeslim.errors import PlanError, RunError
+from moeslim.errors import PlanError, RecipeError, RunError
 from moeslim.families import Shape
 from moeslim.inputs import (
     BUNDLED,
     advice,
+    cache_settings,
+    check_disk,
     evaluate_settings,
     has_mtp,
     model_folder,
     options_recipe,
+    teaching_folder,
     text_parts,
     train_settings,
     walk_settings,
 )
 from moeslim.plan.schedule import resolve
+from moeslim.recipe import Keep, Recipe
 
-__all__ = ["calibrate", "cut", "distill", "evaluate", "inspect", "plan", "preview", "preview_run", "report", "verify"]
+__all__ = [
+    "cache_teacher",
+    "calibrate",
+    "cut",
+    "distill",
+    "evaluate",
+    "inspect",
+    "plan",
+    "preview",
+    "preview_run",
+    "probe",
+    "report",
+    "verify",
+]
 
 
 def calibrate(
@@ -37,6 +55,7 @@ def calibrate(
     """Statistics of `model` over calibration text, in `out`; a killed calibration goes on at its layer."""
     from moeslim.calibrate.run import calibrate as observe
     from moeslim.data.tokens import pack
+    from moeslim.statistics import coverage_lines
 
     recipe = options_recipe(model, keep={}, overrides=overrides, data=data)
     folder, out = model_folder(model, revision=recipe.revision), Path(out)
@@ -49,7 +68,7 @@ def calibrate(
     sequences = min(recipe.calibrate.sequences, len(tokens))
     stats = observe(folder, tokens, out=out, sequences=sequences, settings=walk_settings(recipe))
     lines = [f"{out}: {stats.tokens:,} tokens in {stats.sequences} sequences of text {tokens.fingerprint}"]
-    lines += [f"layer {key}: no token reached experts {ids}; bring more text" for key, ids in stats.unreached().items()]
+    lines += coverage_lines(stats.coverage())
     return {"stats": str(out), "tokens": stats.tokens, "text": tokens.fingerprint, "lines": [*lines, *advice(data)]}
 
 
@@ -91,7 +110,7 @@ def cut(model: str, plan_file: Path | str, *, out: Path | str) -> dict[str, Any]
 
     folder = model_folder(model)
     before = sizes(read_config(folder), has_mtp(folder))
-    receipt = carry_out(folder, read_plan(plan_file), out_folder=out)
+    receipt = carry_out(folder, read_plan(plan_file), out_folder=out, beside=Path(plan_file).parent)
     after = sizes(read_config(out), has_mtp(Path(out)))
     line = f"{out}: {amount(before['parameters'])} -> {amount(after['parameters'])} parameters"
     return {"model": str(out), "receipt": receipt, "lines": [line]}
@@ -117,32 +136,78 @@ def verify(model: str) -> dict[str, Any]:
     }
 
 
+def cache_teacher(
+    model: str,
+    data: Path | str,
+    *,
+    out: Path | str,
+    overrides: Sequence[str] = (),
+    k: int = 50,
+    samples: int = 8,
+) -> dict[str, Any]:
+    """What the teacher `model` says on training text, kept in `out`; goes on behind its last whole shard.
+
+    `data` is text, `demo`, or a recipe (YAML) whose training text is meant, with its row length and seed.
+    """
+    from moeslim.data.tokens import pack
+    from moeslim.distill.cache import make_cache
+    from moeslim.distill.cache.make import estimated_bytes
+
+    if Path(data).suffix in (".yaml", ".yml"):
+        recipe = Recipe.load(data, overrides)
+    else:
+        recipe = options_recipe(model, keep={}, overrides=overrides, data=None if data == "demo" else [str(data)])
+    folder, out = model_folder(model), Path(out)
+    check_structure(read_structure(folder))
+    if not (out / "tokens").is_dir():
+        check_vacant(out)
+    text, words = text_parts(recipe.data)["train"], model_folder(recipe.model, revision=recipe.revision)
+    length, ask = recipe.data.sequence_length, cache_settings(recipe, k=k, samples=samples)
+    tokens = pack(text, words, out_folder=out / "tokens", sequence_length=length, seed=recipe.seed)
+    standing = sum(path.stat().st_size for path in out.glob("shard-*.bin"))
+    check_disk(out, max(0, estimated_bytes(tokens, ask) - standing))
+    cache = make_cache(folder, tokens, out=out, ask=ask)
+    kept, size = f"top {k} and {samples} samples", f"{cache.bytes_per_token:.1f} bytes per token"
+    line = f"{out}: {kept} on {len(tokens) * length:,} tokens of text {tokens.fingerprint}, {size}"
+    return {"cache": str(out), "bytes_per_token": cache.bytes_per_token, "text": tokens.fingerprint, "lines": [line]}
+
+
 def distill(
     student: str,
     out: Path | str,
     *,
     teacher: str | None = None,
+    teacher_cache: Path | str | None = None,
     data: Sequence[str] | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Train `student` on text, from `teacher` or by language modelling alone; states and curve stand in `out`.work."""
-    from moeslim.data.tokens import pack
+    """Train `student` on text, from `teacher`, a cache of it, or by language modelling alone.
+
+    Without `data` a cached teacher's own text is read. States and curve stand in `out`.work.
+    """
+    from moeslim.data.tokens import TokenSet, pack
     from moeslim.distill.run import Place
     from moeslim.distill.run import distill as train
 
-    more = {} if teacher else {"distill": {"lm_only": True}}
-    recipe = options_recipe(student, keep={}, overrides=overrides, data=data, **more)
+    section: dict[str, Any] = {} if teacher_cache is None else {"teacher_cache": str(teacher_cache)}
+    named = teacher_cache is not None or any(text.startswith("distill.teacher_cache=") for text in overrides)
+    section["lm_only"] = teacher is None and not named
+    recipe = options_recipe(student, keep={}, overrides=overrides, data=data, distill=section)
     folder, out = model_folder(student), Path(out)
     work = out.with_name(out.name + ".work")
     master = None if teacher is None else model_folder(teacher)
     for model in filter(None, (folder, master)):
         check_structure(read_structure(model))
     check_vacant(out)
-    text, length = text_parts(recipe.data)["train"], recipe.data.sequence_length
     settings = train_settings(recipe, recipe.distill.tokens)
     with run_lock(work):
-        tokens = pack(text, folder, out_folder=work / "tokens", sequence_length=length, seed=recipe.seed)
-        record = train(folder, master, tokens=tokens, out=out, settings=settings, place=Place(work))
+        if recipe.distill.teacher_cache is not None and data is None:
+            tokens = TokenSet.open(Path(recipe.distill.teacher_cache) / "tokens")
+        else:
+            text, length = text_parts(recipe.data)["train"], recipe.data.sequence_length
+            tokens = pack(text, folder, out_folder=work / "tokens", sequence_length=length, seed=recipe.seed)
+        word = teaching_folder(recipe, master, student=folder, tokens=tokens)
+        record = train(folder, word, tokens=tokens, out=out, settings=settings, place=Place(work))
     line = f"{out}: {record['steps']:,} steps, loss {record['first']['total']:.3f} -> {record['last']['total']:.3f}"
     return {**record, "model": str(out), "lines": [line]}
 
@@ -192,6 +257,58 @@ def _labels(models: Sequence[str]) -> dict[str, str]:
             )
         labels[label] = model
     return labels
+
+
+def probe(
+    model: str,
+    out: Path | str = "probe",
+    *,
+    data: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+    tolerance: float | None = None,
+    redo: bool = False,
+) -> dict[str, Any]:
+    """What each expert count would cost, from one calibration: OUT/probe.json, OUT/probe.html, and OUT/stats.
+
+    `tolerance`: how many nats per token the loss may rise and be called safe (None: `search.knee.TOLERANCE`).
+    """
+    from moeslim.data.tokens import pack
+    from moeslim.report.probe import write_probe_page
+    from moeslim.search.knee import TOLERANCE
+    from moeslim.search.probe import Ask
+    from moeslim.search.probe import probe as predict
+    from moeslim.search.verdict import verdict
+
+    recipe, out = options_recipe(model, keep={}, overrides=overrides, data=data), Path(out)
+    if recipe.keep != Keep():
+        raise RecipeError("a probe tries every number of experts on the model as it is; leave keep out")
+    folder = model_folder(model, revision=recipe.revision)
+    check_structure(read_structure(folder))
+    length, methods = recipe.data.sequence_length, recipe.methods
+    ask = Ask(methods, seed=recipe.seed, sequences=recipe.calibrate.sequences)
+    with open_run(out, redo=redo) as run:
+        text = text_parts(recipe.data)["calibration"]
+        tokens = pack(text, folder, out_folder=out / "tokens", sequence_length=length, seed=recipe.seed, redo=redo)
+        made_from = {
+            "model": folder_fingerprint(folder),
+            "text": tokens.fingerprint,
+            "calibrate": recipe.calibrate.model_dump(mode="json"),
+            "methods": methods.model_dump(mode="json"),
+            "seed": recipe.seed,
+            "precision": recipe.precision,
+        }
+        # Statistics without a record (a kill came between) are not cleared: the probe knows whether they are right.
+        stands = run.stands("probe", made_from, outputs=["stats"] if redo else [])
+        found = predict(folder, tokens, out=out / "stats", ask=ask, settings=walk_settings(recipe), redo=redo)
+        if not stands:
+            run.finish("probe", made_from, outputs=["stats"])
+        record: dict[str, Any] = {"model": model, "fingerprint": made_from["model"], "text": tokens.fingerprint}
+        allowed = TOLERANCE if tolerance is None else tolerance
+        record |= verdict(found, read_config(folder), methods=methods, tolerance=allowed)
+        write_json(out / "probe.json", record)
+        page = write_probe_page(record, out / "probe.html")
+    cut = f"to cut by these statistics: moeslim plan {model} plan.json --stats {out / 'stats'} --experts COUNT"
+    return {**record, "page": str(page), "lines": [*record["lines"], *advice(data), f"page: {page}", cut]}
 
 
 def report(run_folder: Path | str) -> dict[str, Any]:

@@ -1,134 +1,105 @@
-"""What one layer's calibration sees: pure functions from a batch's tensors to sums, and the hooks that feed them.
+"""The hooks that feed one layer's calibration while its batches run, and what else a calibration may do there.
 
 Everything is observed where it happens: the router's logits at its output, indices and gate values where the experts
-receive them, each expert's output as it is made. Sums are float64 across sequences and batches. Within a sequence the
-d-sized ones run in float32 (torch adds in a cascade: 2e-7 relative for 256 tokens, at a tenth of the time), and those
-that are matrix products (`neuron`, `share`) within a batch; a model run in float64 is summed in float64 throughout.
+receive them, each expert's output as it is made.
 
-Legend: B rows, T positions, N tokens (of a batch, or of an expert), S of the shared sample, E experts, K per token,
-d hidden size, I (shared) expert size.
+Legend: T tokens of a batch, N of them of an expert, S of the shared sample, E experts, K per token, d hidden size, I
+(shared) expert size.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from moeslim.model.experts import FileExperts
+from moeslim.calibrate.removal import RemovalBatch
+from moeslim.calibrate.sums import Sums, expert_sums, gram, layer_sums, neuron_sums, norm_sums, sample_positions, wide
+from moeslim.model.experts import FileExperts, Routing
 from moeslim.model.walk import LayerVisit
 from moeslim.statistics import LayerStats, NormStats
 
-Sums = dict[str, torch.Tensor]
-_GOLDEN = (math.sqrt(5) - 1) / 2
-SAMPLE_SHARE = 20
-"""The shared sample costs at most 1/20 of the expert work."""
+
+class Trial(Protocol):
+    """A search at one live layer: it watches while the layer runs, and decides when its statistics are known."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Look at what runs inside the block, observed rows and held-out ones."""
+
+    def decide(self, stats: LayerStats | None) -> tuple[dict[str, Any] | None, nn.Module | None]:
+        """What was found (JSON-able) and what runs in the layer's place from here on; None: nothing, and itself."""
 
 
-def sample_positions(tokens: int, *, experts: int, top_k: int) -> np.ndarray:
-    """Which of all calibration tokens every expert is run on: one in each whole block of ceil(20 E / K), at least one.
+class Search(Protocol):
+    """What tries things on live layers during a calibration."""
 
-    So S E <= 0.05 tokens K. The place in the block moves by the golden ratio, for an even step could fall on the same
-    position of every sequence.
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides what it finds, as JSON can say it: part of the statistics' name."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether it needs rows that are run and not observed; they come last."""
+
+    def visit(self, visit: LayerVisit, *, observed: int, held_out: int) -> Trial:
+        """The trial of a layer that runs `observed` tokens and then `held_out` ones."""
+
+    def gather(self, parts: Sequence[Path], *, out: Path) -> dict[str, Any] | None:
+        """Put what the trials left in their layers' folders together in `out`; facts to add to the settings, if any."""
+
+
+@dataclass(frozen=True)
+class Observe:
+    """What a calibration does beyond the usual sums. `removal`: each expert's removal too. `search`: see `Search`.
+
+    `redo`: half-finished work of something else is thrown away.
     """
-    block = -(-SAMPLE_SHARE * experts // top_k)
-    if tokens < block:
-        return np.array([int(_GOLDEN * tokens)])
-    numbers = np.arange(tokens // block)
-    return numbers * block + (((numbers + 1) * _GOLDEN % 1) * block).astype(np.int64)
 
-
-def layer_sums(x_BTd: torch.Tensor, y_BTd: torch.Tensor) -> Sums:
-    """Sums over tokens of a decoder layer's input, its output and their cosine (0 where either is all zero)."""
-    x_BTd, y_BTd = _wide(x_BTd), _wide(y_BTd)
-    lengths_BT = x_BTd.norm(dim=-1) * y_BTd.norm(dim=-1)
-    cos_BT = (x_BTd * y_BTd).sum(-1) / lengths_BT.clamp_min(torch.finfo(lengths_BT.dtype).tiny)
-    return {
-        "tokens": torch.tensor(float(cos_BT.numel())),
-        "x_sum": x_BTd.sum(1).sum(0, dtype=torch.float64),
-        "y_sum": y_BTd.sum(1).sum(0, dtype=torch.float64),
-        "cos_sum": cos_BT.sum(dtype=torch.float64),
-    }
-
-
-def norm_sums(x_BTd: torch.Tensor, n_BTd: torch.Tensor) -> Sums:
-    """Sums of a norm's output magnitudes and of its input's per-token shares (method section 2)."""
-    magnitude_Bd = _wide(n_BTd).abs().sum(1).double()
-    square_Nd = _wide(x_BTd).flatten(0, 1).square()
-    total_N = square_Nd.sum(-1)
-    inverse_N = torch.where(total_N > 0, total_N.reciprocal(), 0)
-    return {
-        "abs_sum": magnitude_Bd.sum(0),
-        "abs_row_sq_sum": (magnitude_Bd / x_BTd.shape[1]).square().sum(0),
-        "share_sum": (inverse_N @ square_Nd).double(),
-        "tokens": torch.tensor(float(square_Nd.shape[0])),
-        "sequences": torch.tensor(float(x_BTd.shape[0])),
-    }
-
-
-def router_sums(logits_NE: torch.Tensor, indices_NK: torch.Tensor, *, gates_NK: torch.Tensor) -> Sums:
-    """How often and how strongly every expert was chosen, and the Gram matrix of the raw, uncentred logits."""
-    gates_NK, logits_NE = gates_NK.double(), logits_NE.double()
-    total_N1 = gates_NK.sum(-1, keepdim=True)
-    share_NK = torch.where(total_N1 > 0, gates_NK / total_N1, 0)
-    empty_NE = torch.zeros_like(logits_NE)
-    return {
-        "routed": empty_NE.scatter(1, indices_NK, 1.0).sum(0),
-        "gate_sum": empty_NE.scatter(1, indices_NK, share_NK).sum(0),
-        "logit_gram": logits_NE.T @ logits_NE,
-    }
-
-
-def expert_sums(h_NI: torch.Tensor, out_Nd: torch.Tensor, *, gates_N: torch.Tensor) -> Sums:
-    """One expert's output norms, plain and gated, and its gated activation magnitudes, over the tokens routed to it."""
-    norms_N, gates_N = _wide(out_Nd).norm(dim=-1).double(), _wide(gates_N)
-    return {
-        "norm_sum": norms_N.sum(),
-        "gate_norm_sum": gates_N.double() @ norms_N,
-        "neuron_sum": (gates_N @ _wide(h_NI).abs()).double(),
-    }
-
-
-def shared_sums(gates_N: torch.Tensor, h_NI: torch.Tensor) -> Sums:
-    """The shared expert's gated activation magnitudes over all tokens."""
-    return {"neuron_shared_sum": (_wide(gates_N) @ _wide(h_NI).abs()).double()}
+    removal: bool = False
+    search: Search | None = None
+    redo: bool = False
 
 
 class LayerObserver:
     """Hooks on one visit's live modules, and the float64 sums that they fill while its batches run."""
 
-    def __init__(self, visit: LayerVisit, *, tokens: int, top_k: int) -> None:
+    def __init__(self, visit: LayerVisit, *, tokens: int, top_k: int, removal: bool = False) -> None:
         self.visit = visit
         self.layer: Sums = {}
         self.norms: dict[str, Sums] = {row.name: {} for row in visit.rows if row.component == "norm"}
-        self._seen = 0
-        self._sampled: list[torch.Tensor] = []
-        self._kept: Sums = {}  # what one hook leaves for the next within a batch
-        self._positions = np.zeros(0, dtype=np.int64)
+        self.experts: _ExpertSums | None = None
         if visit.experts is not None:
-            self._positions = sample_positions(tokens, experts=visit.experts.file.count, top_k=top_k)
+            positions = sample_positions(tokens, experts=visit.experts.file.count, top_k=top_k)
+            router = visit.module(next(row for row in visit.rows if row.component == "router"))
+            self.experts = _ExpertSums(router, positions, removal=removal)
+        self._shared_h: list[torch.Tensor] = []  # what one hook leaves for the next
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Observe what runs inside the block."""
-        handles = [*self._watch_norms(), *self._watch_layer(), *self._watch_experts()]
+        handles = [*self._watch_norms(), *self._watch_layer(), *self._watch_shared()]
+        if self.visit.experts is not None and self.experts is not None:
+            self.visit.experts.watch = self.experts
+            handles.append(self.experts.router.register_forward_hook(self.experts.see_router))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
             if self.visit.experts is not None:
-                self.visit.experts.observe = self.visit.experts.on_route = None
+                self.visit.experts.watch = None
 
     def result(self) -> tuple[LayerStats | None, dict[str, NormStats]]:
         """The layer's statistics (None for the final norm) and its norms'. Runs every expert on the shared sample."""
         norms = {name: NormStats.from_state(_arrays(sums)) for name, sums in self.norms.items()}
         if self.visit.decoder is None:
             return None, norms
-        if self.visit.experts is not None:
-            self.layer.update(self._over_sample(self.visit.experts))
+        if self.visit.experts is not None and self.experts is not None:
+            self.layer |= self.experts.sums | self.experts.over_sample(self.visit.experts)
         return LayerStats.from_state(_arrays(self.layer)), norms
 
     def _watch_norms(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
@@ -149,56 +120,99 @@ class LayerObserver:
         if self.visit.decoder is not None:
             yield self.visit.decoder.register_forward_hook(see)
 
-    def _watch_experts(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        if self.visit.experts is None:
-            return
-        self.visit.experts.on_route = self._on_route
-        self.visit.experts.observe = self._on_expert
+    def _watch_shared(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         for row in self.visit.rows:
-            if row.component == "router":
-                yield self.visit.module(row).register_forward_hook(self._on_router)
-            elif row.component == "shared" and row.tensor.matrix == "down":
+            if row.component == "shared" and row.tensor.matrix == "down":
                 down = self.visit.module(row)
                 self.layer["down_norm_shared"] = down.weight.double().norm(dim=0)  # type: ignore[operator]  # a tensor
                 yield down.register_forward_hook(self._on_shared_down)
             elif row.component == "shared" and row.tensor.matrix is None:
                 yield self.visit.module(row).register_forward_hook(self._on_shared_gate)
 
-    def _on_router(self, _module: nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
-        self._kept["logits"] = output[0]
-
-    def _on_route(self, x_Nd: torch.Tensor, indices_NK: torch.Tensor, gates_NK: torch.Tensor) -> None:
-        _add(self.layer, router_sums(self._kept.pop("logits"), indices_NK, gates_NK=gates_NK))
-        inside = self._positions - self._seen
-        inside = inside[(inside >= 0) & (inside < x_Nd.shape[0])]
-        self._sampled.append(x_Nd[torch.from_numpy(inside).to(x_Nd.device)])
-        self._seen += x_Nd.shape[0]
-
-    def _on_expert(
-        self, expert: int, tokens_N: torch.Tensor, gates_N: torch.Tensor, h_NI: torch.Tensor, out_Nd: torch.Tensor
-    ) -> None:
-        assert self.visit.experts is not None
-        for name, value in expert_sums(h_NI, out_Nd, gates_N=gates_N).items():
-            if name not in self.layer:
-                shape = (self.visit.experts.file.count, *value.shape)
-                self.layer[name] = torch.zeros(shape, dtype=torch.float64, device=value.device)
-            self.layer[name][expert] += value
-
     def _on_shared_down(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: object) -> None:
-        self._kept["shared"] = inputs[0]
+        self._shared_h.append(inputs[0])
 
     def _on_shared_gate(self, _module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        _add(self.layer, shared_sums(torch.sigmoid(_wide(output)).flatten(), self._kept.pop("shared")))
+        gates_N = torch.sigmoid(wide(output)).flatten()
+        _add(self.layer, {"neuron_shared_sum": neuron_sums(gates_N, self._shared_h.pop()).double()})
 
-    def _over_sample(self, experts: FileExperts) -> Sums:
-        sample_Sd = torch.cat(self._sampled)
-        means, downs = [], []
+
+class _ExpertSums:
+    """The routed experts' part of it, an `ExpertWatch`. `positions`: the shared sample, counted over all tokens."""
+
+    def __init__(self, router: nn.Module, positions: np.ndarray, *, removal: bool) -> None:
+        weight: torch.Tensor = router.weight  # type: ignore[assignment]  # a tensor
+        self.router, self.removal = router, removal
+        self.sums: Sums = {"router_gram": gram(weight.T)}
+        self._positions, self._seen = positions, 0
+        self._sampled: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._batch: dict[str, torch.Tensor] = {}
+        self._norms: list[torch.Tensor] = []
+        self._neurons: dict[int, torch.Tensor] = {}
+        self._removal: RemovalBatch | None = None
+
+    def see_router(self, _module: nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
+        """The router's hook."""
+        self._batch = {"logits": output[0]}
+
+    def route(self, x_Td: torch.Tensor, indices_TK: torch.Tensor, *, gates_TK: torch.Tensor) -> torch.Tensor | None:
+        """Take this batch's part of the shared sample; the next expert in line is wanted for `removal` alone."""
+        logits_TE = self._batch.pop("logits")
+        softmax_TE = wide(logits_TE).softmax(-1)
+        _add(self.sums, {"logit_gram": gram(logits_TE)})
+        inside = self._positions - self._seen
+        inside = inside[(inside >= 0) & (inside < x_Td.shape[0])]
+        if len(inside):
+            picked = torch.from_numpy(inside).to(x_Td.device)
+            self._sampled.append((x_Td[picked], softmax_TE[picked]))
+        self._seen += x_Td.shape[0]
+        self._batch = {"gates": gates_TK, "softmax": softmax_TE.gather(1, indices_TK)}
+        if not self.removal:
+            return None
+        renormalise = bool(self.router.norm_topk_prob)
+        self._removal = RemovalBatch(logits_TE, indices_TK, gates_NK=gates_TK, renormalise=renormalise)
+        return self._removal.next
+
+    def expert(self, expert: int, gates_N: torch.Tensor, *, h_NI: torch.Tensor, out_Nd: torch.Tensor) -> None:
+        """Keep what is needed of one expert's work until the batch ends."""
+        self._norms.append(torch.linalg.vector_norm(wide(out_Nd), dim=-1))
+        self._neurons[expert] = neuron_sums(gates_N, h_NI)
+        if self._removal is not None:
+            self._removal.expert(out_Nd)
+
+    def beside(self, tokens_N: torch.Tensor, out_Nd: torch.Tensor) -> None:
+        """Keep what a next expert puts out."""
+        assert self._removal is not None
+        self._removal.beside(tokens_N, out_Nd)
+
+    def end(self, routing: Routing) -> None:
+        """Add the batch."""
+        norms_S = torch.cat(self._norms)
+        _add(
+            self.sums,
+            expert_sums(routing, self._batch["gates"], softmax_NK=self._batch["softmax"], norms_S=norms_S),
+        )
+        reached_RI = torch.stack(list(self._neurons.values())).double()
+        neuron_EI = reached_RI.new_zeros(len(routing.counts), reached_RI.shape[1])
+        neuron_EI[list(self._neurons)] = reached_RI
+        _add(self.sums, {"neuron_sum": neuron_EI})
+        if self._removal is not None:
+            _add(self.sums, {"removal_sum": self._removal.sums(routing)})
+        self._norms, self._neurons, self._removal, self._batch = [], {}, None, {}
+
+    def over_sample(self, experts: FileExperts) -> Sums:
+        """Every expert's mean outputs, plain and weighted by the softmax over all experts, as sums over the sample."""
+        sample_Sd, softmax_SE = (torch.cat(parts) for parts in zip(*self._sampled, strict=True))
+        weights_E2S = torch.stack([torch.ones_like(softmax_SE), softmax_SE]).permute(2, 0, 1).double()
+        sums, downs = [], []
         with torch.no_grad():
-            for _, out_Sd, down_dI in experts.every_output(sample_Sd):
-                means.append(out_Sd.sum(0, dtype=torch.float64))
-                downs.append(down_dI.double().norm(dim=0))
+            for weights_2S, (out_Sd, down_dI) in zip(weights_E2S, experts.every_output(sample_Sd), strict=True):
+                sums.append(weights_2S @ out_Sd.double())
+                downs.append(torch.linalg.vector_norm(down_dI, dim=0, dtype=torch.float64))
+        plain_Ed, weighted_Ed = torch.stack(sums, dim=1)
         return {
-            "mean_output_sum": torch.stack(means),
+            "mean_output_sum": plain_Ed,
+            "softmax_output_sum": weighted_Ed,
             "down_norm": torch.stack(downs),
             "sample_tokens": torch.tensor(float(sample_Sd.shape[0])),
         }
@@ -207,10 +221,6 @@ class LayerObserver:
 def _add(into: Sums, sums: Mapping[str, torch.Tensor]) -> None:
     for name, value in sums.items():
         into[name] = into[name] + value if name in into else value
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _arrays(sums: Sums) -> dict[str, np.ndarray]:

@@ -5,21 +5,28 @@ output until all is done, so a killed calibration goes on at its layer and ends 
 """
 
 import hashlib
+from collections.abc import Generator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from torch import nn
 
 from moeslim.artifacts.commit import check_vacant, committed_folder, discard, read_json
 from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.artifacts.lock import run_lock
-from moeslim.calibrate.observe import LayerObserver
+from moeslim.calibrate.observe import LayerObserver, Observe, Trial
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import CheckpointError, DataError
 from moeslim.log import logger, progress
 from moeslim.model.walk import LayerVisit, WalkSettings, walk
-from moeslim.statistics import SCHEMA, Stats, join
+from moeslim.statistics import SCHEMA, Stats, coverage_lines, join
+
+Visits = Generator[LayerVisit, nn.Module | None, None]
+HELD_OUT_SHARE = 8
+"""A search that judges what it tries holds one row of so many back."""
 
 
 class Rows(Protocol):
@@ -37,12 +44,18 @@ class _Job:
     token_set: str
     tokens: int
     sequences: int
+    held_out: int
     settings: dict[str, Any]
 
     @property
     def name(self) -> str:
         facts = [SCHEMA, self.model, self.token_set, self.settings]
         return fingerprint(facts)
+
+    def made(self, stats: Stats) -> bool:
+        """Whether these are this job's statistics; settings beyond its own are what a search found."""
+        asked = {name: value for name, value in stats.settings.items() if name in self.settings or name == "search"}
+        return (stats.model, stats.token_sets, asked) == (self.model, (self.token_set,), self.settings)
 
     def stats(self) -> Stats:
         """Empty statistics with this job's facts."""
@@ -56,53 +69,72 @@ def calibrate(
     out: Path | str,
     sequences: int | None = None,
     settings: WalkSettings | None = None,
-    redo: bool = False,
+    observe: Observe | None = None,
 ) -> Stats:
     """Statistics of the checkpoint folder `model` over `sequences` rows spread evenly over `tokens` (None: all).
 
     Writes `out` last and at once; where it stands already, from the same model, rows and settings, it is read instead.
-    With `redo` half-finished work of something else is thrown away. Raises DataError for rows that the model cannot
-    read, RunError where `out`, or the half-finished work beside it, is of something else or in use.
+    A search may decide at each live layer, and hold out some of the rows: the statistics are of the others. Raises
+    DataError for rows that the model cannot read, RunError where `out`, or the half-finished work beside it, is of
+    something else or in use.
     """
-    out, settings = Path(out).absolute(), settings or WalkSettings()
+    out, settings, observe = Path(out).absolute(), settings or WalkSettings(), observe or Observe()
     reader = Reader(model)
     rows = _chosen(tokens, sequences, vocab=reader.shape["vocab"])
-    job = _job(model, rows, settings=settings)
+    held_out = 0
+    if observe.search is not None and observe.search.holds_out:
+        rows, held_out = hold_out(rows, rows_per_batch=settings.rows_per_batch)
+    job = _job(model, rows, held_out=held_out, settings=settings, observe=observe)
     work = out.with_name(f".{out.name}.calibrating")
     if (out / "stats.json").is_file():
         standing = Stats.load(out)
-        if (standing.model, standing.token_sets, standing.settings) == (job.model, (job.token_set,), job.settings):
+        if job.made(standing):
             logger.info("statistics stand already in %s", out)
             discard(work)
             return standing
     check_vacant(out)
     with run_lock(work):
         walked = work / "walk.json"
-        if redo and walked.exists() and read_json(walked).get("name") != job.name:
+        if observe.redo and walked.exists() and read_json(walked).get("name") != job.name:
             walked.unlink()  # without it nothing there counts
-        _walk(reader, rows, work=work, job=job, settings=settings)
-        stats = join(Stats.load(folder) for folder in _parts(work, reader))
+        visits = walk(reader, rows, workdir=work, settings=settings, name=job.name)
+        _walk(visits, num_visits=len(reader.layer_keys) + 1, top_k=reader.shape["top_k"], job=job, observe=observe)
+        parts = _parts(work, reader)
+        stats = join(Stats.load(folder) for folder in parts)
         with committed_folder(out) as temporary:
+            if observe.search is not None:
+                stats.settings |= observe.search.gather(parts, out=temporary) or {}
             stats.save(temporary)
         discard(work)
-    for key, experts in stats.unreached().items():
-        logger.warning("layer %s: no calibration token was routed to experts %s", key, experts)
+    for line in coverage_lines(stats.coverage()):
+        logger.warning("%s", line)
     return stats
 
 
-def _walk(reader: Reader, rows: np.ndarray, *, work: Path, job: _Job, settings: WalkSettings) -> None:
-    visits = len(reader.layer_keys) + 1
-    with progress("calibrate", visits * job.tokens, unit="tokens") as advance:
-        for visit in walk(reader, rows, workdir=work, settings=settings, name=job.name):
-            observer = LayerObserver(visit, tokens=job.tokens, top_k=reader.shape["top_k"])
-            with observer.watching():
-                for batch in visit.batches():
-                    advance((batch.stop - batch.start) * batch.x.shape[1], f"layer {visit.key}")
-            _leave(visit, observer, job=job)
+def _walk(visits: Visits, *, num_visits: int, top_k: int, job: _Job, observe: Observe) -> None:
+    length = job.tokens // job.sequences
+    with progress("calibrate", num_visits * (job.tokens + job.held_out * length), unit="tokens") as advance:
+        replacement = None
+        while True:
+            try:
+                visit = visits.send(replacement)
+            except StopIteration:
+                return
+            observer = LayerObserver(visit, tokens=job.tokens, top_k=top_k, removal=observe.removal)
+            trial = None
+            if observe.search is not None:
+                trial = observe.search.visit(visit, observed=job.tokens, held_out=job.held_out * length)
+            with nullcontext() if trial is None else trial.watching():
+                with observer.watching():
+                    for batch in visit.batches(end=job.sequences):
+                        advance((batch.stop - batch.start) * length, f"layer {visit.key}")
+                for batch in visit.batches(first=job.sequences):
+                    advance((batch.stop - batch.start) * length, f"layer {visit.key}")
+            replacement = _leave(visit, observer, trial=trial, job=job)
 
 
-def _leave(visit: LayerVisit, observer: LayerObserver, *, job: _Job) -> None:
-    """Put the visit's statistics where the walk commits them."""
+def _leave(visit: LayerVisit, observer: LayerObserver, *, trial: Trial | None, job: _Job) -> nn.Module | None:
+    """Put the visit's statistics, and what its trial decides from them, where the walk commits them."""
     part = job.stats()
     layer, part.norms = observer.result()
     if layer is not None:
@@ -114,7 +146,11 @@ def _leave(visit: LayerVisit, observer: LayerObserver, *, job: _Job) -> None:
                     f"layer {visit.key}: its {name} is NaN or Inf, so some weight or activation is; "
                     "look for bad weights with `moeslim verify`"
                 )
+    found, replacement = (None, None) if trial is None else trial.decide(layer)
+    if found is not None:
+        part.found[visit.key] = found
     part.save(visit.folder)
+    return replacement
 
 
 def _parts(work: Path, reader: Reader) -> list[Path]:
@@ -122,19 +158,43 @@ def _parts(work: Path, reader: Reader) -> list[Path]:
     return [work / "layers" / key for key in keys]
 
 
-def _job(model: Path | str, rows: np.ndarray, *, settings: WalkSettings) -> _Job:
+def _job(model: Path | str, rows: np.ndarray, *, held_out: int, settings: WalkSettings, observe: Observe) -> _Job:
+    facts: dict[str, Any] = {
+        "rows_per_batch": settings.rows_per_batch,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "device": settings.device.partition(":")[0],
+        "attn": settings.attn,
+        "removal": observe.removal,
+    }
+    if observe.search is not None:
+        facts |= {"held_out_sequences": held_out, "search": observe.search.facts}
+    observed = rows.shape[0] - held_out
     return _Job(
         model=folder_fingerprint(model),
         token_set=hashlib.sha256(f"{rows.shape}".encode() + rows.tobytes()).hexdigest()[:16],
-        tokens=rows.shape[0] * (rows.shape[1] - 1),
-        sequences=rows.shape[0],
-        settings={
-            "rows_per_batch": settings.rows_per_batch,
-            "dtype": str(settings.dtype).removeprefix("torch."),
-            "device": settings.device.partition(":")[0],
-            "attn": settings.attn,
-        },
+        tokens=observed * (rows.shape[1] - 1),
+        sequences=observed,
+        held_out=held_out,
+        settings=facts,
     )
+
+
+def hold_out(rows: np.ndarray, *, rows_per_batch: int) -> tuple[np.ndarray, int]:
+    """The rows with an eighth of them, spread evenly, moved to the end, and how many these are.
+
+    A whole number of batches where the eighth has that many, else single rows. DataError for a single row.
+    """
+    total = rows.shape[0]
+    if total < 2:
+        raise DataError(
+            "methods.rho `auto` and methods.calibrate_router judge on rows that are held out of the calibration, and "
+            f"there is {total}; give 2 sequences or more"
+        )
+    count = max(1, total // HELD_OUT_SHARE)
+    if count > rows_per_batch:
+        count -= count % rows_per_batch
+    held = (np.arange(count) * total + total // 2) // count
+    return np.concatenate([np.delete(rows, held, axis=0), rows[held]]), count
 
 
 def _chosen(tokens: Rows | np.ndarray, sequences: int | None, *, vocab: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 from moeslim.data.tokens import TokenSet
 from moeslim.errors import DataError
 
-Batch = tuple[torch.Tensor, torch.Tensor, "Cursor"]
+Batch = tuple[torch.Tensor, torch.Tensor, np.ndarray, "Cursor"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Cursor:
 
 
 def batches(tokens: TokenSet, cursor: Cursor, *, rows_per_batch: int) -> Iterator[Batch]:
-    """Endless batches: rows (B, T+1) int64, mask (B, T) bool, and the cursor that stands after them.
+    """Endless batches: rows (B, T+1) int64, mask (B, T) bool, the rows' numbers (B), and the cursor that stands after.
 
     Every epoch uses each row once in its own order; a batch that meets the end of an epoch is filled from the next,
     so all are full. DataError if the cursor cannot belong to these tokens.
@@ -43,7 +43,7 @@ def batches(tokens: TokenSet, cursor: Cursor, *, rows_per_batch: int) -> Iterato
     while True:
         indices, cursor = take(len(tokens), cursor, count=rows_per_batch)
         rows = torch.from_numpy(tokens.rows[indices].astype(np.int64))
-        yield rows, torch.from_numpy(tokens.mask[indices]), cursor
+        yield rows, torch.from_numpy(tokens.mask[indices]), indices, cursor
 
 
 def take(num_rows: int, cursor: Cursor, *, count: int) -> tuple[np.ndarray, Cursor]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moeslim.artifacts.commit import write_bytes
@@ -25,7 +26,7 @@ from moeslim.distill.settings import Stage, TrainSettings, learning_rate_at, num
 from moeslim.distill.teacher import Teacher
 from moeslim.errors import Interrupted, TrainingError
 from moeslim.log import logger, progress
-from moeslim.losses import LossWeights, term_counts, total
+from moeslim.losses import LossWeights, coefficients, term_counts
 from moeslim.losses.terms import means
 from moeslim.model.student import Student
 
@@ -57,41 +58,40 @@ class Gradient:
 
 def accumulate(
     student: Student,
-    batch: tuple[torch.Tensor, torch.Tensor],
+    batch: tuple[torch.Tensor, torch.Tensor, np.ndarray],
     *,
     weights: LossWeights,
     settings: TrainSettings,
     teacher: Teacher | None = None,
 ) -> Gradient:
-    """Add the gradients of one step's loss over its micro-batches; the batch is (rows (B, T+1), mask (B, T)).
+    """Add the gradients of one step's loss over its micro-batches: rows (B, T+1), mask (B, T), the rows' numbers (B).
 
     The divisors are the whole step's counts, known from the masks beforehand, so the micro-batches' parts add up to
     one token mean however the rows are split.
     """
-    rows, mask = batch
+    rows, mask, numbers = batch
     depths = settings.depths if student.mtp is not None else 0
     counts = term_counts(mask, depths)
+    factors = coefficients(weights, counts=counts, tokens=mask.numel())
     student.routers.start_step()
     device = student.head.device
     sums: dict[str, torch.Tensor] = {}
     balance: list[torch.Tensor] = []
     loss_parts: list[torch.Tensor] = []
     for start in range(0, len(rows), settings.micro_rows):
-        part_rows = rows[start : start + settings.micro_rows].to(device)
-        part_mask = mask[start : start + settings.micro_rows].to(device)
+        part = slice(start, start + settings.micro_rows)
+        part_rows, part_mask = rows[part].to(device), mask[part].to(device)
         with _precision(settings, device):
-            signal = teacher(part_rows[:, :-1]) if teacher is not None else None
-            terms = student(
-                part_rows, part_mask, teacher=signal, temperature=settings.temperature, depths=settings.depths
-            )
-        loss = total(terms, weights, counts=counts, tokens=mask.numel())
-        loss.backward()
-        loss_parts.append(loss.detach())
+            signal = teacher(part_rows, numbers[part]) if teacher is not None else None
+            terms = student(part_rows, part_mask, coefficients=factors, teacher=signal)
+        terms.loss.backward()
+        loss_parts.append(terms.loss.detach())
         for name, value in terms.sums.items():
-            sums[name] = sums.get(name, 0.0) + value.detach()
+            sums[name] = sums.get(name, 0.0) + value
         if terms.balance is not None:
-            balance.append(terms.balance.detach() * (part_mask.numel() / mask.numel()))
-    values = {name: float(value) for name, value in means(sums, counts).items()}
+            balance.append(terms.balance * (part_mask.numel() / mask.numel()))
+    kd = "kd" if teacher is None else teacher.kd_name
+    values = {name: float(value) for name, value in means(sums, counts, kd=kd).items()}
     if balance:
         values["balance"] = float(sum(balance))
     return Gradient(float(sum(loss_parts)), values)
@@ -174,8 +174,8 @@ def train(
             began = time.perf_counter()
             rate = learning_rate_at(settings, stage, step=step, steps=steps)
             weights = weights_at(settings, stage.progress(step / steps))
-            rows, mask, cursor = next(stream)
-            gradient = accumulate(student, (rows, mask), weights=weights, settings=settings, teacher=teacher)
+            rows, mask, numbers, cursor = next(stream)
+            gradient = accumulate(student, (rows, mask, numbers), weights=weights, settings=settings, teacher=teacher)
             norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip))
             check_finite(gradient, norm, step=step)
             for group in optimizer.param_groups:

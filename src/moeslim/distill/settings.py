@@ -48,7 +48,7 @@ class TrainSettings:
     @classmethod
     def of(cls, section: Distill, *, tokens: int, **rest: Any) -> "TrainSettings":
         """A recipe's section for a stage of `tokens` targets; `rest` is seed, precision and device."""
-        values = section.model_dump(exclude={"tokens", "optimizer_state"})
+        values = section.model_dump(exclude={"tokens", "optimizer_state", "teacher_cache"})
         return cls(tokens=tokens, **values, **rest)
 
     def check(self) -> None:

@@ -1,64 +1,36 @@
-"""Where a teacher's word comes from: a function from input tokens to a `Signal` (states and head, not logits)."""
+"""Where a teacher's word comes from: a live model here, or a cache of what it said (`distill/cache/teacher.py`)."""
 
-import json
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 import torch
 
-from moeslim.errors import CheckpointError
-from moeslim.losses import Signal
+from moeslim.losses import Outcomes, Signal
 from moeslim.model.student import Student
 
 
 class Teacher(Protocol):
-    """Gives the teacher's states (B, T, d_teacher) and head (V, d_teacher) for input tokens (B, T).
+    """Gives what the loss needs of the teacher's word on `rows` (B, T+1), the rows `numbers` (B) of the packed text.
 
-    States instead of logits: the student's forward turns them into logits a chunk of positions at a time.
+    A `Signal` holds states and not logits: the loss turns them into logits a chunk of positions at a time.
     """
 
-    def __call__(self, tokens: torch.Tensor) -> Signal: ...
+    kd_name: str
+    """What the KD term with this word is called in a log: `kd` is a KL over the full vocabulary and nothing else is."""
+
+    def __call__(self, rows: torch.Tensor, numbers: np.ndarray) -> Signal | Outcomes: ...
 
 
 class OnlineTeacher:
     """A frozen live model beside the student, in its own dtype and on its own device; its hidden size may differ."""
 
+    kd_name = "kd"
+
     def __init__(self, model: Student) -> None:
         self.model = model.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def __call__(self, tokens: torch.Tensor) -> Signal:
+    def __call__(self, rows: torch.Tensor, numbers: np.ndarray) -> Signal:
         head = self.model.head
-        hidden = self.model.hidden(tokens.to(head.device))
-        return Signal(hidden=hidden.to(tokens.device), head=head.to(tokens.device))
-
-
-def _words(folder: Path) -> dict[str, Any] | None:
-    """Vocabulary and added tokens of `tokenizer.json`; None where the folder has none."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-    return {"vocab": content.get("model", {}).get("vocab"), "added": added}
-
-
-def check_same_words(student: Path, teacher: Path) -> None:
-    """Refuse a teacher whose word ids mean something else: other `vocab_size` or another tokenizer.
-
-    Raises CheckpointError. A folder without tokenizer.json is compared by `vocab_size` alone.
-    """
-    sizes = []
-    for folder in (student, teacher):
-        sizes.append(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
-    if sizes[0] != sizes[1]:
-        raise CheckpointError(
-            f"{teacher}: the teacher's vocab_size is {sizes[1]}, the student's ({student}) is {sizes[0]}; distillation "
-            "compares distributions over the same words, so choose a teacher with the student's tokenizer"
-        )
-    words = [_words(student), _words(teacher)]
-    if None not in words and words[0] != words[1]:
-        raise CheckpointError(
-            f"{teacher}: the teacher's tokenizer.json has other words than the student's ({student}); distillation "
-            "compares distributions over the same words, so choose a teacher with the student's tokenizer"
-        )
+        hidden = self.model.hidden(rows[:, :-1].to(head.device))
+        return Signal(hidden=hidden.to(rows.device), head=head.to(rows.device))

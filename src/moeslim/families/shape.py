@@ -55,6 +55,16 @@ class Shape:
         """ "0".."L-1", without the MTP block."""
         return tuple(str(layer) for layer in range(self.layers))
 
+    @property
+    def groups(self) -> int:
+        """Groups of consecutive experts that the router chooses between first; 1 in a family without them."""
+        return self.sizes.get("groups", 1)
+
+    @property
+    def topk_group(self) -> int:
+        """How many of the groups are open to a token."""
+        return self.sizes.get("topk_group", 1)
+
     def mixer(self, key: str) -> str:
         """The token mixer of a layer: a word of `layer_types`."""
         return self.family.mtp_mixer if key.startswith("mtp.") else self.layer_types[int(key)]
@@ -76,6 +86,16 @@ class Shape:
             raise FamilyError(
                 f"config.json: num_experts_per_tok is {self['top_k']} but there are {self['experts']} experts; "
                 "a token cannot be sent to more experts than there are"
+            )
+        if self["experts"] % self.groups:
+            raise FamilyError(
+                f"config.json: num_experts ({self['experts']}) must be a multiple of n_group ({self.groups})"
+            )
+        if self.topk_group > self.groups or self["top_k"] > self.topk_group * (self["experts"] // self.groups):
+            raise FamilyError(
+                f"config.json: topk_group is {self.topk_group} of n_group {self.groups} groups of "
+                f"{self['experts'] // self.groups} experts, which must hold the {self['top_k']} experts per token "
+                "(num_experts_per_tok)"
             )
         if self["heads"] % self["kv_heads"]:
             raise FamilyError(

@@ -70,6 +70,8 @@ def keys(text: str) -> dict[str, str | tuple[str, int]]:
 class Family:
     """The facts of one architecture. `sizes` maps an axis to its config key, or to (key, default).
 
+    A router that chooses groups of experts first has the sizes `groups` (n_group) and `topk_group`, default 1.
+
     `parts` holds the tensors by part: "outer" outside the layers; "every" in all layers, one entry per token mixer (the
     words of `layer_types`), "moe" and "dense"; "mtp" in the MTP head outside its layer. `expert_prefix` is where
     `layouts.py` puts the routed experts.

@@ -1,8 +1,18 @@
-"""Training losses as pure functions that return (sum, count); one place divides (`terms.total`)."""
+"""Training losses as sums over positions; the one place that divides is `terms.coefficients`."""
 
 from moeslim.losses.balance import balance
-from moeslim.losses.chunked import Signal, chunked_sums
-from moeslim.losses.terms import LossWeights, StepTerms, term_counts, total
-from moeslim.losses.token import kd, lm
+from moeslim.losses.fused import Signal, fused_loss
+from moeslim.losses.outcomes import Outcomes
+from moeslim.losses.terms import Coefficients, LossWeights, StepTerms, coefficients, term_counts
 
-__all__ = ["LossWeights", "Signal", "StepTerms", "balance", "chunked_sums", "kd", "lm", "term_counts", "total"]
+__all__ = [
+    "Coefficients",
+    "LossWeights",
+    "Outcomes",
+    "Signal",
+    "StepTerms",
+    "balance",
+    "coefficients",
+    "fused_loss",
+    "term_counts",
+]

@@ -5,6 +5,7 @@ Names of terms: `lm`, `kd`, and for MTP depth m `mtp_lm.m`, `mtp_kd.m`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -20,13 +21,36 @@ class LossWeights:
 
 
 @dataclass(frozen=True)
-class StepTerms:
-    """One micro-batch: per term the sum over its positions (with gradient) and their number; the balance loss; B*T."""
+class Coefficients:
+    """What the step's loss multiplies every sum with: weights over counts, known before the first forward.
 
+    `terms` holds the terms that are asked for; one with 0 is only reported. `balance` is per token of a micro-batch.
+    """
+
+    terms: Mapping[str, float]
+    balance: float = 0.0
+    temperature: float = 1.0
+
+    @property
+    def depths(self) -> int:
+        """The largest MTP depth asked for."""
+        return max((int(name.partition(".")[2] or 0) for name in self.terms), default=0)
+
+
+class StepTerms(NamedTuple):
+    """One micro-batch: its part of the step's loss (with gradient); the sum of every term and the balance (without).
+
+    A tuple, because a sharded root looks for the loss among the tensors of its output.
+    """
+
+    loss: torch.Tensor
     sums: dict[str, torch.Tensor]
-    counts: dict[str, int]
     balance: torch.Tensor | None
-    tokens: int
+
+
+def term_names(depth: int) -> tuple[str, str]:
+    """The LM and the KD term of a depth, 0 being the backbone."""
+    return (f"mtp_lm.{depth}", f"mtp_kd.{depth}") if depth else ("lm", "kd")
 
 
 def term_counts(mask: torch.Tensor, depths: int) -> dict[str, int]:
@@ -35,30 +59,25 @@ def term_counts(mask: torch.Tensor, depths: int) -> dict[str, int]:
     `mask[b, j]` says whether the target t_{j+1} counts; depth m predicts t_{i+m+1} from i >= 0, so j >= m.
     """
     seen = mask.sum(0).tolist()
-    counts = {"lm": int(sum(seen)), "kd": int(sum(seen))}
-    for m in range(1, depths + 1):
-        counts[f"mtp_lm.{m}"] = counts[f"mtp_kd.{m}"] = int(sum(seen[m:]))
-    return counts
+    return {name: int(sum(seen[m:])) for m in range(depths + 1) for name in term_names(m)}
 
 
-def means(sums: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """Token means per term; the MTP depths also pooled into `mtp_lm` and `mtp_kd` (sum of sums / sum of counts)."""
-    out = {name: value / max(counts[name], 1) for name, value in sums.items()}
-    for kind in ("mtp_lm", "mtp_kd"):
-        parts = [name for name in sums if name.startswith(kind + ".")]
-        if parts:
-            pooled = torch.stack([sums[name] for name in parts]).sum()
-            out[kind] = pooled / max(sum(counts[name] for name in parts), 1)
-    return out
+def _pooled(counts: Mapping[str, int]) -> dict[str, int]:
+    """Positions per kind of term, all MTP depths together; at least 1, since all of them may be masked."""
+    kinds: dict[str, int] = {}
+    for name, count in counts.items():
+        kind = name.partition(".")[0]
+        kinds[kind] = kinds.get(kind, 0) + count
+    return {kind: max(count, 1) for kind, count in kinds.items()}
 
 
-def total(terms: StepTerms, weights: LossWeights, *, counts: Mapping[str, int], tokens: int) -> torch.Tensor:
-    """This micro-batch's part of the step's loss; the parts of all micro-batches add up to the loss of the step.
+def coefficients(weights: LossWeights, *, counts: Mapping[str, int], tokens: int) -> Coefficients:
+    """The step's divisions, done once: every sum times its coefficient, added up, is the loss of the step.
 
     `counts` and `tokens` are those of the whole step (all micro-batches, all ranks), so every position weighs the
-    same wherever it lies. The balance loss is a mean already and enters by the micro-batch's share of the tokens.
+    same wherever it lies, and the depths are pooled into one mean. The balance loss of a micro-batch is a mean already
+    and enters by its share of the tokens.
     """
-    mean = means(terms.sums, counts)
     kept = 1.0 - weights.lam
     factors = {
         "lm": kept,
@@ -66,8 +85,20 @@ def total(terms: StepTerms, weights: LossWeights, *, counts: Mapping[str, int], 
         "mtp_lm": weights.beta * kept,
         "mtp_kd": weights.beta * weights.lam,
     }
-    # A factor of 0 leaves the term out instead of multiplying: 0 * inf is NaN, and its backward costs time.
-    loss = torch.stack([factors[name] * mean[name] for name in factors if name in mean and factors[name] != 0]).sum()
-    if terms.balance is not None and weights.alpha:
-        loss = loss + weights.alpha * (terms.tokens / tokens) * terms.balance
-    return loss
+    pooled = _pooled(counts)
+    terms = {name: factors[kind := name.partition(".")[0]] / pooled[kind] for name in counts}
+    return Coefficients(terms, balance=weights.alpha / tokens, temperature=weights.temperature)
+
+
+def means(sums: Mapping[str, torch.Tensor], counts: Mapping[str, int], *, kd: str = "kd") -> dict[str, torch.Tensor]:
+    """What a log shows: the token mean of every term; the MTP depths also pooled into `mtp_lm` and `mtp_kd`.
+
+    Where the KD terms are no KL over the full vocabulary, `kd` is what they are called instead.
+    """
+    out = {name: value / max(counts[name], 1) for name, value in sums.items()}
+    pooled = _pooled({name: counts[name] for name in sums})
+    for kind in ("mtp_lm", "mtp_kd"):
+        parts = [value for name, value in sums.items() if name.startswith(kind + ".")]
+        if parts:
+            out[kind] = torch.stack(parts).sum() / pooled[kind]
+    return {name.replace("kd", kd): value for name, value in out.items()}

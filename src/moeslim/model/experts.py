@@ -7,9 +7,11 @@ the same order (experts ascending, each adding its rows), so the outputs are bit
 Legend: T tokens, K experts per token, N of the tokens go to expert e, d hidden size, I expert size, F = 2I.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import linear
@@ -18,14 +20,6 @@ from moeslim.checkpoint.reader import Reader
 
 _MEMORY_SHARE = 8  # experts kept between batches may fill an eighth of a GPU
 _CPU_BYTES = 2 << 30
-
-
-class ExpertObserver(Protocol):
-    """Sees one expert's work on one batch: its token numbers N, their gate values, gated activation and output."""
-
-    def __call__(
-        self, expert: int, tokens_N: torch.Tensor, gates_N: torch.Tensor, h_NI: torch.Tensor, out_Nd: torch.Tensor
-    ) -> None: ...
 
 
 class ExpertFile:
@@ -74,66 +68,88 @@ class ExpertFile:
         return max(1, min(self.count, budget // each))
 
 
-class FileExperts(nn.Module):
-    """Stands in a MoE block where the stacked experts were. `observe` and `on_route` see what passes, if set.
+@dataclass(frozen=True)
+class Routing:
+    """Which expert gets which tokens in one batch: S = T K items, sorted by expert and within one slot by slot.
 
-    `on_route(x_Td, indices_TK, gates_TK)` gets what the experts receive from the router, before they run.
+    That is the order in which the eager back end takes an expert's tokens. `counts`: items per expert; `places` (S):
+    each item's slot * T + token; `tokens` (S).
     """
+
+    counts: list[int]
+    places: torch.Tensor
+    tokens: torch.Tensor
+
+    @classmethod
+    def of(cls, indices_TK: torch.Tensor, *, experts: int) -> "Routing":
+        """The items of a batch whose token t goes to the experts `indices_TK[t]`."""
+        # The counts are needed here anyway, and numpy sorts 16-bit numbers by radix, far faster than torch sorts any.
+        flat_S = indices_TK.t().reshape(-1).cpu().numpy().astype(np.int16)
+        places = torch.from_numpy(np.argsort(flat_S, kind="stable")).to(indices_TK.device)
+        return cls(np.bincount(flat_S, minlength=experts).tolist(), places, places % indices_TK.shape[0])
+
+    def items(self, values_TK: torch.Tensor) -> torch.Tensor:
+        """The values (T, K) in the order of the items (S)."""
+        return values_TK.t().reshape(-1).index_select(0, self.places)
+
+
+class ExpertWatch(Protocol):
+    """Sees one layer's experts at work, batch by batch: `route`, then every reached expert ascending, then `end`."""
+
+    def route(self, x_Td: torch.Tensor, indices_TK: torch.Tensor, *, gates_TK: torch.Tensor) -> torch.Tensor | None:
+        """What the experts get from the router; may name one more expert per token (T), run for the watch alone."""
+
+    def expert(self, expert: int, gates_N: torch.Tensor, *, h_NI: torch.Tensor, out_Nd: torch.Tensor) -> None:
+        """One expert's gate values, gated activation and ungated output, in the order of the batch's `Routing`."""
+
+    def beside(self, tokens_N: torch.Tensor, out_Nd: torch.Tensor) -> None:
+        """The output that the one more expert of these tokens would give them."""
+
+    def end(self, routing: Routing) -> None:
+        """All experts have run."""
+
+
+class FileExperts(nn.Module):
+    """Stands in a MoE block where the stacked experts were. `watch`, if set, sees what passes and changes nothing."""
 
     def __init__(self, file: ExpertFile, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.file = file
         self.act_fn = act
-        self.observe: ExpertObserver | None = None
-        self.on_route: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+        self.watch: ExpertWatch | None = None
 
     def forward(self, x_Td: torch.Tensor, indices_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
-        """The gated sum of each token's experts (T, d)."""
-        if self.on_route is not None:
-            self.on_route(x_Td, indices_TK, gates_TK)
-        return run_experts(
-            self.file, x_Td, indices_TK=indices_TK, gates_TK=gates_TK, act=self.act_fn, observe=self.observe
-        )
+        """sum over k of g_tk E_{i_tk}(x_t) as (T, d)."""
+        watch, out_Td = self.watch, torch.zeros_like(x_Td)
+        more_T = None if watch is None else watch.route(x_Td, indices_TK, gates_TK=gates_TK)
+        routing = Routing.of(indices_TK, experts=self.file.count)
+        parts = (routing.tokens.split(routing.counts), routing.items(gates_TK).split(routing.counts))
+        more: Sequence[torch.Tensor] = [routing.tokens[:0]] * self.file.count
+        if more_T is not None:
+            beside = Routing.of(more_T[:, None], experts=self.file.count)
+            more = beside.tokens.split(beside.counts)
+        for expert, (tokens_N, gates_N, more_N) in enumerate(zip(*parts, more, strict=True)):
+            if len(tokens_N) + len(more_N) == 0:
+                continue
+            weights = self.file.weights(expert)
+            if len(tokens_N):
+                h_NI, out_Nd = self._run(x_Td.index_select(0, tokens_N), weights)
+                out_Td.index_add_(0, tokens_N, (out_Nd * gates_N[:, None]).to(out_Td.dtype))
+                if watch is not None:
+                    watch.expert(expert, gates_N, h_NI=h_NI, out_Nd=out_Nd)
+            if watch is not None and len(more_N):  # a product of its own: more rows above would change bits there
+                watch.beside(more_N, self._run(x_Td.index_select(0, more_N), weights)[1])
+        if watch is not None:
+            watch.end(routing)
+        return out_Td
 
-    def every_output(self, x_Sd: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Per expert its number, its outputs for all S tokens given (S, d) and its down projection (d, I)."""
+    def every_output(self, x_Sd: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Per expert, ascending, its outputs for all S tokens given (S, d) and its down projection (d, I)."""
         for expert in range(self.file.count):
-            both_Fd, down_dI = self.file.weights(expert)
-            yield expert, linear(_activation(x_Sd, both_Fd, act=self.act_fn), down_dI), down_dI
+            weights = self.file.weights(expert)
+            yield self._run(x_Sd, weights)[1], weights[1]
 
-
-def run_experts(
-    file: ExpertFile,
-    x_Td: torch.Tensor,
-    *,
-    indices_TK: torch.Tensor,
-    gates_TK: torch.Tensor,
-    act: Callable[[torch.Tensor], torch.Tensor],
-    observe: ExpertObserver | None = None,
-) -> torch.Tensor:
-    """sum over k of g_tk E_{i_tk}(x_t) as (T, d). `observe` sees every reached expert with its ungated output."""
-    out_Td = torch.zeros_like(x_Td)
-    flat = indices_TK.t().reshape(-1)  # slot by slot, the order in which the eager back end takes an expert's tokens
-    order = torch.argsort(flat, stable=True)
-    start = 0
-    for expert, n in enumerate(torch.bincount(flat, minlength=file.count).tolist()):
-        if n == 0:
-            continue
-        picked = order[start : start + n]
-        start += n
-        tokens_N, slots_N = picked % x_Td.shape[0], picked // x_Td.shape[0]
-        both_Fd, down_dI = file.weights(expert)
-        h_NI = _activation(x_Td[tokens_N], both_Fd, act=act)
-        out_Nd = linear(h_NI, down_dI)
-        gates_N = gates_TK[tokens_N, slots_N]
-        if observe is not None:
-            observe(expert, tokens_N, gates_N, h_NI, out_Nd)
-        out_Td.index_add_(0, tokens_N, (out_Nd * gates_N[:, None]).to(out_Td.dtype))
-    return out_Td
-
-
-def _activation(
-    x_Nd: torch.Tensor, both_Fd: torch.Tensor, *, act: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    gate, up = linear(x_Nd, both_Fd).chunk(2, dim=-1)
-    return act(gate) * up
+    def _run(self, x_Nd: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = linear(x_Nd, weights[0]).chunk(2, dim=-1)
+        h_NI = self.act_fn(gate) * up
+        return h_NI, linear(h_NI, weights[1])

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausalLM, Qwen3NextTopKRouter
 
-from moeslim.losses import Signal, StepTerms, balance, chunked_sums, term_counts
+from moeslim.losses import Coefficients, Outcomes, Signal, StepTerms, balance, fused_loss
 from moeslim.model.mtp import MtpBlock
 
 
@@ -143,26 +143,21 @@ class Student(nn.Module):
         rows: torch.Tensor,
         mask: torch.Tensor,
         *,
-        teacher: Signal | None = None,
-        temperature: float = 1.0,
-        depths: int = 1,
+        coefficients: Coefficients,
+        teacher: Signal | Outcomes | None = None,
     ) -> StepTerms:
-        """Sums and counts of every loss term for `rows` (B, T+1) int64 under the target mask (B, T) bool.
+        """Loss and sums of every term asked for, for `rows` (B, T+1) int64 under the target mask (B, T) bool.
 
-        Terms: `lm`, `mtp_lm.m` for m = 1..depths (0 depths without an MTP block), with a teacher also `kd` and
-        `mtp_kd.m`, and the balance loss of the micro-batches of this step so far.
+        `coefficients` say what the step's loss multiplies each sum with, and so the terms and the depths; KD terms need
+        a teacher. The balance loss is that of the micro-batches of this step so far.
         """
-        depths = depths if self.mtp is not None else 0
         with self.routers.watching():
             hidden = self.hidden(rows[:, :-1])
-            states = [hidden, *self.mtp_states(hidden, rows, depths=depths)]
-        sums = chunked_sums(
-            states,
-            self.head,
-            targets=rows[:, 1:],
-            mask=mask,
-            teacher=teacher,
-            temperature=temperature,
+            states = [hidden, *self.mtp_states(hidden, rows, depths=coefficients.depths)]
+        loss, sums = fused_loss(
+            states, self.head, targets=rows[:, 1:], mask=mask, coefficients=coefficients, teacher=teacher
         )
-        counts = {name: count for name, count in term_counts(mask, depths).items() if name in sums}
-        return StepTerms(sums=sums, counts=counts, balance=self.routers.loss(), tokens=mask.numel())
+        balanced = self.routers.loss()
+        if balanced is not None and coefficients.balance:
+            loss = loss + coefficients.balance * mask.numel() * balanced
+        return StepTerms(loss, sums, None if balanced is None else balanced.detach())

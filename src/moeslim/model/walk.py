@@ -82,11 +82,15 @@ class LayerVisit:
         """The live module whose weight is the tensor of that row."""
         return self.root.get_submodule(row.name.removeprefix(self.prefix).removesuffix("weight").rstrip("."))
 
-    def batches(self, root: nn.Module | None = None) -> Iterator[Batch]:
-        """Run the layer (or `root` in its place) over all rows, whole sequences at a time, writing its outputs."""
-        self.done_rows = 0
-        rows = self.hidden.shape[0]
-        for start in range(0, rows, self.rows_per_batch):
+    def batches(self, root: nn.Module | None = None, *, first: int = 0, end: int | None = None) -> Iterator[Batch]:
+        """Run the layer (or `root` in its place) over rows [first, end), all unless told, writing its outputs.
+
+        Rows go in whole sequences, `rows_per_batch` at a time from `first` on; whoever runs a part runs the parts in
+        order.
+        """
+        self.done_rows = first
+        rows = self.hidden.shape[0] if end is None else end
+        for start in range(first, rows, self.rows_per_batch):
             stop = min(start + self.rows_per_batch, rows)
             x_BTd = self.hidden.read(start, stop)
             with torch.no_grad():

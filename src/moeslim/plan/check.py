@@ -12,17 +12,32 @@ from moeslim.checkpoint.config_json import edit_config
 from moeslim.errors import PlanError
 from moeslim.families import Shape
 from moeslim.plan.engines import engine_warnings
+from moeslim.plan.groups import check_equal_cuts, check_groups
 from moeslim.plan.make import hidden_norms, source_shape
-from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, Plan, SetTopK, Step
+from moeslim.plan.steps import (
+    CutExperts,
+    CutExpertSize,
+    CutHidden,
+    DropLayers,
+    Merge,
+    Plan,
+    SetRouters,
+    SetTopK,
+    Step,
+)
 
 
 @dataclass(frozen=True)
 class State:
-    """The model between two steps: its shape, whether it has an MTP head, and the top-k that the plan ends with."""
+    """The model between two steps: its shape, whether it has an MTP head, the top-k that the plan ends with.
+
+    `routers`: whether their rows were replaced, after which nothing that they are made of may be cut.
+    """
 
     shape: Shape
     mtp: bool
     final_top_k: int
+    routers: bool = False
 
     @property
     def moe_keys(self) -> list[str]:
@@ -58,6 +73,7 @@ def final_shape(plan: Plan, config: Mapping[str, Any], *, mtp: bool) -> Shape:
             raise PlanError(f"step {number} ({step.step}): {problem}") from None
     if state.shape["top_k"] > state.shape["experts"]:
         raise PlanError(_unreachable("every layer", experts=state.shape["experts"], top_k=state.shape["top_k"]))
+    check_groups(state.shape, state.shape["experts"], top_k=state.shape["top_k"], where="every layer")
     return state.shape
 
 
@@ -67,6 +83,8 @@ def config_after(plan: Plan, config: Mapping[str, Any], *, mtp: bool) -> dict[st
 
 
 def _after(state: State, step: Step) -> State:
+    if state.routers and isinstance(step, DropLayers | CutHidden | CutExperts):
+        raise PlanError("the routers were set before it, for the shape that it changes; put set_routers behind it")
     if isinstance(step, DropLayers):
         return _drop_layers(state, step)
     if isinstance(step, CutHidden):
@@ -75,7 +93,9 @@ def _after(state: State, step: Step) -> State:
         return _cut_experts(state, step)
     if isinstance(step, CutExpertSize):
         return _cut_expert_size(state, step)
-    return _set_top_k(state, step)
+    if isinstance(step, SetRouters):
+        return _set_routers(state, step)
+    return state.resized(top_k=step.top_k)
 
 
 def _drop_layers(state: State, step: DropLayers) -> State:
@@ -114,8 +134,38 @@ def _cut_experts(state: State, step: CutExperts) -> State:
         _in_range(ids, state.shape["experts"], where=f"kept.{key}", what="experts")
         if counts[key] < state.final_top_k:
             raise PlanError(_unreachable(f"layer {key}", experts=counts[key], top_k=state.final_top_k))
+        check_groups(state.shape, counts[key], top_k=state.final_top_k, where=f"layer {key}")
+        check_equal_cuts(ids, state.shape["experts"], groups=state.shape.groups, where=f"layer {key}")
     _same_count(counts, "experts")
+    for key, merges in step.merged.items():
+        if key not in step.kept:
+            raise PlanError(f"merged: {key!r} is no layer with experts here; they are {_span(state.moe_keys)}")
+        _check_merges(state.shape, merges, kept=step.kept[key], where=f"merged.{key}")
     return state.resized(experts=next(iter(counts.values())))
+
+
+def _check_merges(shape: Shape, merges: Sequence[Merge], *, kept: Sequence[int], where: str) -> None:
+    """Every base stays, nothing else that stays is taken in, and no expert goes into two others."""
+    taken: dict[int, int] = {}
+    for merge in merges:
+        if merge.base not in kept:
+            raise PlanError(f"{where}: base {merge.base} is not kept; merge into an expert that stays, or keep it")
+        _in_range(merge.experts, shape["experts"], where=f"{where}: base {merge.base}", what="experts")
+        for expert in merge.experts:
+            if expert in taken:
+                raise PlanError(
+                    f"{where}: expert {expert} is merged into {taken[expert]} and into {merge.base}; choose one"
+                )
+            taken[expert] = merge.base
+            if expert in kept and expert != merge.base:
+                raise PlanError(
+                    f"{where}: expert {expert} is merged into {merge.base} and is kept as well; take it out of one"
+                )
+        if merge.orders and len(merge.orders[0]) != shape["expert_size"]:
+            raise PlanError(
+                f"{where}: base {merge.base}: orders of {len(merge.orders[0])} neurons, the experts have "
+                f"{shape['expert_size']} here; list each neuron once"
+            )
 
 
 def _cut_expert_size(state: State, step: CutExpertSize) -> State:
@@ -142,8 +192,14 @@ def _cut_expert_size(state: State, step: CutExpertSize) -> State:
     return state.resized(**sizes)
 
 
-def _set_top_k(state: State, step: SetTopK) -> State:
-    return state.resized(top_k=step.top_k)
+def _set_routers(state: State, step: SetRouters) -> State:
+    """The file itself is checked where the cut is made: a plan must be readable without it."""
+    for number, key in enumerate(step.layers):
+        if key not in state.moe_keys:
+            raise PlanError(f"layers: {key!r} is no layer with experts here; they are {_span(state.moe_keys)}")
+        if key in step.layers[:number]:
+            raise PlanError(f"layers: names {key} twice; list each layer once")
+    return replace(state, routers=True)
 
 
 def _check_source(plan: Plan, config: Mapping[str, Any], *, mtp: bool) -> None:

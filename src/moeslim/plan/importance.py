@@ -12,7 +12,7 @@ import numpy as np
 from moeslim.errors import PlanError
 from moeslim.statistics import LayerStats, NormStats
 
-EXPERT_IMPORTANCES = ("frequency", "soft_logits", "reap", "ean", "router_blind", "random")
+EXPERT_IMPORTANCES = ("frequency", "soft_logits", "reap", "ean", "router_blind", "removal", "random")
 WIDTH_SCORES = ("mean_abs", "minitron")
 
 
@@ -24,6 +24,11 @@ def expert_importance(stats: LayerStats, method: str) -> np.ndarray:
     reap          mean over X_e of g ||E_e(x)||, the norm not squared (arXiv 2510.13999)
     ean           sum over X_e of ||E_e(x)||
     router_blind  mean over X_e of ||E_e(x)|| (Minitron)
+    removal       mean over all tokens of the L2 change of the layer's output when e is masked and its tokens go to
+                  their next expert (ours): what is lost, not what e puts out
+    ream_saliency mean over X_e of p ||E_e(x)||, p the softmax over all experts (arXiv 2604.04356); `ream`'s own
+
+    Raises PlanError for another name, and for `removal` on statistics that were made without it.
     """
     routed = np.asarray(stats.routed, dtype=np.float64)
     tokens = max(float(stats.tokens), 1.0)
@@ -37,6 +42,12 @@ def expert_importance(stats: LayerStats, method: str) -> np.ndarray:
         return _mean(stats.gate_norm_sum, routed)
     if method == "router_blind":
         return _mean(stats.norm_sum, routed)
+    if method == "ream_saliency":
+        return _mean(stats.softmax_norm_sum, routed)
+    if method == "removal":
+        if not np.size(stats.removal_sum):
+            raise PlanError("methods.experts: removal was not measured; calibrate with `calibrate.removal: true`")
+        return np.asarray(stats.removal_sum, dtype=np.float64) / tokens
     raise PlanError(f"methods.experts: {method!r} is not an importance of experts; known are {_listed()}")
 
 
@@ -102,12 +113,17 @@ def keep_highest(scores: np.ndarray, count: int, *, always: Iterable[int] = ()) 
 
     PlanError when `always` names more than `count`.
     """
-    protected = np.zeros(len(scores), dtype=bool)
-    protected[list(always)] = True
-    if protected.sum() > count:
-        raise PlanError(f"{int(protected.sum())} are protected but only {count} are kept; protect fewer or keep more")
-    order = np.lexsort((np.arange(len(scores)), -np.asarray(scores, dtype=np.float64), ~protected))
-    return sorted(order[:count].tolist())
+    protected = len(set(always := tuple(always)))
+    if protected > count:
+        raise PlanError(f"{protected} are protected but only {count} are kept; protect fewer or keep more")
+    return sorted(ranked(scores, always=always)[:count])
+
+
+def ranked(scores: np.ndarray, *, always: Iterable[int] = ()) -> list[int]:
+    """All numbers by falling score, equal scores by number, those of `always` before the others."""
+    others = np.ones(len(scores), dtype=bool)
+    others[list(always)] = False
+    return np.lexsort((np.arange(len(scores)), -np.asarray(scores, dtype=np.float64), others)).tolist()
 
 
 def _mean(sums: np.ndarray, routed: np.ndarray) -> np.ndarray:

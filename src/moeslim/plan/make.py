@@ -1,8 +1,8 @@
 """From calibration's statistics and wanted counts to a plan: every decision in one place, each one a pure function.
 
-Steps come in the order drop_layers, cut_hidden, cut_experts, cut_expert_size, set_top_k; an axis that keeps its size
-gets no step, so a plan that keeps everything is empty. The MTP block is cut to the trunk's counts and sizes by its own
-statistics, since engines build it from the same config fields.
+Steps come in the order drop_layers, cut_hidden, cut_experts, set_routers, cut_expert_size, set_top_k; an axis that
+keeps its size gets no step, so a plan that keeps everything is empty. The MTP block is cut to the trunk's counts and
+sizes by its own statistics, since engines build it from the same config fields.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,10 +13,22 @@ import numpy as np
 from moeslim.artifacts.fingerprint import fingerprint
 from moeslim.errors import PlanError
 from moeslim.families import Row, Shape, table
-from moeslim.plan import importance
+from moeslim.plan import experts, importance
+from moeslim.plan.grouping import Wanted, cut_layer
+from moeslim.plan.groups import check_groups
 from moeslim.plan.protect import check_protected
 from moeslim.plan.schedule import AXES, Target, check_depth, pattern_period, single_layers
-from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, Plan, SetTopK, SourceShape, Step
+from moeslim.plan.steps import (
+    CutExperts,
+    CutExpertSize,
+    CutHidden,
+    DropLayers,
+    LayerCut,
+    Plan,
+    SetTopK,
+    SourceShape,
+    Step,
+)
 from moeslim.recipe import Methods
 from moeslim.statistics import LayerStats, NormStats, Stats
 
@@ -35,7 +47,8 @@ def make_plan(
 
     `mtp`: whether the checkpoint has an MTP head. `seed` is read by the importance `random` alone. `methods.protect`
     counts layers and experts in the source. Raises PlanError for a target above what there is, for statistics that
-    are missing, and for what a method cannot do. The notes list every expert that no calibration token reached.
+    are missing, and for what a method cannot do. What a search has decided is taken from the statistics as it is; the
+    notes tell what it says of that, and list every expert that no calibration token reached.
     """
     shape = Shape.from_config(config)
     _check_target(shape, target)
@@ -47,7 +60,7 @@ def make_plan(
     if wanted["hidden"] not in (None, shape["hidden"]):
         steps.append(maker.cut_hidden(wanted["hidden"]))
     if wanted["experts"] not in (None, shape["experts"]):
-        steps.append(maker.cut_experts(wanted["experts"]))
+        steps.extend(maker.cut_experts(wanted["experts"]))
     sizes = {axis: wanted[axis] for axis in ("expert_size", "shared_size") if wanted[axis] not in (None, shape[axis])}
     if sizes:
         steps.append(maker.cut_expert_size(sizes.get("expert_size"), sizes.get("shared_size")))
@@ -74,7 +87,7 @@ class _Maker:
     def __init__(self, shape: Shape, stats: Stats | None, *, methods: Methods, mtp: bool, seed: int) -> None:
         self.shape, self.stats, self.methods, self.mtp, self.seed = shape, stats, methods, mtp, seed
         self.layers = list(range(shape.layers))
-        self.experts: dict[str, list[int]] = {}
+        self.cuts: dict[str, LayerCut] = {}  # by the key in the source
         self.notes: dict[str, Any] = {}
 
     def drop_layers(self, count: int) -> DropLayers:
@@ -98,42 +111,56 @@ class _Maker:
                 scale[self._renumbered(row)] = norm_scale(share, before=self.shape["hidden"], after=count)
         return CutHidden(kept=tuple(kept), scale=scale, method=self.methods.width, rescale=self.methods.rescale)
 
-    def cut_experts(self, count: int) -> CutExperts:
-        kept, missed = {}, {}
+    def cut_experts(self, count: int) -> list[Step]:
+        """The cut, and the routers' new rows where a search has trained some."""
         check_protected(self.methods.protect, self.shape, mtp=self.mtp)
-        for new, old in self._moe_keys():
-            always = self.methods.protect.get(old, ())
+        searched = experts.check_search(self.stats, self.methods)
+        keys, missed = self._moe_keys(), {}
+        for _, old in keys:
             try:
-                kept[new] = importance.keep_highest(self._expert_scores(old), count, always=always)
+                self.cuts[old] = self._layer_cut(old, count, searched=searched)
             except PlanError as problem:
                 raise PlanError(f"layer {old}: {problem}") from None
-            self.experts[old] = kept[new]
             if self.stats is not None and (unreached := importance.unreached(self._layer(old, "experts"))):
                 missed[old] = unreached
         if missed:
             self.notes["experts that no calibration token reached, by layer of the source"] = missed
-        return CutExperts(kept={key: tuple(ids) for key, ids in kept.items()}, importance=self.methods.experts)
+        kept = {new: self.cuts[old].kept for new, old in keys}
+        merged = {new: self.cuts[old].merged for new, old in keys if self.cuts[old].merged}
+        deciding, operation = experts.expert_importance_of(self.methods), self.methods.expert_op
+        steps: list[Step] = [CutExperts(kept=kept, merged=merged, importance=deciding, operation=operation)]
+        if searched:
+            assert self.stats is not None
+            if notes := experts.search_notes(self.stats):
+                self.notes["what the search says, by layer of the source"] = notes
+            if routers := experts.new_routers(self.stats, keys):
+                steps.append(routers)
+        return steps
+
+    def _layer_cut(self, key: str, count: int, *, searched: bool) -> LayerCut:
+        if searched:
+            assert self.stats is not None
+            return experts.searched_cut(self.stats, key, count=count)
+        if self.stats is None and (self.methods.experts, self.methods.expert_op) == ("random", "drop"):
+            learnt = LayerStats(routed=np.zeros(self.shape["experts"]))  # nothing to learn, and nothing is asked
+        else:
+            learnt = self._layer(key, "experts")
+        always = tuple(self.methods.protect.get(key, ()))
+        wanted = Wanted(count=count, methods=self.methods, groups=self.shape.groups, always=always)
+        scores = experts.layer_scores(learnt, self.methods, key=key, seed=self.seed)
+        return cut_layer(learnt, wanted, scores=scores)
 
     def cut_expert_size(self, expert_size: int | None, shared_size: int | None) -> CutExpertSize:
-        experts: dict[str, tuple[tuple[int, ...], ...]] = {}
+        neurons: dict[str, tuple[tuple[int, ...], ...]] = {}
         shared: dict[str, tuple[int, ...]] = {}
         for new, old in self._moe_keys():
             learnt = self._layer(old, "neurons")
             if expert_size is not None:
-                scores = importance.neuron_importance(learnt)
-                ids = self.experts.get(old, range(self.shape["experts"]))
-                experts[new] = tuple(tuple(importance.keep_highest(scores[e], expert_size)) for e in ids)
+                scores = experts.neuron_scores(learnt, self.cuts, key=old)
+                neurons[new] = tuple(tuple(importance.keep_highest(score, expert_size)) for score in scores)
             if shared_size is not None:
                 shared[new] = tuple(importance.keep_highest(importance.shared_neuron_importance(learnt), shared_size))
-        return CutExpertSize(experts=experts, shared=shared)
-
-    def _expert_scores(self, key: str) -> np.ndarray:
-        if self.methods.experts == "random":
-            return importance.random_importance(self.shape["experts"], seed=self.seed, key=key)
-        learnt = self._layer(key, "experts")
-        scores = importance.expert_importance(learnt, self.methods.experts)
-        scores[importance.unreached(learnt)] = -1.0  # all scores are at least 0, and these come after every 0
-        return scores
+        return CutExpertSize(experts=neurons, shared=shared)
 
     def _moe_keys(self) -> list[tuple[str, str]]:
         """(key after drop_layers, key in the source) of every layer with routed experts."""
@@ -232,3 +259,4 @@ def _check_target(shape: Shape, target: Target) -> None:
         wanted, there = getattr(target, axis), shape.layers if axis == "layers" else shape[axis]
         if wanted is not None and not 1 <= wanted <= there:
             raise PlanError(f"keep.{axis}: {wanted} of {there}; keep at least 1 and at most {there}")
+    check_groups(shape, target.experts or shape["experts"], top_k=target.top_k or shape["top_k"], where="keep")

@@ -25,14 +25,18 @@ def check_protected(protect: Protected, shape: Shape, *, mtp: bool) -> None:
             raise PlanError(f"methods.protect.{key}: {wrong[0]} is no expert; they are 0..{shape['experts'] - 1}")
 
 
-def check_room(protect: Protected, experts: int) -> None:
-    """PlanError where a layer protects more experts than the `experts` that are kept."""
+def check_room(protect: Protected, experts: int, *, shape: Shape) -> None:
+    """PlanError where a layer protects more experts than the `experts` that are kept, in any of the router's groups."""
+    room, size = experts // shape.groups, shape["experts"] // shape.groups
     for key, ids in protect.items():
-        if len(set(ids)) > experts:
-            raise PlanError(
-                f"methods.protect.{key}: {len(set(ids))} experts are protected but only {experts} are kept; "
-                "protect fewer or keep more"
-            )
+        for group in range(shape.groups):
+            count = sum(expert // size == group for expert in set(ids))
+            if count > room:
+                of = f" of group {group}" if shape.groups > 1 else ""
+                raise PlanError(
+                    f"methods.protect.{key}: {count} experts{of} are protected but only {room} are kept; "
+                    "protect fewer or keep more"
+                )
 
 
 def renumbered(protect: Protected, plan: Plan) -> dict[str, tuple[int, ...]]:

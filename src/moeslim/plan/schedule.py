@@ -11,6 +11,7 @@ from fractions import Fraction
 
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape
+from moeslim.plan.groups import check_groups
 from moeslim.plan.protect import check_protected, check_room
 from moeslim.recipe import Keep, Methods, Stage, parse_kept
 
@@ -88,9 +89,13 @@ def pattern_period(layer_types: Sequence[str]) -> int:
 
 
 def units(shape: Shape, methods: Methods) -> Units:
-    """What this model's stages round to: single layers when the last ones go, whole periods for the other methods."""
+    """What this model's stages round to: single layers when the last ones go, whole periods for the other methods.
+
+    Experts go in equal numbers from each of the router's groups.
+    """
     whole = methods.depth != "last" and not single_layers(methods)
-    return Units(layers=pattern_period(shape.layer_types) if whole else 1, hidden=methods.round_to)
+    layers = pattern_period(shape.layer_types) if whole else 1
+    return Units(layers=layers, hidden=methods.round_to, experts=shape.groups)
 
 
 def single_layers(methods: Methods) -> bool:
@@ -114,14 +119,14 @@ def check_depth(layers: int, count: int, *, period: int, methods: Methods) -> No
 def resolve(shape: Shape, keep: Keep, *, methods: Methods) -> Target:
     """`keep` in absolute counts.
 
-    Percentages of layers give whole periods, those of channels and neurons multiples of `round_to`; a count is taken
-    as it is. RecipeError for more than there is, PlanError for what the methods or the router cannot do, so that
-    neither is found out after a calibration.
+    Percentages of layers give whole periods, those of channels and neurons multiples of `round_to`, those of experts
+    the same number in each of the router's groups; a count is taken as it is. RecipeError for more than there is,
+    PlanError for what the methods or the router cannot do, so that neither is found out after a calibration.
     """
     check_protected(methods.protect, shape, mtp=True)  # whether there is an MTP head, the plan will know
     period = pattern_period(shape.layer_types)
     multiples = {"hidden": methods.round_to, "expert_size": methods.round_to, "shared_size": methods.round_to}
-    multiples["layers"] = 1 if methods.allow_irregular else period
+    multiples |= {"layers": 1 if methods.allow_irregular else period, "experts": shape.groups}
     have = {axis: shape.layers if axis == "layers" else shape[axis] for axis in AXES}
     counts = {}
     for axis, there in have.items():
@@ -130,17 +135,18 @@ def resolve(shape: Shape, keep: Keep, *, methods: Methods) -> Target:
         except RecipeError as problem:
             raise RecipeError(f"keep.{axis}: {problem}") from None
     check_depth(shape.layers, counts["layers"], period=period, methods=methods)
-    check_room(methods.protect, counts["experts"])
-    _check_reachable(counts["experts"], counts["top_k"], where="keep")
+    _check_reachable(shape, counts["experts"], top_k=counts["top_k"], where="keep")
+    check_room(methods.protect, counts["experts"], shape=shape)
     return Target(**counts)
 
 
-def _check_reachable(experts: int, top_k: int, *, where: str) -> None:
+def _check_reachable(shape: Shape, experts: int, *, top_k: int, where: str) -> None:
     if experts < top_k:
         raise PlanError(
             f"{where}: {experts} experts per layer would stay but the router selects {top_k} (num_experts_per_tok); "
             f"keep at least {top_k} experts or a top_k of at most {experts}"
         )
+    check_groups(shape, experts, top_k=top_k, where=where)
 
 
 def stages(schedule: str | Sequence[Stage], shape: Shape, *, target: Target, unit: Units) -> list[StageTarget]:
@@ -163,7 +169,8 @@ def stages(schedule: str | Sequence[Stage], shape: Shape, *, target: Target, uni
         done = _sums([part for part, _ in fractions[: index + 1]])
         then = {axis: _between(axis, have[axis], goal=goal[axis], done=done[axis], unit=unit.of(axis)) for axis in AXES}
         if then != now:
-            _check_reachable(then["experts"], then["top_k"], where=f"stage {len(found) + 1} of the schedule")
+            where = f"stage {len(found) + 1} of the schedule"
+            _check_reachable(shape, then["experts"], top_k=then["top_k"], where=where)
             found.append(StageTarget(**then, token_share=waiting))
             now, waiting = then, Fraction(0)
     if not found:

@@ -6,9 +6,9 @@ before it. What is listed is always what stays, in ascending order.
 
 import difflib
 import json
-import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -19,13 +19,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from moeslim.artifacts.commit import write_bytes
 from moeslim.artifacts.fingerprint import fingerprint
 from moeslim.errors import PlanError
-
-SCHEMA = 1
 
 
 def _ascending(ids: tuple[int, ...]) -> tuple[int, ...]:
@@ -64,12 +63,66 @@ class CutHidden(_Strict):
     rescale: Literal["measured", "assume_zero", "none"] = "none"
 
 
+class Merge(_Strict):
+    """A kept expert (`base`) that becomes the weighted mean of `experts`, itself among them; its router row stays.
+
+    `sum_j w_j x_j[order_j] / sum_j w_j` over the members j in float64, rounded once. `weights`: one per member, at
+    least 0, some above; they need not add up to 1. `orders`: none, or per member which of its neurons lands on place i
+    (rows of gate and up, columns of down), the base's too.
+    """
+
+    base: NonNegativeInt
+    experts: Ids
+    weights: tuple[Annotated[FiniteFloat, Field(ge=0)], ...]
+    orders: tuple[tuple[NonNegativeInt, ...], ...] = ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.base not in self.experts:
+            raise ValueError(f"base {self.base} is not among its experts; list it there too")
+        if len(self.weights) != len(self.experts):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.experts)} experts; give one each")
+        if not any(self.weights):
+            raise ValueError("all weights are 0; give at least one above, or leave the merge out to copy the base")
+        if self.orders and len(self.orders) != len(self.experts):
+            raise ValueError(f"{len(self.orders)} orders for {len(self.experts)} experts; give one each, or none")
+        for expert, order in zip(self.experts, self.orders, strict=False):
+            if sorted(order) != list(range(len(self.orders[0]))):
+                raise ValueError(f"the order of expert {expert} must name each of {len(self.orders[0])} neurons once")
+        return self
+
+
+class LayerCut(_Strict):
+    """What becomes of one layer's routed experts: which stay, and which of these take others in."""
+
+    kept: Ids
+    merged: tuple[Merge, ...] = ()
+
+
 class CutExperts(_Strict):
-    """Routed experts that stay, by layer key ("0", "1", ... and "mtp.0"); the same count everywhere."""
+    """Routed experts that stay, by layer key ("0", "1", ... and "mtp.0"); the same count everywhere.
+
+    `merged`: per layer the kept experts that take others in; experts that are neither kept nor merged are dropped, and
+    a layer that merges nothing need not be listed.
+    """
 
     step: Literal["cut_experts"] = "cut_experts"
     kept: dict[str, Ids]
+    merged: dict[str, tuple[Merge, ...]] = {}
     importance: str = "by hand"
+    operation: str = "drop"
+
+
+class SetRouters(_Strict):
+    """New router rows, from a safetensors file beside the plan: the routers' names and shapes as this step finds them.
+
+    `layers` are the keys of those that are replaced. No step that cuts layers, channels or experts may follow.
+    """
+
+    step: Literal["set_routers"] = "set_routers"
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*\.safetensors$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    layers: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class CutExpertSize(_Strict):
@@ -87,9 +140,12 @@ class SetTopK(_Strict):
     top_k: PositiveInt
 
 
-Step = Annotated[DropLayers | CutHidden | CutExperts | CutExpertSize | SetTopK, Field(discriminator="step")]
+Step = Annotated[
+    DropLayers | CutHidden | CutExperts | SetRouters | CutExpertSize | SetTopK, Field(discriminator="step")
+]
 STEPS: dict[str, type[_Strict]] = {
-    model.model_fields["step"].default: model for model in (DropLayers, CutHidden, CutExperts, CutExpertSize, SetTopK)
+    model.model_fields["step"].default: model
+    for model in (DropLayers, CutHidden, CutExperts, SetRouters, CutExpertSize, SetTopK)
 }
 
 
@@ -123,14 +179,20 @@ class Plan(_Strict):
         for step in facts["steps"]:
             step.pop("method", None)
             step.pop("importance", None)
+            step.pop("operation", None)
         return fingerprint(facts)
 
 
-def without_scale(plan: Plan) -> Plan:
-    """The plan as pure slicing: no norm is rescaled. For tensors that lie like weights and are none (moments)."""
+def for_moments(plan: Plan) -> Plan:
+    """The plan for tensors that lie like weights and are none: no norm is rescaled, router rows are selected, not set.
+
+    Merging stays: the moments of a merged expert are the weighted mean of its members', so a second one is never below
+    0.
+    """
     steps = [
         step.model_copy(update={"scale": {}, "rescale": "none"}) if isinstance(step, CutHidden) else step
         for step in plan.steps
+        if not isinstance(step, SetRouters)
     ]
     return plan.model_copy(update={"steps": tuple(steps), "model": None})
 
@@ -142,8 +204,20 @@ def write_plan(path: Path | str, plan: Plan) -> None:
 
 def plan_text(plan: Plan) -> str:
     """The plan as JSON; equal plans give equal bytes."""
-    text = json.dumps(plan.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
-    return re.sub(r"\[\s+([\d\s,]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+    return _lines(plan.model_dump(mode="json"), indent="") + "\n"
+
+
+def _lines(value: Any, *, indent: str) -> str:
+    """JSON with one space per level; a list of numbers stays on its line, as orders of neurons may be millions."""
+    inner = indent + " "
+    if isinstance(value, dict) and value:
+        parts = [
+            f"{inner}{json.dumps(key, ensure_ascii=False)}: {_lines(item, indent=inner)}" for key, item in value.items()
+        ]
+        return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
+    if isinstance(value, list) and not all(isinstance(item, int | float) for item in value):
+        return "[\n" + ",\n".join(inner + _lines(item, indent=inner) for item in value) + f"\n{indent}]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def read_plan(path: Path | str) -> Plan:
@@ -165,6 +239,12 @@ def parse_plan(text: str, *, where: str = "plan") -> Plan:
         raise PlanError("\n".join(_explain(error, where) for error in problem.errors()[:5])) from None
 
 
+def layer_cut(found: Mapping[str, Any]) -> LayerCut:
+    """The cut of one layer out of what a search left in the statistics, whose other keys are facts about it."""
+    own = {key: found[key] for key in LayerCut.model_fields if key in found}
+    return LayerCut.model_validate_json(json.dumps(own))
+
+
 def _explain(error: Any, where: str) -> str:
     """One pydantic error as: file, step number and kind, key, what is wrong, what is allowed."""
     location = list(error["loc"])
@@ -175,6 +255,8 @@ def _explain(error: Any, where: str) -> str:
         if location and location[0] in STEPS:
             model = STEPS[location[0]]
             where += f" ({location.pop(0)})"
+            if location[:1] == ["merged"] and len(location) > 2:
+                model = Merge
     elif location and location[0] == "source":
         model, location = SourceShape, location[1:]
         where += ": source"

@@ -18,6 +18,13 @@ from moeslim.report.headline import share_kept, title
 from moeslim.report.records import ModelRecord
 from moeslim.report.tables import GROUPS, domains, heading
 
+_LEARNED = {
+    "kd": "the KL over the full vocabulary",
+    "kd_topk": "the KL over the largest probabilities and the rest, kept in a cache (a lower bound of the full KL)",
+    "kd_sampled": "an unbiased estimate of the full KL, by the largest probabilities and samples of the rest (cached)",
+}
+"""What the terms of a training's log say about the teacher's word."""
+
 
 def write_card(facts: RunFacts, model_folder: Path | str) -> Path:
     """Put README.md into the model folder, all or nothing, and return its path; RunError if there is no such folder."""
@@ -63,6 +70,9 @@ def _what_was_done(facts: RunFacts, source: str | None) -> str:
     kept = share_kept(facts)
     if kept:
         lines.append(f"{_text(kept)} of the parameters are kept.")
+    for term, words in _LEARNED.items():
+        if any(curve.points(term) for curve in facts.curves):
+            lines.append(f"The teacher's word was learned by {words}.")
     return "\n\n".join(lines)
 
 

@@ -21,11 +21,15 @@ class LayerCut:
 
 @dataclass(frozen=True)
 class CutFacts:
-    """Sizes before and after every stage, and when each layer, expert and hidden channel of the source was dropped."""
+    """Sizes before and after every stage, and when each layer, expert and hidden channel of the source was dropped.
+
+    `merged`: how many of the experts that are gone went into one that stayed.
+    """
 
     sizes: tuple[Mapping[str, int], ...]
     layers: tuple[LayerCut, ...]
     channels: tuple[int, ...]
+    merged: int = 0
 
     @property
     def before(self) -> Mapping[str, int]:
@@ -68,6 +72,7 @@ class _Replay:
     experts: dict[str, list[int]]
     hidden: list[int]
     stage: int = 0
+    merged: int = 0
     lost_layers: dict[str, int] = field(default_factory=dict)
     lost_experts: dict[tuple[str, int], int] = field(default_factory=dict)
     lost_channels: dict[int, int] = field(default_factory=dict)
@@ -100,7 +105,7 @@ def replay(plans: Sequence[Steps], sizes: Mapping[str, int], *, mtp: bool) -> Cu
         for key in keys
     )
     channels = tuple(state.lost_channels.get(c, 0) for c in range(sizes.get("hidden", 0)))
-    return CutFacts(tuple(history), layers, channels)
+    return CutFacts(tuple(history), layers, channels, state.merged)
 
 
 def _drop_layers(state: _Replay, step: Mapping[str, Any]) -> None:
@@ -128,6 +133,8 @@ def _cut_experts(state: _Replay, step: Mapping[str, Any]) -> None:
             state.lost_experts[source, expert] = state.stage
         state.experts[source] = kept
         state.sizes["experts"] = len(kept)
+    for merges in step.get("merged", {}).values():
+        state.merged += sum(len(merge["experts"]) - 1 for merge in merges)
 
 
 def _cut_expert_size(state: _Replay, step: Mapping[str, Any]) -> None:

@@ -120,6 +120,48 @@ def mark_chart(series: Sequence[Series], *, name: str, categories: Sequence[str]
     return _svg(body, height=height, name=name)
 
 
+def curve_chart(
+    series: Sequence[Series],
+    *,
+    name: str,
+    x_label: str,
+    log: bool = False,
+    uprights: Sequence[tuple[float, str]] = (),
+    level: tuple[float, str] | None = None,
+) -> str:
+    """Lines with error bars over counts; a named upright at some counts and a named `level` across.
+
+    On a `log` scale values not above 0 have no place, and error bars that reach 0 end at the lower edge.
+    """
+    height, scale = 250, math.log10 if log else float
+    shown = [_positive(line) if log else line for line in series]
+    spans = [span for line in shown for span in _spans(line)]
+    heights = [y for span in spans for y in span if y > 0 or not log] + ([level[0]] if level else [])
+    low, high = scale(min(heights)), scale(max(heights))
+    pad = (high - low) * 0.08 or 1.0
+    xs = [x for line in series for x, _ in line.points]
+    frame = _Frame(min(xs), max(xs), low - pad, high + pad, height)
+
+    def y(value: float) -> float:
+        return frame.y(scale(value)) if value > 0 or not log else frame.y(frame.y0)
+
+    body = _log_axis(frame) if log else _y_axis(frame, tick_text)
+    for value in ticks(frame.x0, frame.x1):
+        body.append(_text((frame.x(value), height - _BOTTOM + 16), tick_text(value), kind="tick mid"))
+    body.append(_text((WIDTH - _RIGHT, height - 3), x_label, kind="tick end"))
+    if level is not None:
+        body.append(f'<path class="fair" d="M{_LEFT} {y(level[0]):.1f}H{WIDTH - _RIGHT}"/>')
+        body.append(_text((_LEFT + 4, y(level[0]) - 4), level[1], kind="tick"))
+    for place, (x, words) in enumerate(uprights):
+        body.append(f'<path class="mark" d="M{frame.x(x):.1f} {_TOP}V{height - _BOTTOM}"/>')
+        side = -1 if frame.x(x) > WIDTH / 2 else 1
+        kind = "value end" if side < 0 else "value"
+        body.append(_text((frame.x(x) + 4 * side, _TOP + 8 + 14 * place), words, kind=kind))
+    for line in reversed(shown):
+        body += _curve(line, frame, y=y)
+    return _svg(body, height=height, name=name)
+
+
 def bar_chart(bars: Sequence[Bar], *, name: str) -> str:
     """Horizontal bars from zero, longest as wide as the room left by the labels and the numbers."""
     left = 12 + max(len(bar.label) for bar in bars) * _CHARACTER
@@ -180,6 +222,45 @@ def thinned(points: Sequence[tuple[float, float]], *, most: int = MOST_POINTS) -
     run = max(1, math.ceil(len(points) / most))
     parts = [points[start : start + run] for start in range(0, len(points), run)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+
+
+def _curve(line: Series, frame: _Frame, *, y: Callable[[float], float]) -> list[str]:
+    path = "L".join(f"{frame.x(x):.1f} {y(value):.1f}" for x, value in line.points)
+    parts = [f'<path class="line {line.tone}" d="M{path}"><title>{escape(line.label)}</title></path>'] if path else []
+    for (x, value), (low, high) in zip(line.points, _spans(line), strict=True):
+        label = f"{line.label}, {number_text(x)}: {number_text(value)}"
+        if high > low:
+            label += f" ± {number_text(high - value)}"
+            parts.append(_whisker(frame.x(x), (y(low), y(high)), tone=line.tone))
+        parts.append(_dot((frame.x(x), y(value)), tone=line.tone, label=label))
+    return parts
+
+
+def _spans(line: Series) -> list[tuple[float, float]]:
+    """Per point its value less and plus its error."""
+    errors = [*line.errors, *[None] * len(line.points)]
+    return [(y - (error or 0.0), y + (error or 0.0)) for (_, y), error in zip(line.points, errors, strict=False)]
+
+
+def _positive(line: Series) -> Series:
+    """The points of a line that have a logarithm."""
+    stay = [index for index, (_, y) in enumerate(line.points) if y > 0]
+    errors = [line.errors[index] for index in stay] if line.errors else ()
+    return Series(line.label, line.tone, [line.points[index] for index in stay], errors)
+
+
+def _log_axis(frame: _Frame) -> list[str]:
+    """Grid lines at 1, 2 and 5 times powers of ten; `frame` is in powers of ten."""
+    values = [m * 10.0**power for power in range(math.floor(frame.y0), math.ceil(frame.y1)) for m in (1, 2, 5)]
+    inside = [value for value in values if frame.y0 <= math.log10(value) <= frame.y1]
+    if len(inside) > 8:
+        inside = [value for value in inside if f"{value:e}".startswith("1.0")]
+    parts = []
+    for value in inside:
+        down = frame.y(math.log10(value))
+        parts.append(f'<path class="grid" d="M{_LEFT} {down:.1f}H{WIDTH - _RIGHT}"/>')
+        parts.append(_text((_LEFT - 6, down + 4), tick_text(value), kind="tick end"))
+    return parts
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from html import escape
 
+from moeslim.report.boxes import tile
 from moeslim.report.collect import RunFacts
 from moeslim.report.figures import NBSP, Figure, bytes_text, count_text, figure_text, shown_unit, value_text
 from moeslim.report.records import ModelRecord
@@ -67,7 +68,7 @@ def tiles(facts: RunFacts) -> list[str]:
     boxes = []
     if kept := share_kept(facts):
         number, _, unit = kept.partition(NBSP)
-        boxes.append(_tile(number, unit, label="of the parameters kept", beside=_bytes_beside(teacher, small)))
+        boxes.append(tile(number, unit, label="of the parameters kept", beside=_bytes_beside(teacher, small)))
     boxes.extend(_speed(teacher, small))
     for metric, label in _TILED:
         for domain in domains([small], metric)[:_TILED_DOMAINS]:
@@ -85,7 +86,7 @@ def _speed(teacher: ModelRecord, small: ModelRecord) -> list[str]:
     if before is None or after is None or not before.value:
         return []
     beside = f"{value_text(after)} tokens/s, teacher {value_text(before)}"
-    return [_tile(f"{after.value / before.value:.3g}", "×", label="the teacher's decoding speed", beside=beside)]
+    return [tile(f"{after.value / before.value:.3g}", "×", label="the teacher's decoding speed", beside=beside)]
 
 
 def _figure_tile(facts: RunFacts, small: ModelRecord, *, what: tuple[str, str], label: str) -> str:
@@ -93,7 +94,7 @@ def _figure_tile(facts: RunFacts, small: ModelRecord, *, what: tuple[str, str], 
     value, _, rest = figure_text(
         Figure(figure.value, figure.se, unit=figure.unit if figure.is_share else "")
     ).partition(NBSP)
-    return _tile(value, rest, label=f"{label}, {domain}" if domain else label, beside=_beside(facts, small, what=what))
+    return tile(value, rest, label=f"{label}, {domain}" if domain else label, beside=_beside(facts, small, what=what))
 
 
 def _beside(facts: RunFacts, small: ModelRecord, *, what: tuple[str, str]) -> str:
@@ -106,10 +107,3 @@ def _beside(facts: RunFacts, small: ModelRecord, *, what: tuple[str, str]) -> st
             text = value_text(figure) + (f"{NBSP}{unit}" if unit == "%" else "")
             parts.append(f"{heading(record.label).lower()} {text}")
     return ", ".join(parts)
-
-
-def _tile(value: str, unit: str, *, label: str, beside: str) -> str:
-    """One key figure: `value` large, what it is, and what it stands beside."""
-    small = f" <small>{escape(unit)}</small>" if unit else ""
-    after = f"<em>{escape(beside)}</em>" if beside else ""
-    return f'<div class="tile"><b>{escape(value)}{small}</b><span>{escape(label)}</span>{after}</div>'

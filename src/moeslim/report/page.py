@@ -1,6 +1,7 @@
-"""The page: one self-contained HTML file of a run, light and dark, for wide screens and phones."""
+"""The page: one self-contained HTML file of a run (in probe.py, of a probe), light and dark, wide and narrow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -34,27 +35,41 @@ def write_page(facts: RunFacts, path: Path | str) -> Path:
 def page(facts: RunFacts) -> str:
     """The page as text: equal facts give equal bytes."""
     found = [(name, heading, body) for name, heading, make in _SECTIONS if (body := make(facts))]
-    links = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading, _ in found)
-    nav = f"<nav><ul>{links}</ul></nav>" if len(found) > 1 else ""
-    parts = [f'<section id="{name}"><h2>{heading}</h2>{body}</section>' for name, heading, body in found]
+    head = Head(title(facts), f"moeslim · {escape(facts.name)}", words(facts), tiles(facts))
+    return document(head, found)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a page begins with: its title as text, the line above it and the lead below as HTML, and its tiles."""
+
+    title: str
+    eyebrow: str
+    lead: str
+    tiles: Sequence[str]
+
+
+def document(head: Head, sections: Sequence[tuple[str, str, str]]) -> str:
+    """A whole page from its head and (anchor, heading, body) of every section."""
+    links = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading, _ in sections)
+    nav = f"<nav><ul>{links}</ul></nav>" if len(sections) > 1 else ""
+    parts = [f'<section id="{name}"><h2>{heading}</h2>{body}</section>' for name, heading, body in sections]
     if not parts:
         parts = ['<p class="note">The run folder holds no record yet.</p>']
     return _template("page.html").substitute(
         version=escape(__version__),
-        title=escape(f"{title(facts)} · moeslim"),
+        title=escape(f"{head.title} · moeslim"),
         style=resources.files("moeslim.report").joinpath("template/style.css").read_text(encoding="utf-8").strip(),
-        header=_header(facts) + nav,
+        header=_header(head) + nav,
         sections="\n".join(parts),
     )
 
 
-def _header(facts: RunFacts) -> str:
-    boxes = tiles(facts)
-    row = f'<div class="tiles">{"".join(boxes)}</div>' if boxes else ""
-    lead = words(facts)
-    lead = f'<p class="lead">{lead}</p>' if lead else ""
-    eyebrow = f'<p class="eyebrow">moeslim · {escape(facts.name)}</p>'
-    return f"<header>{eyebrow}<h1>{escape(title(facts))}</h1>{lead}{row}</header>"
+def _header(head: Head) -> str:
+    row = f'<div class="tiles">{"".join(head.tiles)}</div>' if head.tiles else ""
+    eyebrow = f'<p class="eyebrow">{head.eyebrow}</p>'
+    lead = f'<p class="lead">{head.lead}</p>' if head.lead else ""
+    return f"<header>{eyebrow}<h1>{escape(head.title)}</h1>{lead}{row}</header>"
 
 
 def _template(name: str) -> Template:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
+from moeslim.report.boxes import card, cards, paragraph, swatch
 from moeslim.report.collect import Curve, RunFacts
 from moeslim.report.cuts import CutFacts
 from moeslim.report.draw import MOST_POINTS, Bar, Series, bar_chart, line_chart, load_chart, mark_chart, thinned
@@ -14,8 +15,12 @@ from moeslim.report.tables import DRAFTS, domains, further_table, heading, resul
 _CURVES = (
     ("lm", "Next token (LM)", "nats per token"),
     ("kd", "KL from the teacher (KD)", "nats per token"),
+    ("kd_topk", "KL from the cached teacher's top k and rest (KD)", "nats per token, a lower bound of the KL"),
+    ("kd_sampled", "KL from the cached teacher, estimated (KD)", "nats per token, from top k and samples of the rest"),
     ("mtp_lm", "MTP head, next token (LM)", "nats per token"),
     ("mtp_kd", "MTP head, KL (KD)", "nats per token"),
+    ("mtp_kd_topk", "MTP head, KL of top k and rest (KD)", "nats per token, a lower bound of the KL"),
+    ("mtp_kd_sampled", "MTP head, KL estimated (KD)", "nats per token, from the top k and samples of the rest"),
     ("balance", "Load balance", "1 = every expert gets its share"),
     ("least_load", "Least used expert", "1 = its fair share"),
     ("learning_rate", "Learning rate", ""),
@@ -39,7 +44,7 @@ def results(facts: RunFacts) -> str:
     """Models side by side."""
     tables = results_table(facts.records) + further_table(facts.records)
     note = "Value ± one standard error; n: independent items (documents, prompts, repetitions) behind a row."
-    return _note(note) + tables if tables else ""
+    return paragraph(note) + tables if tables else ""
 
 
 def what_was_cut(facts: RunFacts) -> str:
@@ -49,7 +54,8 @@ def what_was_cut(facts: RunFacts) -> str:
         return ""
     stages = len(cut.sizes) - 1
     items = [_key("kept", "kept")]
-    items += [_key(f"lost-{min(stage, 3)}", f"dropped in stage {stage}") for stage in range(1, stages + 1)]
+    word = "gone" if cut.merged else "dropped"
+    items += [_key(f"lost-{min(stage, 3)}", f"{word} in stage {stage}") for stage in range(1, stages + 1)]
     experts = (
         f"{cut.before['experts']} routed experts in each of {cut.before['layers']} layers"
         if cut.before.get("experts")
@@ -57,8 +63,11 @@ def what_was_cut(facts: RunFacts) -> str:
     )
     grid = f'<div class="card"><h3>Layers and experts <small>{experts}</small></h3>{expert_grid(cut)}</div>'
     wide = " wide" if cut.before.get("experts", 0) > 64 else ""
+    note = "Numbered as in the original model. A layer that was dropped is one band over its experts."
+    if cut.merged:
+        note += f" {number_text(cut.merged)} of the experts that are gone were merged into one that stays."
     parts = [
-        _note("Numbered as in the original model. A layer that was dropped is one band over its experts."),
+        paragraph(note),
         f'<ul class="legend">{"".join(items)}</ul><div class="stack">',
         f'<div class="beside{wide}">{grid}{_stage_sizes(cut)}</div>',
     ]
@@ -77,7 +86,7 @@ def curves(facts: RunFacts) -> str:
     for key, title, unit in _CURVES:
         series = [_series(curve, key) for curve in facts.curves if curve.points(key)]
         if series:
-            charts.append(_card(title, _curve_chart(series, title, all_curves=facts.curves), unit=unit))
+            charts.append(card(title, _curve_chart(series, title, all_curves=facts.curves), unit=unit))
     if not charts:
         return ""
     longest = max(len(curve.steps) for curve in facts.curves)
@@ -86,7 +95,7 @@ def curves(facts: RunFacts) -> str:
         note += " A dotted line marks a cut; the losses jump there because the model has just become smaller."
     if (run := -(-longest // MOST_POINTS)) > 1:
         note += f" Each point is the mean of up to {run} logged steps."
-    return _note(note) + _legend([curve.label for curve in facts.curves]) + _cards(charts)
+    return paragraph(note) + _legend([curve.label for curve in facts.curves]) + cards(charts)
 
 
 def acceptance(facts: RunFacts) -> str:
@@ -97,7 +106,7 @@ def acceptance(facts: RunFacts) -> str:
         series = [line for record in facts.records if (line := _draft_series(record, names, domain=domain))]
         top = min(100.0, 5.0 + max(y + (e or 0) for s in series for (_, y), e in zip(s.points, s.errors, strict=True)))
         chart = mark_chart(series, name=f"Accepted drafts, {domain or 'all text'}", categories=names, top=top)
-        charts.append(_card(domain or "All text", chart, unit="% of drafts"))
+        charts.append(card(domain or "All text", chart, unit="% of drafts"))
     if not charts:
         return ""
     note = (
@@ -105,7 +114,7 @@ def acceptance(facts: RunFacts) -> str:
         "Bars: one standard error, clustered by prompt."
     )
     labels = [record.label for record in facts.records if any(record.has(name) for name in names)]
-    return _note(note) + _legend(labels) + _cards(charts)
+    return paragraph(note) + _legend(labels) + cards(charts)
 
 
 def sizes_and_speeds(facts: RunFacts) -> str:
@@ -115,8 +124,8 @@ def sizes_and_speeds(facts: RunFacts) -> str:
         bars = [bar for record in facts.records if (bar := _bar(record, metric, inner=inner))]
         if bars:
             unit = unit if metric != "parameters" or any(bar.part is not None for bar in bars) else ""
-            charts.append(_card(title, bar_chart(bars, name=title), unit=unit))
-    return _note("Thin bars: one standard error.") + _cards(charts) if charts else ""
+            charts.append(card(title, bar_chart(bars, name=title), unit=unit))
+    return paragraph("Thin bars: one standard error.") + cards(charts) if charts else ""
 
 
 def expert_load(facts: RunFacts) -> str:
@@ -134,7 +143,7 @@ def expert_load(facts: RunFacts) -> str:
         chart = load_chart(layers, name=name, tone=tone(record.label), top=top)
         layer, least = min(((key, min(values)) for key, values in layers), key=lambda pair: pair[1])
         charts.append(
-            _card(heading(record.label), chart, unit=f"least used: {number_text(least, digits=2)}× in layer {layer}")
+            card(heading(record.label), chart, unit=f"least used: {number_text(least, digits=2)}× in layer {layer}")
         )
     note = (
         "Each stroke is one routed expert: its load in fair shares (1×: top-k / experts of the tokens). "
@@ -142,7 +151,7 @@ def expert_load(facts: RunFacts) -> str:
     )
     if most > top:
         note += f" Strokes above {number_text(top, digits=1)}× are drawn at the edge."
-    return _note(note) + _cards(charts)
+    return paragraph(note) + cards(charts)
 
 
 def samples(facts: RunFacts) -> str:
@@ -162,9 +171,8 @@ def samples(facts: RunFacts) -> str:
             f'<div class="card sample">{domain}<p class="prompt{code}">{escape(sample.prompt)}</p>'
             f'<div class="texts">{texts}</div></div>'
         )
-    return (
-        _note("The same held-out prompts for every model, as generated.") + f'<div class="stack">{"".join(parts)}</div>'
-    )
+    note = paragraph("The same held-out prompts for every model, as generated.")
+    return f'{note}<div class="stack">{"".join(parts)}</div>'
 
 
 def _stage_sizes(cut: CutFacts) -> str:
@@ -234,28 +242,9 @@ def _loads(record: ModelRecord) -> list[tuple[str, list[float]]]:
 
 
 def _legend(labels: Sequence[str]) -> str:
-    items = "".join(f"<li>{_swatch(tone(label))}{escape(heading(label))}</li>" for label in labels)
+    items = "".join(f"<li>{swatch(tone(label))}{escape(heading(label))}</li>" for label in labels)
     return f'<ul class="legend">{items}</ul>'
 
 
 def _key(kind: str, words: str) -> str:
-    return f"<li>{_swatch(kind)}{escape(words)}</li>"
-
-
-def _swatch(kind: str) -> str:
-    return f'<span class="key {kind}"></span>'
-
-
-def _card(title: str, body: str, *, unit: str = "") -> str:
-    small = f" <small>{escape(unit)}</small>" if unit else ""
-    return f'<div class="card"><h3>{escape(title)}{small}</h3>{body}</div>'
-
-
-def _cards(charts: Sequence[str]) -> str:
-    """Three to a row on a wide screen; two or four charts stand two to a row."""
-    kind = "cards two" if len(charts) in (2, 4) else "cards"
-    return f'<div class="{kind}">{"".join(charts)}</div>'
-
-
-def _note(words: str) -> str:
-    return f'<p class="note">{escape(words)}</p>'
+    return f"<li>{swatch(kind)}{escape(words)}</li>"

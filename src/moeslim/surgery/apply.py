@@ -1,6 +1,6 @@
 """Cutting a checkpoint by a plan: one tensor at a time from the source's files into the output's, committed last."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from moeslim.errors import CheckpointError
 from moeslim.log import logger, progress
 from moeslim.plan import Plan, check_plan, config_after, final_shape, write_plan
 from moeslim.surgery.fold import view_of
+from moeslim.surgery.merge import merged
 from moeslim.surgery.outputs import Output, Slot, Source, outputs
+from moeslim.surgery.routers import Beside
 
 
 def cut(
@@ -27,11 +29,13 @@ def cut(
     out_folder: Path | str,
     recipe: Any = None,
     shard_bytes: int = SHARD_BYTES,
+    beside: Path | str | None = None,
 ) -> dict[str, Any]:
     """Write the model that `plan` leaves of the source to `out_folder`; returns its receipt.
 
     Every tensor keeps its source's dtype and layout; an empty plan copies all tensors bit for bit. At most one source
-    tensor (of stacked experts: one expert) and one output tensor are in memory. Raises PlanError, CheckpointError,
+    tensor (of stacked experts: one expert) and one output tensor are in memory, and a merged matrix in float64.
+    `beside` is the folder with the files that the plan's `set_routers` steps name. Raises PlanError, CheckpointError,
     ResourceError (disk, from the writer) or RunError (output in use); then nothing stands at `out_folder`.
     """
     check_vacant(out_folder)
@@ -44,12 +48,14 @@ def cut(
     after = final_shape(plan, reader.config, mtp=reader.has_mtp)
     view = view_of(plan, reader.shape, mtp=reader.has_mtp)
     wanted = {output.name: output for output in outputs(view, after, layouts=reader.layouts)}
+    files = Beside(beside, plan)
+    files.check(wanted.values())
     planned = [(output.name, output.shape, reader.dtype(output.like)) for output in wanted.values()]
     with committed_folder(out_folder) as folder:
         writer = ShardWriter(folder, planned, shard_bytes=shard_bytes)
         with progress("cut", writer.total_bytes, unit="B") as advance:
             for name in writer.order:
-                tensor = make(wanted[name], reader)
+                tensor = make(wanted[name], reader, files=files)
                 writer.add(name, tensor)
                 reader.release()
                 advance(tensor.numel() * tensor.element_size(), name)
@@ -65,13 +71,14 @@ def cut(
     return receipt
 
 
-def make(output: Output, reader: Reader) -> torch.Tensor:
+def make(output: Output, reader: Reader, *, files: Beside) -> torch.Tensor:
     """The tensor of one output, in its source's dtype."""
+    dtype = TORCH_DTYPES[reader.dtype(output.like)]
     if not output.stacked:
-        return _slot(output.slots[0], reader)
-    stack = torch.empty(output.shape, dtype=TORCH_DTYPES[reader.dtype(output.like)])
+        return _slot(output.slots[0], reader, files=files).to(dtype)
+    stack = torch.empty(output.shape, dtype=dtype)
     for place, slot in enumerate(output.slots):
-        stack[place] = _slot(slot, reader)
+        stack[place] = _slot(slot, reader, files=files)
     return stack
 
 
@@ -85,25 +92,35 @@ def rescaled(weight: torch.Tensor, scale: float, *, zero_centred: bool) -> torch
     return wide.to(weight.dtype)
 
 
-def _take(slot: Slot, parts: list[torch.Tensor]) -> torch.Tensor:
+def _take(slot: Slot, parts: Iterable[torch.Tensor]) -> torch.Tensor:
     (part,) = parts
     return part
 
 
-def _rescale(slot: Slot, parts: list[torch.Tensor]) -> torch.Tensor:
+def _rescale(slot: Slot, parts: Iterable[torch.Tensor]) -> torch.Tensor:
     (part,) = parts
     return rescaled(part, slot.scale, zero_centred=slot.zero_centred)
 
 
-FUNCTIONS: Mapping[str, Callable[[Slot, list[torch.Tensor]], torch.Tensor]] = {"take": _take, "rescale": _rescale}
-"""How a slot's parts become one tensor; a new kind of step (merging) adds a function here."""
+def _merge(slot: Slot, parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    return merged(parts, slot.weights)
 
 
-def _slot(slot: Slot, reader: Reader) -> torch.Tensor:
-    return FUNCTIONS[slot.function](slot, [_read(source, reader) for source in slot.sources])
+FUNCTIONS: Mapping[str, Callable[[Slot, Iterable[torch.Tensor]], torch.Tensor]] = {
+    "take": _take,
+    "rescale": _rescale,
+    "merge": _merge,
+}
+"""How a slot's parts, read one at a time, become one tensor."""
 
 
-def _read(source: Source, reader: Reader) -> torch.Tensor:
+def _slot(slot: Slot, reader: Reader, *, files: Beside) -> torch.Tensor:
+    return FUNCTIONS[slot.function](slot, (_read(source, reader, files=files) for source in slot.sources))
+
+
+def _read(source: Source, reader: Reader, *, files: Beside) -> torch.Tensor:
+    if source.file is not None:
+        return files.tensor(source.file, source.name)
     if source.stack is None:
         part = reader.tensor(source.name)
     else:

@@ -6,12 +6,15 @@ from typing import Any
 from moeslim.families import Shape
 from moeslim.plan import Plan
 from moeslim.surgery import slice as cuts
+from moeslim.surgery.merge import cut_experts
+from moeslim.surgery.routers import set_routers
 from moeslim.surgery.view import View
 
 _FOLD: Mapping[str, Callable[[View, Any], View]] = {
     "drop_layers": cuts.drop_layers,
     "cut_hidden": cuts.cut_hidden,
-    "cut_experts": cuts.cut_experts,
+    "cut_experts": cut_experts,
+    "set_routers": set_routers,
     "cut_expert_size": cuts.cut_expert_size,
     "set_top_k": cuts.set_top_k,
 }

@@ -1,35 +1,43 @@
 """Every tensor of the cut model as a recipe: which parts of which source tensors, and the function that joins them.
 
 An output is a list of slots, one for a whole tensor, or one per expert where experts are stacked; a slot has sources
-(a tuple: cutting needs one, merging will need several) and the name of a function in `apply.py`.
+(cutting needs one, merging several) and the name of a function in `apply.py`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from moeslim.families import Row, Shape, expert_prefix, layer_prefix, positions, table
-from moeslim.surgery.view import View
+from moeslim.surgery.view import Expert, Part, View
 
 Index = tuple[np.ndarray | None, ...]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A part of a source tensor: `stack` picks one entry of its first axis, `index` what stays per remaining axis."""
+    """A part of a source tensor: `stack` picks one entry of its first axis, `index` what stays per remaining axis.
+
+    `file` is the file beside the plan that it lies in, None for the source checkpoint.
+    """
 
     name: str
     stack: int | None
     index: Index
+    file: str | None = None
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Sources and how one tensor is made of them: `take` (one source as it is) or `rescale` (a norm times `scale`)."""
+    """Sources and how one tensor is made of them.
+
+    `take`: one source as it is; `rescale`: a norm times `scale`; `merge`: the mean of all, by `weights`.
+    """
 
     sources: tuple[Source, ...]
     function: str = "take"
+    weights: tuple[float, ...] = ()
     scale: float = 1.0
     zero_centred: bool = False
 
@@ -59,45 +67,63 @@ def outputs(view: View, after: Shape, *, layouts: Mapping[str, str]) -> Iterator
 def _plain(view: View, row: Row, *, key: str | None) -> Output:
     """A tensor that is no routed expert's, the router among them."""
     name = row.name
-    kept: dict[str, np.ndarray] = {} if view.hidden is None else {"hidden": view.hidden}
+    kept = _kept(view)
     if key is not None:
         assert row.layer is not None
         name = layer_prefix(view.shape, key) + row.tensor.name
         if key in view.experts:
-            kept["experts"] = view.experts[key]
+            kept["experts"] = np.array([expert.base for expert in view.experts[key]])
         if key in view.shared:
             kept["shared_size"] = view.shared[key]
     source = Source(name, None, _index(view, row.axes, kept=kept))
     slot = Slot((source,))
     if name in view.scale:
-        slot = Slot((source,), "rescale", view.scale[name], row.tensor.norm == "zero_centred")
+        slot = Slot((source,), "rescale", scale=view.scale[name], zero_centred=row.tensor.norm == "zero_centred")
+    elif key is not None and key in view.routers and row.component == "router" and row.axes == ("experts", "hidden"):
+        new = view.routers[key]
+        slot = Slot((Source(new.prefix + row.tensor.name, None, (None, None), new.file),))
     return Output(row.name, row.shape, (slot,), stacked=False, like=name)
 
 
 def _expert(view: View, row: Row, *, key: str) -> Output:
     """One matrix of one expert that has tensors of its own."""
     assert row.expert is not None
-    expert = int(view.experts_of(key)[row.expert])
-    name = f"{expert_prefix(view.shape, key)}.{row.tensor.name.replace('{e}', str(expert))}"
-    slot = Slot((Source(name, None, _index(view, row.axes, kept=_kept_in_expert(view, key, expert=expert))),))
-    return Output(row.name, row.shape, (slot,), stacked=False, like=name)
+    expert = view.experts_of(key)[row.expert]
+    prefix = expert_prefix(view.shape, key)
+    names = {part.expert: f"{prefix}.{row.tensor.name.replace('{e}', str(part.expert))}" for part in expert.parts}
+    slot = _joined(
+        expert,
+        [Source(names[part.expert], None, _index(view, row.axes, kept=_kept(view, part))) for part in expert.parts],
+    )
+    return Output(row.name, row.shape, (slot,), stacked=False, like=names[expert.base])
 
 
 def _stack(view: View, row: Row, *, key: str) -> Output:
     """One matrix of all experts of a layer, stacked: a slot for each, since each may keep other neurons."""
     assert row.axes[0] == "experts"
     name = f"{expert_prefix(view.shape, key)}.{row.tensor.name}"
-    experts = view.experts_of(key).tolist()
-    slots = tuple(
-        Slot((Source(name, e, _index(view, row.axes[1:], kept=_kept_in_expert(view, key, expert=e))),)) for e in experts
-    )
+
+    def slot(expert: Expert) -> Slot:
+        parts = expert.parts
+        return _joined(expert, [Source(name, p.expert, _index(view, row.axes[1:], kept=_kept(view, p))) for p in parts])
+
+    slots = tuple(slot(expert) for expert in view.experts_of(key))
     return Output(row.name, row.shape, slots, stacked=True, like=name)
 
 
-def _kept_in_expert(view: View, key: str, *, expert: int) -> dict[str, np.ndarray]:
+def _joined(expert: Expert, sources: Sequence[Source]) -> Slot:
+    """The slot of an expert whose parts lie in `sources`."""
+    if len(sources) == 1:
+        return Slot((sources[0],))
+    return Slot(tuple(sources), "merge", tuple(part.weight for part in expert.parts))
+
+
+def _kept(view: View, part: Part | None = None) -> dict[str, np.ndarray]:
+    """What stays per named axis: the channels, and a part's neurons on their places."""
     kept = {} if view.hidden is None else {"hidden": view.hidden}
-    neurons = view.neurons.get(key, {}).get(expert)
-    return kept if neurons is None else {**kept, "expert_size": neurons}
+    if part is not None and part.neurons is not None:
+        kept["expert_size"] = part.neurons
+    return kept
 
 
 def _index(view: View, axes: tuple[str, ...], *, kept: Mapping[str, np.ndarray]) -> Index:

@@ -4,11 +4,11 @@ A step's numbers count in the model as it finds it; here they become numbers of 
 the view still holds.
 """
 
-import numpy as np
+from dataclasses import replace
 
 from moeslim.families import layer_prefix
-from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK
-from moeslim.surgery.view import View
+from moeslim.plan.steps import CutExpertSize, CutHidden, DropLayers, SetTopK
+from moeslim.surgery.view import Expert, View, among
 
 
 def drop_layers(view: View, step: DropLayers) -> View:
@@ -22,31 +22,20 @@ def cut_hidden(view: View, step: CutHidden) -> View:
     for name, factor in step.scale.items():
         old = _source_name(view, name)
         scale[old] = scale.get(old, 1.0) * factor
-    return view.changed(hidden=_among(view.hidden, step.kept), scale=scale)
-
-
-def cut_experts(view: View, step: CutExperts) -> View:
-    """The experts listed per layer; their router rows are found by the same numbers."""
-    experts = dict(view.experts)
-    for key, ids in step.kept.items():
-        old = view.source_key(key)
-        experts[old] = _among(view.experts.get(old), ids)
-    return view.changed(experts=experts)
+    return view.changed(hidden=among(view.hidden, step.kept), scale=scale)
 
 
 def cut_expert_size(view: View, step: CutExpertSize) -> View:
-    """The neurons listed, a list of its own for each expert that is left."""
-    neurons = {key: dict(lists) for key, lists in view.neurons.items()}
+    """The neurons listed, a list of its own for each expert that is left; of a merged one, places of the mean."""
+    experts = dict(view.experts)
     for key, lists in step.experts.items():
         old = view.source_key(key)
-        mine = neurons.setdefault(old, {})
-        for expert, ids in zip(view.experts_of(old).tolist(), lists, strict=True):
-            mine[expert] = _among(mine.get(expert), ids)
+        experts[old] = tuple(_narrow(e, ids) for e, ids in zip(view.experts_of(old), lists, strict=True))
     shared = dict(view.shared)
     for key, ids in step.shared.items():
         old = view.source_key(key)
-        shared[old] = _among(view.shared.get(old), ids)
-    return view.changed(neurons=neurons, shared=shared)
+        shared[old] = among(view.shared.get(old), ids)
+    return view.changed(experts=experts, shared=shared)
 
 
 def set_top_k(view: View, step: SetTopK) -> View:
@@ -54,10 +43,8 @@ def set_top_k(view: View, step: SetTopK) -> View:
     return view.changed(top_k=step.top_k)
 
 
-def _among(left: np.ndarray | None, ids: tuple[int, ...]) -> np.ndarray:
-    """Source numbers of `ids`, which count in what is `left` (None: everything)."""
-    wanted = np.asarray(ids, dtype=np.int64)
-    return wanted if left is None else left[wanted]
+def _narrow(expert: Expert, ids: tuple[int, ...]) -> Expert:
+    return replace(expert, parts=tuple(replace(part, neurons=among(part.neurons, ids)) for part in expert.parts))
 
 
 def _source_name(view: View, name: str) -> str:

@@ -1,0 +1,96 @@
+"""What the MoE block's output loses with an expert: each token without one of its experts, and with the next in line.
+
+For a token with chosen experts S, gate values g_j and the best expert n outside S, the router without e in S chooses
+S\\{e} and n. Only the routed sum changes (shared expert and residual cancel), and it is linear in the outputs E_j, so
+
+    y' - y = sum over j in S and n of (g'_j - g_j) E_j,    g'_e = 0, g_n = 0
+
+needs one more expert per token and no second routing. With p the softmax over all experts, the new gate values are
+
+    g'_j = G p_j / sum of p over S\\{e} and n    where the router renormalises over the top-k, G = sum of g over S
+    g'_j = G p_j / ((1 - p_e) sum of p over S)   where it does not: the softmax runs over all experts but e
+
+No paper has this importance; the project calls it `removal` (docs/method.md). For routers that choose over all experts;
+one that opens groups first may have another next expert.
+
+Legend: N tokens, E experts, K per token, C = K + 1 candidates (K if all experts are chosen), d hidden size.
+"""
+
+import torch
+
+from moeslim.calibrate.sums import per_expert, wide
+from moeslim.model.experts import Routing
+
+_CHUNK = 1024
+"""Tokens whose changes (K, d) are in memory at once."""
+
+
+def next_in_line(logits_NE: torch.Tensor, indices_NK: torch.Tensor) -> torch.Tensor | None:
+    """The best expert (N) that the token was not sent to, the lower number first; None if it is sent to all."""
+    if indices_NK.shape[1] == logits_NE.shape[1]:
+        return None
+    return logits_NE.scatter(1, indices_NK, -torch.inf).argmax(1)
+
+
+def gate_changes(
+    logits_NE: torch.Tensor, candidates_NC: torch.Tensor, *, gates_NK: torch.Tensor, renormalise: bool
+) -> torch.Tensor:
+    """`g'_j - g_j` (N, K, C) in float64: how candidate j's gate value changes when the token's k-th expert is removed.
+
+    The candidates are the K chosen experts, then the next in line if there is one. An expert without another to take
+    its place (E = K = 1) leaves gates of 0.
+    """
+    gates_NK, logits_NE = gates_NK.double(), logits_NE.double()
+    k = gates_NK.shape[1]
+    old_NC = torch.nn.functional.pad(gates_NK, (0, candidates_NC.shape[1] - k))
+    p_NE = logits_NE.softmax(1)
+    p_NC = p_NE.gather(1, candidates_NC)
+    own_KC = torch.eye(k, candidates_NC.shape[1], dtype=torch.bool, device=p_NC.device)
+    total_N11 = gates_NK.sum(1)[:, None, None]
+    if renormalise:  # by logits, since a token's whole probability may be the removed expert's
+        z_NKC = logits_NE.gather(1, candidates_NC)[:, None].masked_fill(own_KC, -torch.inf)
+        new_NKC = total_N11 * z_NKC.softmax(-1).nan_to_num(0.0)
+    else:
+        rest_NK1 = (1 - p_NC[:, :k, None]).clamp_min(torch.finfo(torch.float64).tiny)
+        scale_N11 = total_N11 / p_NC[:, :k].sum(1)[:, None, None]
+        new_NKC = (scale_N11 * p_NC[:, None] / rest_NK1).masked_fill(own_KC, 0.0)
+    return new_NKC - old_NC[:, None]
+
+
+def change_norms(changes_NKC: torch.Tensor, out_NCd: torch.Tensor) -> torch.Tensor:
+    """`||sum over j of (g'_j - g_j) E_j(x)||_2` (N, K), one removed expert after the other."""
+    parts = zip(changes_NKC.split(_CHUNK), out_NCd.split(_CHUNK), strict=True)
+    return torch.cat([torch.bmm(changes.to(wide(out).dtype), wide(out)).norm(dim=-1) for changes, out in parts])
+
+
+class RemovalBatch:
+    """One batch's candidates and their outputs, filled while the experts run: N C d values."""
+
+    def __init__(
+        self, logits_NE: torch.Tensor, indices_NK: torch.Tensor, *, gates_NK: torch.Tensor, renormalise: bool
+    ) -> None:
+        self.next = next_in_line(logits_NE, indices_NK)
+        candidates_NC = indices_NK if self.next is None else torch.cat([indices_NK, self.next[:, None]], dim=1)
+        self._changes = gate_changes(logits_NE, candidates_NC, gates_NK=gates_NK, renormalise=renormalise)
+        self._chosen: list[torch.Tensor] = []
+        self._beside: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def expert(self, out_Nd: torch.Tensor) -> None:
+        """The output of the next reached expert for its tokens."""
+        self._chosen.append(out_Nd)
+
+    def beside(self, tokens_N: torch.Tensor, out_Nd: torch.Tensor) -> None:
+        """The output of a next expert for the tokens that have it next."""
+        self._beside.append((tokens_N, out_Nd))
+
+    def sums(self, routing: Routing) -> torch.Tensor:
+        """Per expert (E) the sum over its tokens of how far the output moves without it."""
+        (n, k, c), d = self._changes.shape, self._chosen[0].shape[1]
+        out_NCd = self._chosen[0].new_empty(n, c, d)
+        places = (routing.tokens * c + routing.places // n).split([len(out) for out in self._chosen])
+        for place, out_Nd in zip(places, self._chosen, strict=True):
+            out_NCd.view(-1, d).index_copy_(0, place, out_Nd)
+        for tokens_N, out_Nd in self._beside:
+            out_NCd.view(-1, d).index_copy_(0, tokens_N * c + k, out_Nd)
+        norms_S1 = routing.items(change_norms(self._changes, out_NCd)).double()[:, None]
+        return per_expert(routing, norms_S1)[:, 0]

@@ -1,0 +1,60 @@
+"""How alike the routed experts of a layer are: pure functions of what calibration summed.
+
+Every matrix is (E, E) float64, symmetric, high = alike, never NaN, and rounded to 12 decimals: two equal experts are
+then exactly as similar to a third, on every machine, and the lower number decides. Rounding is far below what a
+calibration sample says.
+"""
+
+import numpy as np
+
+from moeslim.errors import PlanError
+from moeslim.statistics import LayerStats
+
+SIMILARITIES = ("logits", "router", "outputs", "ream")
+_DECIMALS = 12
+
+
+def similarity(stats: LayerStats, kind: str) -> np.ndarray:
+    """How alike any two experts of a layer are (E, E).
+
+    logits   cosine of the raw, uncentred router logits over all calibration tokens, from their Gram matrix
+    router   cosine of the router's rows
+    outputs  cosine of the mean outputs over the shared sample of tokens
+    ream     `(a + b) / 2`, arXiv 2604.04356: a = (cos + 1) / 2 of the softmax-gated mean outputs, b = 1 - dist / max
+             dist of the router-logit columns, each of unit length; max over the layer. The paper's means run over all
+             tokens, ours over the shared sample, since running every expert on every token costs E / k forwards.
+
+    An all-zero row or column has cosine 0 with everything, and distance 1 from every unit column. Raises PlanError for
+    another name.
+    """
+    if kind == "logits":
+        found = _cosine(stats.logit_gram)
+    elif kind == "router":
+        found = _cosine(stats.router_gram)
+    elif kind == "outputs":
+        found = _cosine(stats.mean_output_sum @ stats.mean_output_sum.T)
+    elif kind == "ream":
+        gated = _cosine(stats.softmax_output_sum @ stats.softmax_output_sum.T)
+        distance = _unit_distance(stats.logit_gram)
+        found = ((gated + 1) / 2 + 1 - distance / (distance.max() or 1.0)) / 2
+    else:
+        raise PlanError(f"methods.similarity: {kind!r} is not known; known are {', '.join(SIMILARITIES)}")
+    return np.round(found, _DECIMALS)
+
+
+def _cosine(gram: np.ndarray) -> np.ndarray:
+    """`g_ij / sqrt(g_ii g_jj)` of a Gram matrix, 0 where a row has no length."""
+    inverse = _inverse_lengths(gram)
+    return gram * inverse[:, None] * inverse[None, :]
+
+
+def _unit_distance(gram: np.ndarray) -> np.ndarray:
+    """Euclidean distances between the vectors of a Gram matrix, brought to unit length (no length stays at 0)."""
+    unit = (_inverse_lengths(gram) > 0).astype(np.float64)
+    square = np.round(unit[:, None] + unit[None, :] - 2 * _cosine(gram), _DECIMALS)  # before a root makes 1e-8 of 1e-16
+    return np.sqrt(np.maximum(square, 0.0))
+
+
+def _inverse_lengths(gram: np.ndarray) -> np.ndarray:
+    square = np.diag(gram)
+    return np.where(square > 0, 1 / np.sqrt(np.where(square > 0, square, 1.0)), 0.0)
