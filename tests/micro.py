@@ -229,6 +229,8 @@ def run_until_signal(recipe: Path, out: Path, said: Path, moment: tuple[str, int
         if (folder, visit.key) == ("stats", "1"):
             os.kill(os.getpid(), number)
 
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     loop.TrainLog.write = writing
     calibration._leave = leaving
     with said.open("w") as file:
