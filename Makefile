@@ -8,7 +8,7 @@ SERVE := .venv-serve
 BENCH := $(VENV)/bench
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: demo test check format serve-check bench-calibrate bench-experts bench-loss bench-cache clean
+.PHONY: demo test check format serve-check bench-calibrate bench-experts bench-loss bench-cache bench-train clean
 
 demo: $(INSTALLED)  ## a trained model gets smaller, end to end, on two CPU cores
 	$(BIN)/moeslim demo $(ARGS)
@@ -41,6 +41,9 @@ bench-loss: $(BENCH)/liger_kernel  ## the fused loss beside autograd and Liger-K
 
 bench-cache: $(INSTALLED)  ## a cached teacher's size and what it changes in the loss (ARGS="train WORK": in students too)
 	$(BIN)/python benchmarks/cache.py $(or $(ARGS),loss)
+
+bench-train: $(INSTALLED)  ## the whole training step beside the work that nobody can leave out; minutes, idle machine
+	$(BIN)/python benchmarks/train.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(SERVE) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

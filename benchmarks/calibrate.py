@@ -3,7 +3,8 @@
 Plainly: trunk and MTP block as transformers runs them, weights in memory, back end "grouped_mm", no output head; the
 same tokens, batches, precision and threads. Ours is the whole `calibrate`: reading weights layer by layer, hidden
 states through files, commits, all statistics of method sections 1 to 3 but `removal`. The runs take turns, so that a
-busy machine troubles all alike; medians of wall time decide and the process's own CPU time stands beside them.
+busy machine troubles all alike. A ratio is the median of the rounds' ratios of wall time, each of neighbours in time,
+since a shared machine drifts by more than what is measured; the process's own CPU time stands beside it.
 
 `walk` is the walk without any statistics, `removal` all and `removal`, `no neurons` all but the neurons' sums. Peak
 anonymous memory is sampled in processes of their own that calibrate a number of tokens and four times as many.
@@ -125,7 +126,7 @@ def run_without_neurons(folder: Path, rows: np.ndarray, *, batch: int) -> None:
 
 
 def measure(case: Case, work: Path, *, repeats: int) -> dict[str, Any]:
-    """Seconds and CPU seconds per way of running, medians over `repeats` rounds, and their ratios to the plain way."""
+    """Seconds and CPU seconds per way of running, and their ratios to the plain way: medians over `repeats` rounds."""
     folder, rows = case.folder(work), case.tokens(work)
     student = load_student(folder).eval()
     ways: dict[str, Callable[[], None]] = {
@@ -146,13 +147,15 @@ def measure(case: Case, work: Path, *, repeats: int) -> dict[str, Any]:
                 cpu[name].append(time.process_time() - before[1])
     found: dict[str, Any] = {"tokens": rows.shape[0] * (rows.shape[1] - 1)}
     for name in ways:
-        rounds = [ours / plain for ours, plain in zip(wall[name], wall["plain"], strict=True)]
+        rounds, cpu_rounds = (
+            [ours / plain for ours, plain in zip(clock[name], clock["plain"], strict=True)] for clock in (wall, cpu)
+        )
         found[name] = {
             "seconds": round(statistics.median(wall[name]), 3),
             "cpu_seconds": round(statistics.median(cpu[name]), 3),
-            "ratio": round(statistics.median(wall[name]) / statistics.median(wall["plain"]), 3),
+            "ratio": round(statistics.median(rounds), 3),
             "ratio_from_to": [round(min(rounds), 3), round(max(rounds), 3)],
-            "cpu_ratio": round(statistics.median(cpu[name]) / statistics.median(cpu["plain"]), 3),
+            "cpu_ratio": round(statistics.median(cpu_rounds), 3),
         }
     return found
 
@@ -203,7 +206,7 @@ def main() -> None:
     """Measure, show, and end with one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=[c.name for c in CASES])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=None, help="of torch; what it takes by itself unless told")
     parser.add_argument("--work", type=Path, default=None, help="where random models lie; a temporary folder")
     parser.add_argument("--no-memory", action="store_true", help="times alone")

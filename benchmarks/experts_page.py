@@ -161,10 +161,7 @@ def page(findings: Findings, figure: str) -> str:
 
 
 def _results(table: Table, figure: str) -> list[str]:
-    best = [
-        f"{float(ratio) * 100:g} %: {one['best']} ({one['difference']:+.4f} ± {one['error'] or float('nan'):.4f})"
-        for ratio, one in verdict(table).items()
-    ]
+    best = [f"{float(ratio) * 100:g} %: {_best(one)}" for ratio, one in verdict(table).items()]
     beaten = challengers(table)
     needed = min(2, len(table))
     strong = [name for name, ratios in beaten.items() if len(ratios) >= needed]
@@ -179,6 +176,12 @@ def _results(table: Table, figure: str) -> list[str]:
         f"![KL by method and share of experts kept]({figure})",
         f"Least KL, with its difference to the default: {'; '.join(best)}. {picked} {word}",
     ]
+
+
+def _best(one: dict[str, Any]) -> str:
+    if one["best"] == DEFAULT:
+        return "the default itself"
+    return f"{one['best']} ({one['difference']:+.4f} ± {one['error'] or float('nan'):.4f})"
 
 
 def _table(table: Table) -> list[str]:

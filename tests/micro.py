@@ -44,7 +44,7 @@ def write_micro(home: Path, **changes: Any) -> Path:
     write_tiny(
         home / "source",
         layouts="mixed",
-        form={"dtype": "bfloat16", "tokenizer_from": _write_tokenizer(home / "tokenizer"), "shard_bytes": 60_000},
+        form={"dtype": "bfloat16", "tokenizer_from": write_tokenizer(home / "tokenizer"), "shard_bytes": 60_000},
         vocab_size=257,
         num_experts=4,
         initializer_range=0.1,
@@ -78,7 +78,7 @@ def write_micro(home: Path, **changes: Any) -> Path:
     return path
 
 
-def _write_tokenizer(folder: Path) -> Path:
+def write_tokenizer(folder: Path) -> Path:
     """A byte-level tokenizer without merges (a token per byte, EOS as token 0), template and generation config."""
     folder.mkdir()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -126,8 +126,8 @@ def carry_out_watched(recipe: Path, out: Path) -> None:
 
     begin = loop.begin
 
-    def watched(student: Any, optimizer: Any, *, folder: Path, **more: Any) -> Any:
-        position = begin(student, optimizer, folder=folder, **more)
+    def watched(student: Any, tokens: Any, *, folder: Path, **more: Any) -> Any:
+        optimizer, states, position = begin(student, tokens, folder=folder, **more)
         found = {
             f"{part}/{name}": value
             for name, parameter in parameters_by_disk_name(student).items()
@@ -135,7 +135,7 @@ def carry_out_watched(recipe: Path, out: Path) -> None:
         }
         if found:
             save_file(found, out.parent / "optimizer" / f"{folder.name}.safetensors")
-        return position
+        return optimizer, states, position
 
     (out.parent / "optimizer").mkdir(parents=True)
     loop.begin = watched
@@ -217,12 +217,18 @@ def run_until_signal(recipe: Path, out: Path, said: Path, moment: tuple[str, int
     from moeslim.distill import loop
 
     folder, step, number = moment
-    write, leave = loop.TrainLog.write, calibration._leave
+    begin, rate, leave = loop.begin, loop.learning_rate_at, calibration._leave
+    training = ""
 
-    def writing(self: loop.TrainLog, record: Any) -> None:
-        write(self, record)
-        if (self.path.parent.name, record["step"]) == (folder, step):
+    def beginning(student: Any, tokens: Any, *, folder: Path, **more: Any) -> Any:
+        nonlocal training
+        training = folder.name
+        return begin(student, tokens, folder=folder, **more)
+
+    def in_step(settings: Any, stage: Any, **more: int) -> float:
+        if (training, more["step"]) == (folder, step):
             os.kill(os.getpid(), number)
+        return rate(settings, stage, **more)
 
     def leaving(visit: Any, *args: Any, **more: Any) -> None:
         leave(visit, *args, **more)
@@ -231,7 +237,7 @@ def run_until_signal(recipe: Path, out: Path, said: Path, moment: tuple[str, int
 
     # A shell that starts the tests in the background has them ignore Ctrl-C, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    loop.TrainLog.write = writing
+    loop.begin, loop.learning_rate_at = beginning, in_step
     calibration._leave = leaving
     with said.open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())

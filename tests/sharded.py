@@ -1,18 +1,21 @@
-"""A tiny student under FSDP2, in processes of their own that talk over gloo on the CPU."""
+"""What the tests of model/parallel.py do on every rank, and the batch that all of them see."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from moeslim.losses import Coefficients, Signal
+from moeslim.distill.teacher import OnlineTeacher
+from moeslim.errors import RecipeError, ResourceError, TrainingError
+from moeslim.losses import Coefficients, LossWeights, Signal, coefficients, term_counts
+from moeslim.model import parallel
 from moeslim.model.load import load_student
+from moeslim.model.save import save_student
 from moeslim.model.student import Student
 
-ROWS, LENGTH, D_TEACHER = 4, 8, 6
+ROWS, LENGTH, D_TEACHER, MICRO_BATCHES = 8, 8, 6, 2
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, Signal]:
@@ -24,36 +27,152 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, Signal]:
     return rows, mask, Signal(hidden, torch.randn(64, D_TEACHER, generator=generator))
 
 
-def loss_of(student: Student, part: slice, coefficients: Coefficients) -> torch.Tensor:
-    """The loss of some of the batch's rows, through the whole forward."""
-    rows, mask, teacher = batch()
-    signal = Signal(teacher.hidden[part], teacher.head)
-    return student(rows[part], mask[part], coefficients=coefficients, teacher=signal).loss
+def step_factors() -> Coefficients:
+    """Every term of a step over the whole batch, two depths, and the balance loss."""
+    _, mask, _ = batch()
+    weights = LossWeights(lam=0.5, beta=0.5, alpha=0.1)
+    return coefficients(weights, counts=term_counts(mask, 2), tokens=mask.numel())
 
 
-def _rank(rank: int, world: int, folder: Path, coefficients: Coefficients, out: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", (world,))
-    student = load_student(folder)
-    for layer in student.trunk.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(student, mesh=mesh)
-    share = ROWS // world
-    loss = loss_of(student, slice(rank * share, (rank + 1) * share), coefficients)
-    (world * loss).backward()  # the reduction divides by the number of ranks
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    found = {"loss": total}
+def frozen(student: Student, trained: Sequence[str]) -> None:
+    """Let only parameters whose names begin with one of `trained` ask for gradients (nothing given: all)."""
     for name, parameter in student.named_parameters():
-        if parameter.grad is not None:
-            found[name] = parameter.grad.full_tensor()
-    if rank == 0:
-        torch.save(found, out / "found.pt")
-    dist.destroy_process_group()
+        parameter.requires_grad_(not trained or name.startswith(tuple(trained)))
 
 
-def sharded_gradients(folder: Path, coefficients: Coefficients, *, world: int, out: Path) -> dict[str, torch.Tensor]:
-    """The loss (`loss`) and every parameter's gradient with the batch's rows shared out over `world` processes."""
-    mp.spawn(_rank, args=(world, folder, coefficients, out), nprocs=world)
-    return torch.load(out / "found.pt")
+def step_gradients(student: Student) -> dict[str, Any]:
+    """What this rank sees after one step's backward passes: loss (over all ranks), gradients, the routers' counts."""
+    rows, mask, teacher = batch()
+    here, factors = parallel.world(), step_factors()
+    share = ROWS // MICRO_BATCHES // here.size
+    loss, balance = torch.zeros(()), torch.zeros(())
+    student.routers.start_step()
+    for start in range(here.rank * share, ROWS, here.size * share):
+        part = slice(start, start + share)
+        signal = Signal(teacher.hidden[part], teacher.head)
+        terms = student(rows[part], mask[part], coefficients=factors, teacher=signal)
+        terms.loss.backward()
+        loss = loss + terms.loss.detach()
+        balance = balance + terms.balance / (MICRO_BATCHES * here.size)
+    gradients = {n: parallel.whole(p.grad) for n, p in student.named_parameters() if p.grad is not None}
+    facts = {"loss": parallel.total(loss), "balance": parallel.total(balance)}
+    return {**facts, "gradients": gradients, "assigned": dict(student.routers.assigned)}
+
+
+def gradients(
+    folder: Path, *, shard_over: int | None = None, checkpointing: bool = False, trained: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`step_gradients` of the model in `folder`, shared out where there are several ranks."""
+    student = load_student(folder, sharding=parallel.sharding(shard_over))
+    frozen(student, trained)
+    if checkpointing:
+        student.checkpoint_activations()
+    return step_gradients(student)
+
+
+class _Largest(TorchDispatchMode):
+    """The most bytes of any tensor that is made inside, views and tensors without data left out."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view and not out.is_meta:
+            self.nbytes = max(self.nbytes, out.nbytes)
+        return out
+
+
+def loaded(folder: Path, *, shard_over: int | None = None) -> dict[str, Any]:
+    """A model loaded in parts: its whole tensors, the bytes that lie here, and the largest tensor that loading made."""
+    with _Largest() as largest:
+        student = load_student(folder, sharding=parallel.sharding(shard_over))
+    own = sum(p._local_tensor.nbytes for p in student.parameters())
+    kept = {name: parallel.whole(tensor).detach() for name, tensor in student.disk_state().items()}
+    tied = student.head is student.trunk.model.embed_tokens.weight
+    return {"tensors": kept, "own": own, "largest": largest.nbytes, "tied": tied}
+
+
+def saved(folder: Path, out: Path, *, shard_over: int | None = None) -> dict[str, Any]:
+    """The receipt of a model that is loaded, changed and saved."""
+    student = load_student(folder, sharding=parallel.sharding(shard_over))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1 / 3)
+    return save_student(student, folder, out=out, kind="distilled", shard_bytes=9000)
+
+
+def taught(folder: Path, student: Path) -> dict[str, Any]:
+    """A shared-out teacher's word on each rank's rows, twice, and a student that measures and trains with it."""
+    sharding = parallel.sharding()
+    teacher = OnlineTeacher(load_student(folder, sharding=sharding))
+    live = load_student(student, sharding=sharding)
+    rows, mask, _ = batch()
+    share = ROWS // parallel.world().size
+    part = slice(parallel.world().rank * share, (parallel.world().rank + 1) * share)
+    word = [teacher(rows[part], torch.arange(share).numpy()) for _ in range(2)]
+    live.eval()
+    with torch.no_grad():
+        measured = live(rows[part], mask[part], coefficients=Coefficients({"lm": 1.0})).sums["lm"]
+    assert all(parallel.is_shared(p) for p in live.parameters()), "measuring leaves no weight gathered"
+    live.train()
+    live(rows[part], mask[part], coefficients=step_factors(), teacher=word[1]).loss.backward()
+    gradient = parallel.whole(live.head.grad)
+    return {"word": word, "measured": parallel.total(measured), "gradient": gradient}
+
+
+def in_bfloat16(folder: Path) -> dict[str, Any]:
+    """A step with weights gathered in bf16: what the loss is, and in what dtypes states, weights and gradients are."""
+    student = load_student(folder, sharding=parallel.sharding(precision="bfloat16"))
+    states = student.states_and_head(batch()[0])[0].dtype
+    student.reshard()
+    found = step_gradients(student)
+    weights = {p.dtype for p in student.parameters()}
+    return {**found, "dtypes": (states, weights, {g.dtype for g in found["gradients"].values()})}
+
+
+def place() -> tuple[int, int, list[int]]:
+    """This rank and the number of ranks, as they are, and as all ranks say them."""
+    here = parallel.world()
+    return here.rank, here.size, parallel.gather(here.rank)
+
+
+def twice_led(error: str | None = None) -> list[Any]:
+    """What rank 0 sees of two calls, the first of which fails on all ranks if `error` names how."""
+    found: list[Any] = []
+    if error is not None:
+        try:
+            parallel.together(fails, error)
+        except (TrainingError, RecipeError) as problem:
+            found.append(str(problem))
+    found.append(parallel.together(nested))
+    return found
+
+
+def nested() -> list[int]:
+    """A call inside a call."""
+    return parallel.together(place)[2]
+
+
+def fails(how: str) -> None:
+    """Fail on all ranks alike, or on the last one alone while the others wait for it."""
+    last = parallel.world().rank == parallel.world().size - 1
+    if how == "training":
+        parallel.barrier()
+        raise TrainingError("step 3: loss is nan")
+    if how == "recipe":
+        raise RecipeError("distill.clip is wrong")
+    if how == "alone" and last:
+        raise ResourceError("no room here")
+    if how == "killed" and last:
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "killed":
+        parallel.total(torch.ones(2))
+    parallel.barrier()
+
+
+def led(how: str) -> None:
+    """Rank 0's call of what fails."""
+    parallel.together(fails, how)

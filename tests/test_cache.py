@@ -17,6 +17,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ranks
 from command import SMALL, TRAIN, Command, settings, write_model, write_text
 from command import moeslim as moeslim
 from micro import write_micro
@@ -24,13 +25,13 @@ from moeslim import pipeline, verbs
 from moeslim.artifacts import commit
 from moeslim.artifacts.commit import write_json
 from moeslim.data.tokens import TokenSet
-from moeslim.distill import loop
 from moeslim.distill.cache import Ask, CacheFolder, coding, make
 from moeslim.distill.cache.coding import Words, decode, encode
 from moeslim.distill.cache.make import make_cache, outcomes, sample_points
 from moeslim.distill.cache.teacher import CachedTeacher, check_cache
 from moeslim.distill.run import Place, distill
 from moeslim.distill.settings import TrainSettings
+from moeslim.distill.watch import Watch, read_log
 from moeslim.distill.words import words_fingerprint
 from moeslim.errors import DataError, RecipeError, RunError
 from moeslim.losses import Coefficients, Outcomes, fused_loss
@@ -220,12 +221,12 @@ def test_killed_in_a_shard_it_goes_on_to_the_same_bytes(
 ) -> None:
     out, read, count = tmp_path / "cache", make._read, itertools.count()
 
-    def killed(*args: object, **named: object) -> Iterator[Words]:
-        words = read(*args, **named)
-        yield next(words)
+    def killed(*args: object, **named: object) -> Iterator[bytes]:
+        rows = read(*args, **named)
+        yield next(rows)
         if next(count) == at:
             raise KeyboardInterrupt
-        yield from words
+        yield from rows
 
     monkeypatch.setattr(make, "_read", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -236,6 +237,17 @@ def test_killed_in_a_shard_it_goes_on_to_the_same_bytes(
         CacheFolder.open(out)
     make_cache(folder, tokens, out=out, ask=ASK)
     assert _files(out) == _files(cache.folder)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_write_the_bytes_of_one(
+    world: int, cache: CacheFolder, folder: Path, tokens: TokenSet, tmp_path: Path
+) -> None:
+    """Shards of five rows in batches of two: three batches each, the last of one row, and in the last shard two."""
+    text = TokenSet.open(tokens.folder)
+    found = ranks.lead(make_cache, folder, text, out=tmp_path / "cache", ask=ASK, world=world)
+    assert found.complete
+    assert _files(tmp_path / "cache") == _files(cache.folder)
 
 
 def test_killed_between_a_shard_and_its_entry(
@@ -589,7 +601,7 @@ def test_training_from_a_cache_learns_and_says_which_kl_it_logs(
     assert record["last"][name] < 0.8 * record["first"][name]
     assert record["parents"]["teacher"] == cached.identity.teacher
     assert record["parents"]["teacher_cache"] == cached.fingerprint
-    assert all(name in step and "kd" not in step for step in loop.read_log(place.work / "curve.jsonl"))
+    assert all(name in step and "kd" not in step for step in read_log(place.work / "curve.jsonl"))
 
 
 def test_a_cache_of_nearly_all_words_trains_as_the_teacher_itself(
@@ -601,7 +613,7 @@ def test_a_cache_of_nearly_all_words_trains_as_the_teacher_itself(
     for name, teacher in (("cached", cached.folder), ("online", folder)):
         place = Place(tmp_path / name / "work")
         distill(student, teacher, tokens=tokens, out=tmp_path / name / "out", settings=_settings(), place=place)
-        curves.append(loop.read_log(place.work / "curve.jsonl"))
+        curves.append(read_log(place.work / "curve.jsonl"))
     for one, two in zip(*curves, strict=True):
         assert one["kd_topk"] == pytest.approx(two["kd"], rel=0.02)
         assert one["lm"] == pytest.approx(two["lm"], rel=1e-3)
@@ -623,9 +635,9 @@ def test_a_temperature_with_a_cache_is_refused(
 def test_a_resumed_training_reads_the_same_words(
     cache: CacheFolder, student: Path, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, write = _settings(save_every=1), loop.TrainLog.write
+    settings, write = _settings(save_every=1), Watch.write
 
-    def stop(self: loop.TrainLog, record: dict[str, object]) -> None:
+    def stop(self: Watch, record: dict[str, object]) -> None:
         write(self, record)
         if record["step"] == 3:
             raise KeyboardInterrupt
@@ -633,10 +645,10 @@ def test_a_resumed_training_reads_the_same_words(
     whole = Place(tmp_path / "whole")
     distill(student, cache.folder, tokens=tokens, out=tmp_path / "one", settings=settings, place=whole)
     part = Place(tmp_path / "part")
-    monkeypatch.setattr(loop.TrainLog, "write", stop)
+    monkeypatch.setattr(Watch, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         distill(student, cache.folder, tokens=tokens, out=tmp_path / "two", settings=settings, place=part)
-    monkeypatch.setattr(loop.TrainLog, "write", write)
+    monkeypatch.setattr(Watch, "write", write)
     distill(student, cache.folder, tokens=tokens, out=tmp_path / "two", settings=settings, place=part)
     assert _files(tmp_path / "one") == _files(tmp_path / "two")
 
@@ -674,7 +686,7 @@ def test_a_run_learns_from_a_cache_of_its_own_rows(tmp_path: Path) -> None:
     verbs.cache_teacher(yaml.safe_load(recipe.read_text())["model"], recipe, out=cache, samples=0, k=9)
     record = pipeline.run(recipe, tmp_path / "run", overrides=[f"distill.teacher_cache={cache}"])
     for stage in (1, 2):
-        steps = loop.read_log(tmp_path / "run" / f"stage-{stage}" / "curve.jsonl")
+        steps = read_log(tmp_path / "run" / f"stage-{stage}" / "curve.jsonl")
         assert all("kd_topk" in step for step in steps)
     assert "lower bound" in Path(record["page"]).read_text()
     with pytest.raises(DataError, match="its text is"):

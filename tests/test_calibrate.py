@@ -6,7 +6,10 @@ agree to float64 rounding.
 """
 
 import os
+import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,16 +19,24 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import ranks
 from moeslim.artifacts import commit
+from moeslim.artifacts.commit import read_json
+from moeslim.calibrate import run as calibration
 from moeslim.calibrate.observe import Observe
 from moeslim.calibrate.run import calibrate
 from moeslim.calibrate.sums import expert_sums, gram, layer_sums, neuron_sums, norm_sums, sample_positions
-from moeslim.errors import DataError, RunError
+from moeslim.errors import DataError, ResourceError, RunError
+from moeslim.families import Shape
+from moeslim.model import parallel
 from moeslim.model.experts import FileExperts, Routing
 from moeslim.model.mtp import MtpBlock
 from moeslim.model.walk import WalkSettings
+from moeslim.plan.schedule import resolve
+from moeslim.recipe import Keep, Methods
+from moeslim.search.run import expert_search
 from moeslim.statistics import ENOUGH_TOKENS, Stats
-from tiny import write_tiny
+from tiny import tiny_config, write_tiny
 
 E, K, D, T = 8, 2, 16, 40
 ROWS = np.random.default_rng(3).integers(0, 64, (6, T + 1))
@@ -480,3 +491,136 @@ def test_rows_that_cannot_be_used_are_refused(
     with pytest.raises(DataError, match=message):
         calibrate(folder, rows, out=tmp_path / "out", sequences=sequences)
     assert list(tmp_path.iterdir()) == []
+
+
+# several processes
+
+
+def test_rows_are_shared_out_in_whole_batches() -> None:
+    shares = [calibration.share(7, 2, rank=rank, size=3).tolist() for rank in range(3)]
+    assert shares == [[0, 1, 6], [2, 3], [4, 5]]
+    # rows of 10 tokens: positions 5, 23, 37, 61 lie in rows 0, 2, 3, 6; rank 0 has rows 0, 1, 6 and so tokens 0..29
+    own, positions = np.array(shares[0]), np.array([5, 23, 37, 61])
+    assert calibration._within(own, positions, length=10).tolist() == [5, 21]
+    assert calibration._within(np.array(shares[1]), positions, length=10).tolist() == [3, 17]
+    assert calibration._within(np.array(shares[2]), positions, length=10).tolist() == []
+
+
+PAIRS = WalkSettings(rows_per_batch=2, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Stats:
+    """Five rows in batches of two, two and one."""
+    out = tmp_path_factory.mktemp("alone") / "stats"
+    return calibrate(folder, ROWS[:5], out=out, settings=PAIRS, observe=Observe(removal=True))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_several_processes_learn_what_one_does(folder: Path, tmp_path: Path, alone: Stats, world: int) -> None:
+    """With three, the third has none of the two tokens of the shared sample; with four, the fourth has no row."""
+    observe = Observe(removal=True)
+    ranks.lead(calibrate, folder, ROWS[:5], out=tmp_path / "out", settings=PAIRS, observe=observe, world=world)
+    found = Stats.load(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for name in ("model", "token_sets", "tokens", "sequences", "settings", "found"):
+        assert getattr(found, name) == getattr(alone, name), name
+    for before, after in ((alone.layers, found.layers), (alone.norms, found.norms)):
+        assert list(before) == list(after)
+        for key, sums in before.items():
+            own = after[key].state()
+            assert own.keys() == sums.state().keys()
+            for name, array in sums.state().items():
+                np.testing.assert_allclose(own[name], array, rtol=1e-12, atol=1e-12 * np.abs(array).max(), err_msg=name)
+    assert found.layers["0"].sample_tokens == 2
+
+
+_leave, _visited = calibration._leave, list[str]()
+
+
+def _die_in(rank: int, *, at: str) -> None:
+    """From now on that process is killed when it has run the layer `at`."""
+
+    def leave(visit: Any, *args: Any, **more: Any) -> Any:
+        if visit.key == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return _leave(visit, *args, **more)
+
+    if parallel.world().rank == rank:
+        calibration._leave = leave
+
+
+def _calibrate_killed(folder: Path, out: Path) -> None:
+    parallel.together(_die_in, 1, at="1")
+    calibrate(folder, ROWS[:5], out=out, settings=PAIRS)
+
+
+def _note_visits() -> None:
+    def leave(visit: Any, *args: Any, **more: Any) -> Any:
+        _visited.append(visit.key)
+        return _leave(visit, *args, **more)
+
+    calibration._leave = leave
+
+
+def _tell_visits() -> list[list[str]]:
+    calibration._leave = _leave
+    return parallel.gather(_visited)
+
+
+def _calibrate_noting(folder: Path, out: Path) -> list[list[str]]:
+    parallel.together(_note_visits)
+    calibrate(folder, ROWS[:5], out=out, settings=PAIRS)
+    return parallel.together(_tell_visits)
+
+
+def test_killed_processes_go_on_and_another_number_of_them_begins_anew(
+    folder: Path, tmp_path: Path, alone: Stats, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, work = tmp_path / "out", tmp_path / ".out.calibrating"
+    with pytest.raises(RunError, match="another process of this run has ended"):
+        ranks.lead(_calibrate_killed, folder, out)
+    assert not out.exists()
+    assert read_json(work / "rank-1-of-2" / "walk.json")["done"] == ["0"]
+    for other in ("else", "redone", "one"):
+        shutil.copytree(work, tmp_path / f".{other}.calibrating")
+    assert ranks.lead(_calibrate_noting, folder, out) == [[], ["1", "2", "norm", "mtp.0"]]
+    one = np.abs(alone.layers["2"].logit_gram).max()
+    np.testing.assert_allclose(Stats.load(out).layers["2"].logit_gram, alone.layers["2"].logit_gram, atol=1e-12 * one)
+
+    with pytest.raises(RunError, match="half-finished"):
+        calibrate(folder, ROWS[:4], out=tmp_path / "else", settings=PAIRS)
+    calibrate(folder, ROWS[:4], out=tmp_path / "redone", settings=PAIRS, observe=Observe(redo=True))
+    monkeypatch.setattr("moeslim.log.logger.propagate", True)
+    here = calibrate(folder, ROWS[:5], out=tmp_path / "one", settings=PAIRS)
+    assert "begun by another number of processes" in caplog.text
+    np.testing.assert_array_equal(here.layers["2"].logit_gram, alone.layers["2"].logit_gram)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".else.calibrating", "one", "out", "redone"]
+
+
+def _calibrate_on_a_disk(free: int, folder: Path, out: Path) -> None:
+    """Where rank 0 sees a disk of `free` bytes."""
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda _: SimpleNamespace(free=free)
+    try:
+        calibrate(folder, ROWS[:5], out=out, settings=PAIRS)
+    finally:
+        shutil.disk_usage = usage
+
+
+def test_a_disk_that_holds_each_walk_but_not_both_is_refused(folder: Path, tmp_path: Path) -> None:
+    need = 2 * 5 * T * D * 8  # two generations of five rows in float64; the larger walk takes three of the rows
+    with pytest.raises(ResourceError, match="hidden states need"):
+        ranks.lead(_calibrate_on_a_disk, need - 1, folder, tmp_path / "out")
+    ranks.lead(_calibrate_on_a_disk, need, folder, tmp_path / "out")
+
+
+def test_what_is_tried_at_live_layers_is_one_process_s(folder: Path, tmp_path: Path) -> None:
+    methods = Methods(expert_op="ream", sequential=True)
+    shape = Shape.from_config(tiny_config(num_hidden_layers=3, mlp_only_layers=[1]))
+    target = resolve(shape, Keep(experts=4), methods=methods)
+    observe = Observe(search=expert_search(shape, target, methods=methods, seed=0))
+    one = ranks.lead(calibrate, folder, ROWS, out=tmp_path / "one", settings=PAIRS, observe=observe, world=1)
+    ranks.lead(calibrate, folder, ROWS, out=tmp_path / "two", settings=PAIRS, observe=observe, world=2)
+    assert one.found.keys() >= {"0", "2"}
+    assert content(tmp_path / "one") == content(tmp_path / "two")

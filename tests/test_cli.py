@@ -272,9 +272,12 @@ def test_run_dry_run_and_overrides(moeslim: Command, tmp_path: Path, *, model: P
     record = moeslim(*line, "--set", "schedule=one_shot", "--json").json
     (stage,) = record["stages"]
     assert (stage["layers"], stage["experts"], stage["tokens"]) == (2, 4, 1000)
-    # 1000 tokens x (6 operations per active parameter of the student, 2 of the teacher)
-    operations = 1000 * (6 * stage["active"] + 2 * record["before"]["active"])
-    assert record["costs"]["training_teraflops"] == pytest.approx(operations / 1e12)
+    assert record["costs"]["training_teraflops"] == pytest.approx(1000 * stage["operations"] / 1e12)
+    short = [*line, "--set", "schedule=one_shot", "--set", "data.sequence_length=8", "--json"]
+    taught, alone = (moeslim(*short, *more).json["stages"][0] for more in ([], ["--set", "distill.lm_only=true"]))
+    # a teacher reads each token once, 2 operations per active parameter but for the embedding (2 of 5), and mixes a few
+    said = (taught["operations"] - alone["operations"]) / record["before"]["active"]
+    assert 2 * 3 / 5 - 0.05 < said < 2 * 3 / 5 + 0.1
     assert not (tmp_path / "run").exists()
 
 

@@ -16,11 +16,23 @@ from moeslim.artifacts import commit
 from moeslim.artifacts.commit import write_json
 from moeslim.data.tokens import TokenSet
 from moeslim.distill import loop, state
+from moeslim.distill.loop import Material
+from moeslim.distill.optimizer import make_optimizer
 from moeslim.distill.run import Place, distill, last_state
 from moeslim.distill.settings import Stage, TrainSettings
 from moeslim.distill.teacher import OnlineTeacher
+from moeslim.distill.watch import Watch
 from moeslim.distill.words import check_same_words
-from moeslim.errors import CheckpointError, DataError, Interrupted, MoeslimError, RecipeError, RunError, TrainingError
+from moeslim.errors import (
+    CheckpointError,
+    DataError,
+    Interrupted,
+    MoeslimError,
+    RecipeError,
+    ResourceError,
+    RunError,
+    TrainingError,
+)
 from moeslim.losses import Coefficients, LossWeights, Signal, coefficients, fused_loss, term_counts
 from moeslim.model.load import load_student
 from moeslim.model.student import Student
@@ -55,7 +67,7 @@ def _settings(steps: int = 6, **changes: object) -> TrainSettings:
 
 def _train(student: Student, tokens: TokenSet, folder: Path, **changes: object) -> list[dict]:
     stage = Stage(fingerprint="one")
-    return loop.train(student, tokens, settings=_settings(**changes), folder=folder, stage=stage)
+    return loop.train(student, Material(tokens), settings=_settings(**changes), folder=folder, stage=stage)
 
 
 def _batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
@@ -118,19 +130,6 @@ def test_kd_falls_on_a_batch_that_is_seen_again(folder: Path) -> None:
     assert values[-1][1] < 0.7 * values[0][1]
 
 
-def test_weight_decay_is_on_matrices_only(folder: Path) -> None:
-    student = load_student(folder)
-    decayed, plain = loop.make_optimizer(student, _settings()).param_groups
-    names = {id(p): n for n, p in student.disk_state().items()}
-    assert decayed["weight_decay"] == 0.1
-    assert plain["weight_decay"] == 0.0
-    plain_names = {names[id(p)] for p in plain["params"]}
-    assert {"model.norm.weight", "mtp.norm.weight", "model.layers.0.linear_attn.A_log"} <= plain_names
-    matrices = {names[id(p)] for p in decayed["params"]}
-    assert {"model.layers.0.linear_attn.conv1d.weight", "mtp.layers.0.mlp.experts.down_proj"} <= matrices
-    assert len(plain_names) + len(matrices) == len(list(student.parameters()))
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(
     folder: Path, tokens: TokenSet, tmp_path_factory: pytest.TempPathFactory
@@ -146,17 +145,17 @@ def test_resumed_equals_uninterrupted(
 ) -> None:
     """Killed within step 2 (no state yet) or 3 (one step after a state): the same weights and the same log."""
     one, two = load_student(folder), load_student(folder)
-    original = loop.TrainLog.write
+    original = Watch.write
 
-    def write(self: loop.TrainLog, record: dict) -> None:
+    def write(self: Watch, record: dict) -> None:
         original(self, record)
         if record["step"] == stop:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.TrainLog, "write", write)
+    monkeypatch.setattr(Watch, "write", write)
     with pytest.raises(KeyboardInterrupt):
         _train(one, tokens, tmp_path, steps=4, save_every=2)
-    monkeypatch.setattr(loop.TrainLog, "write", original)
+    monkeypatch.setattr(Watch, "write", original)
     records = _train(two, tokens, tmp_path, steps=4, save_every=2)
     assert _same(uninterrupted[0], two)
     assert not _same(one, two)
@@ -186,6 +185,40 @@ def test_a_signal_saves_and_goes_on_exactly(
     assert _same(uninterrupted[0], two)
 
 
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_signal_after_the_sums_of_a_step_counts_in_the_next_and_behind_the_last(
+    folder: Path, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    original = loop.check_finite
+
+    def check(*args: object, **named: int) -> None:
+        original(*args, **named)
+        if named["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "check_finite", check)
+    with pytest.raises(Interrupted, match=f"SIGTERM: stopped after step {min(step + 1, 4)} of 4"):
+        _train(load_student(folder), tokens, tmp_path, steps=4)
+    assert [path.name for path in state.step_folders(tmp_path / "states")] == [f"step-000000{min(step + 1, 4)}"]
+
+
+def test_a_step_that_finds_no_room_says_what_to_lower(
+    folder: Path, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = Student.forward, 0
+
+    def full(self: Student, *args: object, **named: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, *args, **named)
+
+    monkeypatch.setattr(Student, "forward", full)
+    with pytest.raises(ResourceError, match=r"step 2: out of memory .*distill.micro_rows to 1 \(now 2\)"):
+        _train(load_student(folder), tokens, tmp_path)
+
+
 def test_nan_stops_before_the_weights_are_touched(folder: Path, tokens: TokenSet, tmp_path: Path) -> None:
     student = load_student(folder)
     with torch.no_grad():
@@ -198,8 +231,8 @@ def test_nan_stops_before_the_weights_are_touched(folder: Path, tokens: TokenSet
 
 def test_a_foreign_state_is_refused(folder: Path, tokens: TokenSet, tmp_path: Path) -> None:
     _train(load_student(folder), tokens, tmp_path, steps=1)
-    with pytest.raises(RunError, match="other settings"):
-        loop.train(load_student(folder), tokens, settings=_settings(1), folder=tmp_path, stage=Stage("other"))
+    with pytest.raises(RunError, match="other models, data or place"):
+        loop.train(load_student(folder), Material(tokens), settings=_settings(1), folder=tmp_path, stage=Stage("other"))
 
 
 def test_a_kill_while_saving_leaves_the_state_before(
@@ -282,14 +315,27 @@ def test_distill_from_folder_to_folder_in_two_stages(folder: Path, tokens: Token
     assert (tmp_path / "two" / "receipt.json").read_bytes() == (tmp_path / "three" / "receipt.json").read_bytes()
 
 
+def test_the_state_of_a_model_is_the_best_one_where_it_was_chosen(tmp_path: Path) -> None:
+    assert last_state(tmp_path) is None
+    for step, bits in ((2, 3.0), (4, 1.5), (6, 1.5), (8, None)):
+        facts = {"bits_per_byte": bits, "settings": {"final": "last"}}
+        write_json(tmp_path / "states" / f"step-000000{step}" / "state.json", facts)
+    assert last_state(tmp_path).name == "step-0000008"
+    write_json(
+        tmp_path / "states" / "step-0000008" / "state.json", {"bits_per_byte": None, "settings": {"final": "best"}}
+    )
+    assert last_state(tmp_path).name == "step-0000004"
+
+
 def test_reset_in_mid_run_warms_up_again(folder: Path, tokens: TokenSet, tmp_path: Path) -> None:
     place = Place(tmp_path / "w", start=0.5, end=1.0)
     record = distill(folder, None, tokens=tokens, out=tmp_path / "o", settings=_settings(2), place=place)
     assert record["steps"] == 2
-    moments = tmp_path / "w" / "states" / "step-0000002"
+    moments = tmp_path / "moments"
+    state.slice_moments(tmp_path / "w" / "states" / "step-0000002", moments, cut=shutil.copytree)
     other = load_student(write_tiny(tmp_path / "m", num_hidden_layers=2, hidden_size=24))
     with pytest.raises(RunError, match="slice the moments"):
-        state.load_moments(moments, other, optimizer=loop.make_optimizer(other, _settings()))
+        state.load_moments(moments, other, optimizer=make_optimizer(other, _settings()))
 
 
 def test_what_cannot_work_is_refused_first(folder: Path, tokens: TokenSet, tmp_path: Path) -> None:
@@ -301,6 +347,10 @@ def test_what_cannot_work_is_refused_first(folder: Path, tokens: TokenSet, tmp_p
         distill(folder, None, settings=replace(settings, lm_only=False), **options)
     with pytest.raises(MoeslimError, match="not built yet"):
         distill(folder, None, settings=replace(settings, mtp_train="serving"), **options)
+    with pytest.raises(RecipeError, match="no text is held out to measure on"):
+        distill(folder, None, settings=replace(settings, measure_every=5), **options)
+    with pytest.raises(RecipeError, match="train_only names dense of a model where it has none"):
+        distill(folder, None, settings=replace(settings, train_only=("dense",)), **options)
     small = write_tiny(tmp_path / "small", num_hidden_layers=2, vocab_size=32)
     with pytest.raises(DataError, match="64 words"):
         distill(small, None, settings=settings, **options)
@@ -312,26 +362,6 @@ def test_a_stage_reads_on_where_the_one_before_ended(tokens: TokenSet) -> None:
     later = loop.first_row(tokens, settings=settings, stage=Stage(fingerprint="x", start=0.1, end=1.0))
     assert later.epoch * len(tokens) + later.position == 10  # a tenth of 100 steps of one row
     assert loop.first_row(tokens, settings=settings, stage=Stage(fingerprint="x")).position == 0
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_two_sharded_processes_have_one_process_gradients(tmp_path: Path, tied: bool) -> None:
-    """FSDP2 with the head in the root: the loss sees it whole, and its gradient is reduced, tied or not."""
-    folder = write_tiny(tmp_path / "m", num_hidden_layers=2, tie_word_embeddings=tied, form={"mtp": True})
-    _, mask, _ = sharded.batch()
-    counts = term_counts(mask, 2)
-    factors = coefficients(LossWeights(lam=0.5, beta=0.5), counts=counts, tokens=mask.numel())
-    student = load_student(folder)
-    loss = sharded.loss_of(student, slice(None), factors)
-    loss.backward()
-    found = sharded.sharded_gradients(folder, factors, world=2, out=tmp_path)
-    assert float(found.pop("loss")) == pytest.approx(float(loss.detach()), rel=1e-5)
-    one = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    assert ("trunk.lm_head.weight" in one) != tied
-    assert found.keys() == one.keys()
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, one[name], rtol=1e-3, atol=1e-6, msg=name)
-    assert float(one["trunk.model.embed_tokens.weight"].abs().max()) > 1e-3
 
 
 class _Small(torch.nn.Module):

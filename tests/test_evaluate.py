@@ -2,20 +2,26 @@
 
 import json
 import math
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import ranks
 from moeslim.data.tokens import TokenDocument
 from moeslim.errors import CheckpointError, DataError, RecipeError, RunError
-from moeslim.evaluate import Record, Settings, difference, evaluate, mean, paired, ratio, side_by_side
+from moeslim.evaluate import Record, Settings, difference, evaluate, mean, measure, paired, ratio, side_by_side
 from moeslim.evaluate.agreement import kl_and_top1
 from moeslim.evaluate.language import Window, shorten, windows
 from moeslim.evaluate.record import Figure, median
 from moeslim.evaluate.score import Layout, batches, score
+from moeslim.evaluate.share import owners
+from moeslim.model import parallel
 from moeslim.model.student import Student
 from tiny import tiny_config, write_tiny
 
@@ -368,3 +374,74 @@ class TestEvaluate:
         (tmp_path / "x.json").write_text('{"schema": 99}')
         with pytest.raises(RunError, match="evaluate again"):
             Record.read(tmp_path / "x.json")
+
+
+def _cut_small(at_once: int, batch_tokens: int) -> None:
+    """Prompts and windows in batches so small that there are several."""
+    measure._PROMPTS_AT_ONCE = at_once
+    measure.Layout = partial(Layout, batch_tokens=batch_tokens)
+
+
+def _evaluate_small(folders: dict[str, Path], **arguments: object) -> dict[str, dict[str, Record]]:
+    """With the teacher among the models, and with one that gets no record."""
+    parallel.together(_cut_small, 3, 64)
+    try:
+        out = arguments["out"]
+        all_of_them = evaluate(folders, text_documents(), **arguments)
+        rest = {label: folder for label, folder in folders.items() if label != "teacher"}
+        return {"all": all_of_them, "rest": evaluate(rest, text_documents(), **{**arguments, "out": out / "rest"})}
+    finally:
+        parallel.together(_cut_small, 32, 8192)
+
+
+@pytest.fixture(scope="module")
+def one(folders: dict[str, Path], done: tuple, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("one")
+    return ranks.lead(_evaluate_small, folders, **{**done[1], "out": out}, world=1)
+
+
+class TestSeveralProcesses:
+    def test_pieces_go_to_whoever_has_least(self) -> None:
+        # 9 to 0; 7 to 1; 5 to 1 (7 < 9); 4 to 0 (9 < 12); 4 to 1 (12 < 13)
+        assert owners([5, 9, 4, 7, 4], 2) == [1, 0, 0, 1, 1]
+        assert owners([3, 3], 4) == [0, 1]
+        assert owners([3, 1], 1) == [0, 0]
+
+    @pytest.mark.parametrize("world", [2, 3])
+    def test_their_records_are_those_of_one(
+        self, folders: dict[str, Path], done: tuple, one: dict, tmp_path: Path, world: int
+    ) -> None:
+        """Bit by bit but for what is timed: every window and prompt runs in the batch of one process."""
+        found = ranks.lead(_evaluate_small, folders, **{**done[1], "out": tmp_path}, world=world)
+        timed = {"prefill", "prefill_seconds", "decode", "peak_memory"}
+        for group, records in one.items():
+            assert list(found[group]) == list(records)
+            for label, record in records.items():
+                own = found[group][label]
+                assert own.figures.keys() == record.figures.keys()
+                assert timed <= own.figures.keys()
+                for metric in record.figures.keys() - timed:
+                    assert own.figures[metric] == record.figures[metric], (label, metric)
+                bare = [{**item.to_json(), "figures": 0} for item in (own, record)]
+                assert bare[0] == bare[1]
+                folder = tmp_path if group == "all" else tmp_path / "rest"
+                assert Record.read(folder / f"{label}.json").figures == own.figures
+        whole = done[0]["cut"].figures
+        for metric in ("bits_per_byte", "kl", "acc_0"):  # other batches: to rounding
+            for domain, figure in whole[metric].items():
+                assert found["all"]["cut"].figures[metric][domain].value == pytest.approx(figure.value, rel=1e-5)
+
+    def test_what_stands_is_not_measured_by_another_number_of_them(self, folders: dict[str, Path], done: tuple) -> None:
+        before = (done[1]["out"] / "cut.json").read_bytes()
+        ranks.lead(evaluate, folders, text_documents(), **done[1], world=2)
+        assert (done[1]["out"] / "cut.json").read_bytes() == before
+
+    def test_a_model_without_numbers_is_said_once(self, folders: dict[str, Path], done: tuple, tmp_path: Path) -> None:
+        bad = tmp_path / "bad"
+        shutil.copytree(folders["bare"], bad)
+        tensors = load_file(bad / "model.safetensors")
+        tensors["model.norm.weight"][0] = math.nan
+        save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+        arguments = {**done[1], "out": tmp_path / "records"}
+        with pytest.raises(CheckpointError, match="NaN or Inf \\(6 of 6 documents\\)"):
+            ranks.lead(evaluate, {"bad": bad}, text_documents(), **arguments, world=2)

@@ -35,6 +35,9 @@ ENTRANCES = {
     "huggingface_hub": {"checkpoint/source.py"},
     "matplotlib": {"report/page.py"},
     "datasets": {"data/formats.py"},
+    "tensorboard": {"distill/trackers.py"},
+    "trackio": {"distill/trackers.py"},
+    "wandb": {"distill/trackers.py"},
 }
 """Heavy packages and the one file through which each may enter."""
 

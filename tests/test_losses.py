@@ -273,6 +273,26 @@ def test_no_gradient_buffers_where_no_gradient_is_wanted(monkeypatch: pytest.Mon
     assert called == ["add_to_head"]
 
 
+def test_a_frozen_trunk_costs_the_mtp_head_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only depth 1's states take a gradient: the backbone's logits are turned into none, and its terms still count."""
+    case, factors, rows = Case(1), Case(1).coefficients(), []
+    whole = case.fused(factors)[0]
+    wanted = torch.autograd.grad(whole, case.states[1])
+    original = fused.products.to_states
+    monkeypatch.setattr(
+        fused.products,
+        "to_states",
+        lambda gradient, *a, **k: (rows.append(len(gradient)), original(gradient, *a, **k))[1],
+    )
+    for frozen in (case.head, case.states[0]):
+        frozen.requires_grad_(False)
+    loss, sums = case.fused(factors)
+    torch.testing.assert_close(torch.autograd.grad(loss, case.states[1]), wanted)
+    assert float(loss.detach()) == pytest.approx(float(whole.detach()), rel=1e-14)
+    assert set(sums) == set(factors.terms)
+    assert rows == [int(case.mask.sum())]  # of twice as many
+
+
 def test_everything_masked_is_a_loss_of_zero() -> None:
     case = Case(1)
     case.mask = torch.zeros_like(case.mask)

@@ -1,16 +1,19 @@
 """A recipe is what it says or is refused with the place and the remedy."""
 
+import re
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import moeslim.recipe
 from moeslim.errors import RecipeError
-from moeslim.recipe import Keep, Recipe, Source, parse_kept
+from moeslim.recipe import Distill, Keep, PartSettings, Recipe, Source, parse_kept
 
 YAML = """\
 model: folder
@@ -71,6 +74,24 @@ def test_what_becomes_of_experts(methods: dict[str, object], expected: dict[str,
     assert Recipe.parse(recipe.dump()) == recipe
 
 
+def test_how_parts_are_trained(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "model: m\ndistill:\n  train_only: [router, mtp]\n  parts: {mtp: {learning_rate: 2, weight_decay: 0}}\n"
+    )
+    recipe = Recipe.load(path, ["distill.watch=[wandb]", "distill.parts.router.learning_rate=1e-1", "distill.spike=0"])
+    assert recipe.distill.train_only == ("router", "mtp")
+    own = {"mtp": PartSettings(learning_rate=2.0, weight_decay=0.0), "router": PartSettings(learning_rate=0.1)}
+    assert recipe.distill.parts == own
+    assert (recipe.distill.watch, recipe.distill.spike) == (("wandb",), 0.0)
+    assert Recipe.parse(recipe.dump()) == recipe
+
+
+def test_what_is_measured_may_be_kept() -> None:
+    section = {"measure_every": 50, "keep_best": 3, "final": "best"}
+    assert Recipe.parse({"model": "m", "distill": section}).distill.final == "best"
+
+
 def test_a_recipe_cannot_be_changed() -> None:
     recipe = Recipe(model="m")
     with pytest.raises(ValidationError, match="frozen"):
@@ -114,6 +135,34 @@ def test_a_recipe_cannot_be_changed() -> None:
             "model: m\ndistill: {rows_per_step: 8, micro_rows: 3}",
             "line 2: distill: micro_rows 3 must divide rows_per_s",
         ),
+        (
+            "model: m\ndistill:\n  train_only: [rooter]",
+            "line 3: distill.train_only.0: Input should be 'embedding', 'head', 'norm', 'attention', 'deltanet', 'r",
+        ),
+        ("model: m\ndistill:\n  parts: {rooter: {}}", "line 3: distill.parts.rooter: Input should be 'embedding', 'h"),
+        (
+            "model: m\ndistill:\n  parts:\n    mtp: {rate: 1}",
+            "line 4: distill.parts.mtp.rate: is no known key; allowed are learning_rate, weight_decay",
+        ),
+        (
+            "model: m\ndistill: {parts: {mtp: {learning_rate: -1}}}",
+            "mtp.learning_rate: Input should be greater than or",
+        ),
+        (
+            "model: m\ndistill: {train_only: [mtp], parts: {router: {}}}",
+            "line 2: distill: parts.router is not among train_only, so it is not trained",
+        ),
+        ("model: m\ndistill: {final: best}", "distill: final: best needs measure_every and keep_best of at least 1;"),
+        (
+            "model: m\ndistill: {final: best, measure_every: 9, keep_best: 0}",
+            "final: best needs measure_every and keep",
+        ),
+        ("model: m\ndistill: {keep_best: 2}", "distill: keep_best 2 needs measurements; set measure_every, or leave"),
+        (
+            "model: m\ndistill: {watch: [mlflow]}",
+            "distill.watch.0: Input should be 'tensorboard', 'trackio' or 'wandb'",
+        ),
+        ("model: m\ndistill: {beta_schedule: wsd}", "distill.beta_schedule: Input should be 'linear', 'cosine' or"),
         ("model: m\nseed: 1\nseed: 2", "line 3: the key seed stands in line 2 already"),
         ("- model", "a recipe is a mapping"),
         ("", "a recipe is a mapping"),
@@ -156,6 +205,40 @@ def test_every_key_is_explained_in_the_schema() -> None:
             assert facts.get("description"), f"{name}.{key} has no docstring"
     sections = {"data", "calibrate", "keep", "methods", "distill", "evaluate"}  # explained by their class
     assert all(facts.get("description") for key, facts in schema["properties"].items() if key not in sections)
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "distillation.md").read_text(encoding="utf-8")
+
+
+def keys_on_the_page() -> Iterator[tuple[str, str]]:
+    """(key, default) of every row of a table of keys in docs/distillation.md."""
+    for part in PAGE.split("| key | default | |\n|---|---|---|\n")[1:]:
+        for row in part.split("\n\n")[0].splitlines():
+            names, defaults = re.findall("`(.+?)`", row.split("|")[1]), row.split("|")[2].strip()
+            values = [defaults] if len(names) == 1 else defaults.split(", ")
+            yield from zip(names, values, strict=True)
+
+
+def test_the_page_on_distillation_has_every_key_with_its_default() -> None:
+    found = list(keys_on_the_page())
+    assert sorted(name for name, _ in found) == sorted(Distill.model_fields)
+    for name, text in found:
+        default = getattr(Distill(), name)
+        if default is None or default in ((), {}):
+            assert not re.search("[0-9]", text), name  # words for what happens without
+        elif isinstance(default, str):
+            assert text == default
+        else:
+            value = tuple(map(float, text.split(", "))) if isinstance(default, tuple) else yaml.safe_load(text)
+            value = float(text.replace(" ", "")) if isinstance(default, int | float) and text[0].isdigit() else value
+            assert value == default, name
+
+
+def test_the_page_on_distillation_shows_a_recipe_that_can_be_read() -> None:
+    (block,) = re.findall(r"\n\n(    distill:\n(?:     .+\n)+)", PAGE)
+    section = Recipe.parse({"model": "m", **yaml.safe_load(block)}).distill
+    assert section.train_only == ("router", "mtp")
+    assert section.parts == {"router": PartSettings(learning_rate=0.1, weight_decay=0.0)}
 
 
 def test_sections_have_no_mutable_default_in_common() -> None:

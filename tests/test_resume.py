@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 import micro
 from moeslim.artifacts.fingerprint import hash_file
 from moeslim.checkpoint.verify import verify
+from moeslim.distill.stored import Stored
 from moeslim.errors import CheckpointError
 
 KILLS = 10
@@ -248,8 +250,11 @@ def sliced(whole: Path) -> Callable[[str], tuple[dict, dict]]:
     """By moment: the tensors at the end of stage 1, and those that stage 2's cut leaves."""
 
     def read(moment: str) -> tuple[dict, dict]:
-        last = max((whole / "stage-1" / "states").iterdir())
-        return tuple(load_file(f / moment / "model.safetensors") for f in (last, whole / "stage-2" / "moments"))
+        state = Stored(max((whole / "stage-1" / "states").iterdir()) / "tensors")
+        before = {name: torch.zeros(size) for name, size in state.sizes.items() if name.startswith(f"{moment}/")}
+        state.fill(before)
+        plain = {name.removeprefix(f"{moment}/"): tensor.numpy() for name, tensor in before.items()}
+        return plain, load_file(whole / "stage-2" / "moments" / moment / "model.safetensors")
 
     return read
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moeslim.errors import RunError
-from moeslim.statistics import LayerStats, NormStats, Starved, Stats, coverage_lines, join
+from moeslim.statistics import LayerStats, NormStats, Starved, Stats, coverage_lines, join, pool
 
 D, E, WIDE, S = 6, 4, 3, 5
 SHAPES = {
@@ -69,6 +69,19 @@ def test_merge_adds_every_sum_and_keeps_what_is_the_weights() -> None:
     for name, value in CONSTANT.items():
         np.testing.assert_array_equal(getattr(both, name), value)
     assert one.tokens == 2.0  # merging leaves its parts alone
+
+
+def test_parts_over_different_rows_are_pooled() -> None:
+    one, two = stats(1), stats(2)
+    two.token_sets, two.settings = one.token_sets, one.settings
+    wanted = states(stats(1).merge(stats(2)))
+    both = pool([one, two])
+    assert (both.tokens, both.sequences, both.token_sets) == (14, 4, ("t1",))
+    found = states(both)
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    with pytest.raises(AssertionError):
+        pool([stats(1), stats(1, model="other")])
 
 
 def test_the_order_of_merging_does_not_matter() -> None:

@@ -1,7 +1,9 @@
 """The command line: verbs, and what they print."""
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -303,21 +305,33 @@ def _number(text: str) -> int | float | str:
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one message on stderr and a non-zero exit code."""
+    """Run the command line; a user's mistake ends in one message on stderr and a non-zero exit code.
+
+    Under torchrun the first process does this, and the others help it where there is work for all.
+    """
     show_progress()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(_ended(app))
+    from moeslim.model.parallel import carry_out, serve
+
+    sys.exit(_ended(lambda: carry_out(lambda: _ended(app), help_out=lambda: _ended(serve))))
+
+
+def _ended(work: Callable[[], int | None]) -> int:
+    """The exit code of `work`, with what went wrong said."""
     try:
-        app()
+        return work() or 0
     except MoeslimError as problem:
         complain(problem)
-        sys.exit(problem.exit_code)
+        return problem.exit_code
     except OSError as problem:  # the machine's word: no space left, no right to write, a vanished disk
         place = f"{problem.filename}: " if problem.filename else ""
         complain(f"{place}{problem.strerror or problem}; nothing half-written stays, so set it right and run again")
-        sys.exit(1)
+        return 1
     except SystemExit as ending:
         if ending.code == 130:  # typer turns Ctrl-C into this and says nothing
             complain("stopped; what is finished stays, and the same command goes on from there")
-        raise
+        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure, refuse_quantised
-from moeslim.families import Shape, count
+from moeslim.families import Shape, count, training_operations
 from moeslim.inputs import has_mtp, model_folder, options_recipe, stage_targets, target_config
 from moeslim.plan.engines import engine_warnings
 from moeslim.plan.schedule import StageTarget, resolve
@@ -89,10 +89,11 @@ def preview_run(recipe_file: Path | str, overrides: Sequence[str] = ()) -> dict[
     targets = stage_targets(recipe, source)
     lines = [f"source: {amount(before['parameters'])} parameters, {amount(before['active'])} active"]
     for number, target in enumerate(targets, start=1):
-        after = sizes(target_config(config, target, mtp=mtp), mtp)
+        shaped = target_config(config, target, mtp=mtp)
+        after, each = sizes(shaped, mtp), _training_operations(recipe, shaped, teacher=config, mtp=mtp)
         tokens = round(recipe.distill.tokens * float(target.token_share))
         counts = {axis: value for axis, value in vars(target).items() if axis != "token_share"}
-        found.append({**counts, **after, "tokens": tokens})
+        found.append({**counts, **after, "tokens": tokens, "operations": each})
         shape = ", ".join(f"{axis} {value}" for axis, value in counts.items())
         told = f"{amount(after['parameters'])} parameters, {amount(after['active'])} active"
         lines.append(f"stage {number}: {shape}; {told}, {tokens:,} tokens")
@@ -109,17 +110,28 @@ def sizes(config: Mapping[str, Any], mtp: bool | None) -> dict[str, int]:
     return {"parameters": counted.total, "active": counted.active, "mtp_parameters": head, "bytes_bf16": whole}
 
 
+def _training_operations(recipe: Recipe, config: Mapping[str, Any], *, teacher: Mapping[str, Any], mtp: bool) -> float:
+    """Operations per trained token of a student of `config`, as families/operations.py counts them."""
+    section = recipe.distill
+    return training_operations(
+        config,
+        length=recipe.data.sequence_length,
+        depths=section.depths if mtp else 0,
+        teacher=None if section.lm_only or section.teacher_cache else teacher,
+        trained=section.train_only or None,
+    )
+
+
 def training_costs(
-    recipe: Recipe, before: Mapping[str, int], *, stages: Sequence[Mapping[str, int]], disk: int
+    recipe: Recipe, before: Mapping[str, int], *, stages: Sequence[Mapping[str, Any]], disk: int
 ) -> dict[str, Any]:
     """What training costs: TFLOP, bytes of memory (at the largest stage) and `disk` bytes.
 
-    A trained token takes 6 operations per active parameter of the student (2 forward, 4 backward) and 2 of the teacher.
-    A random-init model to compare with is the last stage's shape on all tokens. Weights, gradients and two moments are
-    fp32; the teacher beside them is in the recipe's precision.
+    A stage has its `operations` per token. A random-init model to compare with is the last stage's shape on all tokens.
+    Weights, gradients and two moments are fp32; the teacher beside them is in the recipe's precision.
     """
     twin = [{**stages[-1], "tokens": recipe.distill.tokens}] if recipe.compare_random_init else []
-    operations = sum(stage["tokens"] * (6 * stage["active"] + 2 * before["active"]) for stage in [*stages, *twin])
+    operations = sum(stage["tokens"] * stage["operations"] for stage in [*stages, *twin])
     width = 4 if recipe.precision == "float32" else 2
     largest = max(stage["parameters"] + stage["mtp_parameters"] for stage in stages)
     memory = 16 * largest + width * (before["parameters"] + before["mtp_parameters"])
@@ -138,8 +150,9 @@ def cost_lines(costs: Mapping[str, Any]) -> list[str]:
 
 def run_bytes(recipe: Recipe, size: int, *, stages: int) -> int:
     """What a run leaves on the disk at most: per stage a cut, a trained model, and states with two moments in fp32."""
-    states = 6 * (recipe.distill.keep_last + 1) * size if recipe.distill.tokens else 0
-    return 2 * stages * size + states
+    section = recipe.distill
+    kept = section.keep_last + (section.keep_best if section.measure_every else 0) + 1  # and the one being written
+    return 2 * stages * size + (6 * kept * size if section.tokens else 0)
 
 
 def cut_bytes(source: Path, target: StageTarget) -> int:

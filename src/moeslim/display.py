@@ -3,11 +3,14 @@
 import logging
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from moeslim.log import logger, set_sink
 
@@ -15,50 +18,78 @@ out = Console()
 err = Console(stderr=True)
 
 
+def _counted(done: float, total: float, *, unit: str) -> str:
+    """How much of a job is done: `450 of 1,000 steps`, `1.2 of 2.4 GB`."""
+    if unit in ("B", "bytes"):
+        return f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"
+    return f"{done:,.0f} of {total:,.0f} {unit}".rstrip()
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}" if seconds < 10 * length else f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+class _Live(Progress):
+    """Bars, and below them what the jobs say of themselves: more than a line's end has room for."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Padding(Text(task.fields["note"], style="dim"), (0, 0, 0, 2))
+
+
 class _Bars:
     """Progress on a terminal."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
+        self._progress = _Live(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=err, transient=True,
+            TextColumn("{task.fields[counted]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=err, transient=True, speed_estimate_period=600,
         )  # fmt: skip
-        self._open = 0
+        self._units: dict[TaskID, str] = {}
 
-    def start(self, label: str, total: float, *, unit: str) -> TaskID:
-        if self._open == 0:
+    def start(self, label: str, total: float, *, unit: str, done: float) -> TaskID:
+        if not self._units:
             self._progress.start()
-        self._open += 1
-        return self._progress.add_task(label, total=total, note="")
+        counted = _counted(done, total, unit=unit)
+        handle = self._progress.add_task(label, total=total, completed=int(done), note="", counted=counted)
+        self._units[handle] = unit
+        return handle
 
     def advance(self, handle: Any, amount: float, *, note: str) -> None:
-        self._progress.update(handle, advance=amount, note=note)
+        task = next(task for task in self._progress.tasks if task.id == handle)
+        counted = _counted(task.completed + amount, task.total or 0, unit=self._units[handle])
+        self._progress.update(handle, advance=amount, note=note, counted=counted)
 
     def finish(self, handle: Any) -> None:
         self._progress.remove_task(handle)
-        self._open -= 1
-        if self._open == 0:
+        del self._units[handle]
+        if not self._units:
             self._progress.stop()
 
 
 class _Lines:
     """A line every 10 s where there is no terminal."""
 
-    def start(self, label: str, total: float, *, unit: str) -> dict[str, Any]:
+    def start(self, label: str, total: float, *, unit: str, done: float) -> dict[str, Any]:
         now = time.monotonic()
-        return {"label": label, "total": total, "unit": unit, "done": 0.0, "began": now, "said": now}
+        return {"label": label, "total": total, "unit": unit, "first": done, "done": done, "began": now, "said": now}
 
     def advance(self, handle: Any, amount: float, *, note: str) -> None:
         handle["done"] += amount
-        now = time.monotonic()
-        if now - handle["said"] < 10 or handle["done"] <= 0:
+        now, here = time.monotonic(), handle["done"] - handle["first"]
+        if now - handle["said"] < 10 or here <= 0:
             return
         handle["said"] = now
-        left = (now - handle["began"]) * (handle["total"] - handle["done"]) / handle["done"]
-        share = 100 * handle["done"] / max(handle["total"], 1e-9)
-        err.print(
-            f"{handle['label']}: {share:.0f}% of {handle['total']:,.0f} {handle['unit']}, {left:.0f} s left {note}"
-        )
+        left = _duration((now - handle["began"]) * (handle["total"] - handle["done"]) / here)
+        counted = _counted(handle["done"], handle["total"], unit=handle["unit"])
+        line = f"{handle['label']}: {counted}, {left} left" + (f"; {note}" if note else "")
+        err.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def finish(self, handle: Any) -> None:
         pass
@@ -85,8 +116,10 @@ def show_progress() -> None:
 
 
 def complain(problem: object) -> None:
-    """A user's mistake, on stderr."""
-    err.print(f"error: {problem}", style="red", highlight=False, soft_wrap=True, markup=False)
+    """A user's mistake, on stderr; of several processes, which one says it, unless it is the first."""
+    rank = os.environ.get("RANK", "0")
+    who = "error" if rank == "0" else f"error in process {rank}"
+    err.print(f"{who}: {problem}", style="red", highlight=False, soft_wrap=True, markup=False)
 
 
 def show_table(rows: list[list[str]]) -> None:

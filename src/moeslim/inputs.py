@@ -139,13 +139,22 @@ def check_disk(folder: Path, needed: int) -> None:
 
 
 def device(name: str) -> str:
-    """`auto` as the machine has it: a GPU where there is one. A CPU is set up for running models on the way."""
+    """`auto` as the machine has it: a GPU where there is one. A CPU is set up for running models on the way.
+
+    "cuda" is, in each of several processes, the GPU of its own. RecipeError where all of them would share one.
+    """
     import torch
 
     from moeslim.model.host import tune_cpu
+    from moeslim.model.parallel import world
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and world().size > 1:
+        raise RecipeError(
+            f"device is {name}, and {world().size} processes would share that GPU; use cuda or auto, which give every "
+            "process a GPU of its own"
+        )
     if name == "cpu":
         tune_cpu()
     return name
@@ -167,6 +176,19 @@ def train_settings(recipe: Recipe, tokens: int) -> Any:
 
     where = device(recipe.device)
     return TrainSettings.of(recipe.distill, tokens=tokens, seed=recipe.seed, precision=recipe.precision, device=where)
+
+
+def check_training(recipe: Recipe, student: Path) -> None:
+    """Refuse what the recipe's training cannot work with: its settings, processes, trackers, the parts of `student`."""
+    from moeslim.distill.parts import trained_parts
+    from moeslim.distill.trackers import check_trackers
+    from moeslim.model.parallel import world
+
+    if recipe.distill.tokens:
+        check_trackers(recipe.distill.watch)
+        settings, structure = train_settings(recipe, recipe.distill.tokens), read_structure(student)
+        settings.check(ranks=world().size)
+        trained_parts(settings, structure.config, mtp=structure.has_mtp)
 
 
 def cache_settings(recipe: Recipe, *, k: int, samples: int) -> Any:

@@ -12,7 +12,7 @@ logger.addHandler(logging.NullHandler())
 class Sink(Protocol):
     """What a long job reports to: `start` returns a handle that `advance` and `finish` take."""
 
-    def start(self, label: str, total: float, *, unit: str) -> object: ...
+    def start(self, label: str, total: float, *, unit: str, done: float) -> object: ...
 
     def advance(self, handle: object, amount: float, *, note: str) -> None: ...
 
@@ -20,7 +20,7 @@ class Sink(Protocol):
 
 
 class _Silent:
-    def start(self, label: str, total: float, *, unit: str) -> object:
+    def start(self, label: str, total: float, *, unit: str, done: float) -> object:
         return None
 
     def advance(self, handle: object, amount: float, *, note: str) -> None:
@@ -40,10 +40,13 @@ def set_sink(sink: Sink) -> None:
 
 
 @contextmanager
-def progress(label: str, total: float, *, unit: str = "") -> Iterator[Callable[..., None]]:
-    """Yield `advance(amount=1, note="")` for a job of `total` units (bytes, tokens, layers, steps)."""
+def progress(label: str, total: float, *, unit: str = "", done: float = 0.0) -> Iterator[Callable[..., None]]:
+    """Yield `advance(amount=1, note="")` for a job of `total` units (bytes, tokens, layers, steps).
+
+    `done` of them were done by an earlier process: they count as done, and not for the speed.
+    """
     sink = _sink
-    handle = sink.start(label, total, unit=unit)
+    handle = sink.start(label, total, unit=unit, done=done)
 
     def advance(amount: float = 1, note: str = "") -> None:
         sink.advance(handle, amount, note=note)

@@ -157,8 +157,7 @@ def check_settings(recipe: Recipe, source: Path, *, teacher: Path) -> None:
     from moeslim.distill.words import check_same_words
 
     inputs.evaluate_settings(recipe).check()
-    if recipe.distill.tokens:
-        inputs.train_settings(recipe, recipe.distill.tokens).check()
+    inputs.check_training(recipe, source)
     if teacher != source:
         check_same_words(source, teacher)
 
@@ -301,8 +300,9 @@ def cut_stage(story: Story, stage: str, *, student: Path, output: Path | None = 
 def distill_stage(story: Story, stage: str, *, student: str, output: str, span: tuple[float, float]) -> Path:
     """OUTPUT: the cut student after its share of the training; without tokens, the cut model itself."""
     from moeslim.distill.run import Place, distill
+    from moeslim.distill.settings import FREE
 
-    recipe, run = story.recipe, story.run
+    recipe, run, heldout = story.recipe, story.run, story.tokens["heldout"]
     tokens = round(recipe.distill.tokens * (span[1] - span[0]))
     if not tokens:
         return story.path(student)
@@ -312,14 +312,15 @@ def distill_stage(story: Story, stage: str, *, student: str, output: str, span: 
         "student": folder_fingerprint(story.path(student)),
         "teacher": None if teacher is None else folder_fingerprint(teacher),
         "text": text.fingerprint,
-        "distill": recipe.distill.model_dump(mode="json", exclude={"save_every", "keep_last", "teacher_cache"}),
+        "distill": recipe.distill.model_dump(mode="json", exclude={*FREE, "teacher_cache"}),
+        "chosen_by": heldout.fingerprint if recipe.distill.final == "best" else None,
         "precision": recipe.precision,
         "seed": recipe.seed,
         "span": list(span),
     }
     if not run.stands(f"{stage}-distill", made_from, outputs=[output]):
         moments = slice_moments(story, stage)
-        place = Place(story.path(stage), start=span[0], end=span[1], moments=moments, redo=run.redo)
+        place = Place(story.path(stage), *span, moments=moments, redo=run.redo, heldout=heldout)
         settings = inputs.train_settings(recipe, tokens)
         distill(story.path(student), teacher, tokens=text, out=story.path(output), settings=settings, place=place)
         run.finish(f"{stage}-distill", made_from, outputs=[output])

@@ -283,6 +283,21 @@ def join(parts: Iterable[Stats]) -> Stats:
     return whole
 
 
+def pool(parts: Iterable[Stats]) -> Stats:
+    """One `Stats` from parts that hold the same layers and norms over different rows of one token set."""
+    first, *rest = parts
+    for part in rest:
+        assert (part.model, part.token_sets, part.settings) == (first.model, first.token_sets, first.settings)
+        assert (part.layers.keys(), part.norms.keys()) == (first.layers.keys(), first.norms.keys())
+        first.tokens += part.tokens
+        first.sequences += part.sequences
+        for key, layer in part.layers.items():
+            first.layers[key].add(layer)
+        for name, norm in part.norms.items():
+            first.norms[name].add(norm)
+    return first
+
+
 def _norms(names: Iterable[str], arrays: Mapping[str, Array]) -> dict[str, NormStats]:
     states: dict[str, dict[str, Array]] = {name: {} for name in names}
     for full, array in arrays.items():

@@ -21,6 +21,7 @@ from moeslim.inputs import (
     advice,
     cache_settings,
     check_disk,
+    check_training,
     evaluate_settings,
     has_mtp,
     model_folder,
@@ -183,7 +184,8 @@ def distill(
 ) -> dict[str, Any]:
     """Train `student` on text, from `teacher`, a cache of it, or by language modelling alone.
 
-    Without `data` a cached teacher's own text is read. States and curve stand in `out`.work.
+    Without `data` a cached teacher's own text is read. States and curve stand in `out`.work. Where bits per byte are
+    measured on the way (distill.measure_every), some of the text is held out for that, or data.heldout is read.
     """
     from moeslim.data.tokens import TokenSet, pack
     from moeslim.distill.run import Place
@@ -199,15 +201,27 @@ def distill(
     for model in filter(None, (folder, master)):
         check_structure(read_structure(model))
     check_vacant(out)
-    settings = train_settings(recipe, recipe.distill.tokens)
+    check_training(recipe, folder)
+    settings, cached = train_settings(recipe, recipe.distill.tokens), recipe.distill.teacher_cache if not data else None
+    if cached and settings.measure_every and not any(text.startswith("data.heldout=") for text in overrides):
+        raise RecipeError(
+            "distill.measure_every measures on held-out text, and a cache holds none; give the text that the cache was "
+            "made from with --data, or some that it has not seen with --set data.heldout=..."
+        )
+    text = {} if cached and not settings.measure_every else text_parts(recipe.data)
+    length, seed = recipe.data.sequence_length, recipe.seed
     with run_lock(work):
-        if recipe.distill.teacher_cache is not None and data is None:
-            tokens = TokenSet.open(Path(recipe.distill.teacher_cache) / "tokens")
+        if cached:
+            tokens = TokenSet.open(Path(cached) / "tokens")
         else:
-            text, length = text_parts(recipe.data)["train"], recipe.data.sequence_length
-            tokens = pack(text, folder, out_folder=work / "tokens", sequence_length=length, seed=recipe.seed)
+            tokens = pack(text["train"], folder, out_folder=work / "tokens", sequence_length=length, seed=seed)
+        heldout = None
+        if settings.measure_every:
+            beside = work / "heldout"
+            heldout = pack(text["heldout"], folder, out_folder=beside, sequence_length=length, seed=seed)
         word = teaching_folder(recipe, master, student=folder, tokens=tokens)
-        record = train(folder, word, tokens=tokens, out=out, settings=settings, place=Place(work))
+        place = Place(work, heldout=heldout)
+        record = train(folder, word, tokens=tokens, out=out, settings=settings, place=place)
     line = f"{out}: {record['steps']:,} steps, loss {record['first']['total']:.3f} -> {record['last']['total']:.3f}"
     return {**record, "model": str(out), "lines": [line]}
 

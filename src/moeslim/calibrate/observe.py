@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from moeslim.calibrate.removal import RemovalBatch
-from moeslim.calibrate.sums import Sums, expert_sums, gram, layer_sums, neuron_sums, norm_sums, sample_positions, wide
+from moeslim.calibrate.sums import Sums, expert_sums, gram, layer_sums, neuron_sums, norm_sums, wide
 from moeslim.model.experts import FileExperts, Routing
 from moeslim.model.walk import LayerVisit
 from moeslim.statistics import LayerStats, NormStats
@@ -65,15 +65,17 @@ class Observe:
 
 
 class LayerObserver:
-    """Hooks on one visit's live modules, and the float64 sums that they fill while its batches run."""
+    """Hooks on one visit's live modules, and the float64 sums that they fill while its batches run.
 
-    def __init__(self, visit: LayerVisit, *, tokens: int, top_k: int, removal: bool = False) -> None:
+    `positions` of the shared sample (`sums.sample_positions`), ascending and counted over the tokens that run here.
+    """
+
+    def __init__(self, visit: LayerVisit, *, positions: np.ndarray, removal: bool = False) -> None:
         self.visit = visit
         self.layer: Sums = {}
         self.norms: dict[str, Sums] = {row.name: {} for row in visit.rows if row.component == "norm"}
         self.experts: _ExpertSums | None = None
         if visit.experts is not None:
-            positions = sample_positions(tokens, experts=visit.experts.file.count, top_k=top_k)
             router = visit.module(next(row for row in visit.rows if row.component == "router"))
             self.experts = _ExpertSums(router, positions, removal=removal)
         self._shared_h: list[torch.Tensor] = []  # what one hook leaves for the next
@@ -138,7 +140,7 @@ class LayerObserver:
 
 
 class _ExpertSums:
-    """The routed experts' part of it, an `ExpertWatch`. `positions`: the shared sample, counted over all tokens."""
+    """The routed experts' part of it, an `ExpertWatch`."""
 
     def __init__(self, router: nn.Module, positions: np.ndarray, *, removal: bool) -> None:
         weight: torch.Tensor = router.weight  # type: ignore[assignment]  # a tensor
@@ -162,9 +164,8 @@ class _ExpertSums:
         _add(self.sums, {"logit_gram": gram(logits_TE)})
         inside = self._positions - self._seen
         inside = inside[(inside >= 0) & (inside < x_Td.shape[0])]
-        if len(inside):
-            picked = torch.from_numpy(inside).to(x_Td.device)
-            self._sampled.append((x_Td[picked], softmax_TE[picked]))
+        picked = torch.from_numpy(inside).to(x_Td.device)
+        self._sampled.append((x_Td[picked], softmax_TE[picked]))  # empty ones too: a rank may have no other
         self._seen += x_Td.shape[0]
         self._batch = {"gates": gates_TK, "softmax": softmax_TE.gather(1, indices_TK)}
         if not self.removal:

@@ -2,12 +2,19 @@
 
 There is no other path, for small models either. Hidden states and finished layers stand in a hidden folder next to the
 output until all is done, so a killed calibration goes on at its layer and ends with the same bits.
+
+Several processes walk side by side, each over batches of its own: batch b is rank b mod R's, so every row runs in the
+batch in which one process runs it, and the sums are added when all have arrived. They need no word from each other on
+the way, only a folder that all of them see.
+
+.OUT.calibrating/                 the walk of one process (model/walk.py)
+.OUT.calibrating/rank-r-of-R/     that of rank r of R
 """
 
 import hashlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +25,14 @@ from moeslim.artifacts.commit import check_vacant, committed_folder, discard, re
 from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.artifacts.lock import run_lock
 from moeslim.calibrate.observe import LayerObserver, Observe, Trial
+from moeslim.calibrate.sums import sample_positions
 from moeslim.checkpoint.reader import Reader
-from moeslim.errors import CheckpointError, DataError
+from moeslim.errors import CheckpointError, DataError, RunError
 from moeslim.log import logger, progress
-from moeslim.model.walk import LayerVisit, WalkSettings, walk
-from moeslim.statistics import SCHEMA, Stats, coverage_lines, join
+from moeslim.model import parallel
+from moeslim.model.hidden import HiddenFiles
+from moeslim.model.walk import LayerVisit, WalkSettings, check_standing, walk
+from moeslim.statistics import SCHEMA, Stats, coverage_lines, join, pool
 
 Visits = Generator[LayerVisit, nn.Module | None, None]
 HELD_OUT_SHARE = 8
@@ -38,7 +48,10 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class _Job:
-    """What is calibrated: the facts that the statistics carry, and the walk's name made of them."""
+    """What is calibrated: the facts that the statistics carry, and the walk's name made of them.
+
+    `tokens` and `sequences` are those that are observed; in a process's own job, by that process.
+    """
 
     model: str
     token_set: str
@@ -74,9 +87,9 @@ def calibrate(
     """Statistics of the checkpoint folder `model` over `sequences` rows spread evenly over `tokens` (None: all).
 
     Writes `out` last and at once; where it stands already, from the same model, rows and settings, it is read instead.
-    A search may decide at each live layer, and hold out some of the rows: the statistics are of the others. Raises
-    DataError for rows that the model cannot read, RunError where `out`, or the half-finished work beside it, is of
-    something else or in use.
+    A search may decide at each live layer, and hold out some of the rows: the statistics are of the others. It decides
+    from all rows, so it walks in one process, whatever their number. Raises DataError for rows that the model cannot
+    read, RunError where `out`, or the half-finished work beside it, is of something else or in use.
     """
     out, settings, observe = Path(out).absolute(), settings or WalkSettings(), observe or Observe()
     reader = Reader(model)
@@ -94,16 +107,20 @@ def calibrate(
             return standing
     check_vacant(out)
     with run_lock(work):
-        walked = work / "walk.json"
-        if observe.redo and walked.exists() and read_json(walked).get("name") != job.name:
-            walked.unlink()  # without it nothing there counts
-        visits = walk(reader, rows, workdir=work, settings=settings, name=job.name)
-        _walk(visits, num_visits=len(reader.layer_keys) + 1, top_k=reader.shape["top_k"], job=job, observe=observe)
-        parts = _parts(work, reader)
-        stats = join(Stats.load(folder) for folder in parts)
+        places = _places(work, num_batches=-(-len(rows) // settings.rows_per_batch), searching=observe.search)
+        _clear(work, places, job=job, redo=observe.redo)
+        walkers = _Walkers(Path(model), places, job, settings, observe)
+        if len(places) == 1:  # one process, or rows for no more: the others wait
+            _walk(walkers, rows)
+        else:
+            _check_disk(walkers, rows, hidden=reader.shape["hidden"])
+            parallel.together(_walk, walkers, rows)
+            _check_seen(places)
+        keys = [*reader.shape.layer_keys, "norm", *(["mtp.0"] if reader.has_mtp else [])]
+        stats = join(pool(Stats.load(place / "layers" / key) for place in places) for key in keys)
         with committed_folder(out) as temporary:
             if observe.search is not None:
-                stats.settings |= observe.search.gather(parts, out=temporary) or {}
+                stats.settings |= observe.search.gather([work / "layers" / key for key in keys], out=temporary) or {}
             stats.save(temporary)
         discard(work)
     for line in coverage_lines(stats.coverage()):
@@ -111,7 +128,103 @@ def calibrate(
     return stats
 
 
-def _walk(visits: Visits, *, num_visits: int, top_k: int, job: _Job, observe: Observe) -> None:
+@dataclass(frozen=True)
+class _Walkers:
+    """Who walks: one process per place (a folder), each over its share of the rows of one job."""
+
+    model: Path
+    places: Sequence[Path]
+    job: _Job
+    settings: WalkSettings
+    observe: Observe
+
+
+def _places(work: Path, *, num_batches: int, searching: object) -> list[Path]:
+    """A folder for each process that walks: those that have a batch, and one where a search decides from all rows."""
+    size = parallel.world().size
+    if size > 1 and searching is not None:
+        logger.warning("what is tried at live layers is decided by one process; the other %d wait for it", size - 1)
+        size = 1
+    size = min(size, num_batches)
+    return [work] if size == 1 else [work / f"rank-{rank}-of-{size}" for rank in range(size)]
+
+
+def _clear(work: Path, places: Sequence[Path], *, job: _Job, redo: bool) -> None:
+    """Make way for walks in `places`. RunError where something else is half done (with `redo` that is forgotten).
+
+    What another number of processes left is removed: their shares of the rows were other ones.
+    """
+    for folder in [work, *sorted(work.glob("rank-*"))]:
+        walked = folder / "walk.json"
+        if not walked.exists():
+            continue
+        if redo and read_json(walked).get("name") != job.name:
+            walked.unlink()  # without it nothing there counts
+        check_standing(folder, job.name)
+        if folder not in places and walked.exists():
+            logger.warning("%s: was begun by another number of processes, and is done anew", work)
+            walked.unlink()
+    if work not in places:
+        for left in [*work.glob("hidden-*.bin"), *work.glob("layers")]:
+            discard(left)
+    for left in work.glob("rank-*"):
+        if left not in places:
+            discard(left)
+
+
+def _check_disk(walkers: _Walkers, rows: np.ndarray, *, hidden: int) -> None:
+    """ResourceError unless the hidden states of all walks together fit on the disk."""
+    settings, files = walkers.settings, []
+    for rank, place in enumerate(walkers.places):
+        place.mkdir(exist_ok=True)
+        own = share(len(rows), settings.rows_per_batch, rank=rank, size=len(walkers.places))
+        lengths = (len(own), rows.shape[1] - 1, hidden)
+        files.append(HiddenFiles(place, lengths, dtype=settings.dtype, device=settings.device))
+    files[0].check_disk(*files[1:])
+
+
+def _check_seen(places: Sequence[Path]) -> None:
+    """RunError where this process does not see what another one wrote."""
+    for place in places:
+        if not (place / "walk.json").is_file():
+            raise RunError(
+                f"{place}: another process's statistics are not there; processes on several machines need an output "
+                "folder that all of them share"
+            )
+
+
+def share(num_rows: int, rows_per_batch: int, *, rank: int, size: int) -> np.ndarray:
+    """The numbers, ascending, of rank's rows: whole batches, every size-th one."""
+    numbers = np.arange(num_rows)
+    return numbers[numbers // rows_per_batch % size == rank]
+
+
+def _walk(walkers: _Walkers, rows: np.ndarray) -> None:
+    """This rank's walk over its share of `rows`; returns when all ranks have arrived."""
+    size, rank = len(walkers.places), parallel.world().rank
+    if rank < size:
+        job, settings, length = walkers.job, walkers.settings, rows.shape[1] - 1
+        own = share(len(rows), settings.rows_per_batch, rank=rank, size=size)
+        observed = int((own < job.sequences).sum())
+        own_job = replace(job, tokens=observed * length, sequences=observed)
+        reader = Reader(walkers.model)
+        positions = sample_positions(job.tokens, experts=reader.shape["experts"], top_k=reader.shape["top_k"])
+        positions = _within(own, positions, length=length)
+        visits = walk(reader, rows[own], workdir=walkers.places[rank], settings=settings, name=job.name)
+        num_visits = len(reader.layer_keys) + 1
+        _observe(visits, positions, num_visits=num_visits, job=own_job, observe=walkers.observe)
+    if size > 1:
+        parallel.barrier()
+
+
+def _within(own: np.ndarray, positions: np.ndarray, *, length: int) -> np.ndarray:
+    """The positions (counted over all tokens) that lie in the rows `own`, counted over the tokens of those alone."""
+    places, inside = np.searchsorted(own, positions // length), np.isin(positions // length, own)
+    return (places * length + positions % length)[inside]
+
+
+def _observe(visits: Visits, positions: np.ndarray, *, num_visits: int, job: _Job, observe: Observe) -> None:
+    """Drive a walk to its end, with statistics left at every visit; `positions` of the shared sample."""
     length = job.tokens // job.sequences
     with progress("calibrate", num_visits * (job.tokens + job.held_out * length), unit="tokens") as advance:
         replacement = None
@@ -120,7 +233,7 @@ def _walk(visits: Visits, *, num_visits: int, top_k: int, job: _Job, observe: Ob
                 visit = visits.send(replacement)
             except StopIteration:
                 return
-            observer = LayerObserver(visit, tokens=job.tokens, top_k=top_k, removal=observe.removal)
+            observer = LayerObserver(visit, positions=positions, removal=observe.removal)
             trial = None
             if observe.search is not None:
                 trial = observe.search.visit(visit, observed=job.tokens, held_out=job.held_out * length)
@@ -151,11 +264,6 @@ def _leave(visit: LayerVisit, observer: LayerObserver, *, trial: Trial | None, j
         part.found[visit.key] = found
     part.save(visit.folder)
     return replacement
-
-
-def _parts(work: Path, reader: Reader) -> list[Path]:
-    keys = [*reader.shape.layer_keys, "norm", *(["mtp.0"] if reader.has_mtp else [])]
-    return [work / "layers" / key for key in keys]
 
 
 def _job(model: Path | str, rows: np.ndarray, *, held_out: int, settings: WalkSettings, observe: Observe) -> _Job:

@@ -88,6 +88,20 @@ class TokenSet:
         """Per document: start in the stream, tokens, UTF-8 bytes, index of its domain."""
         return _load(self.folder / "documents.npy")
 
+    def texts(self, row: int) -> Iterator[tuple[slice, np.ndarray, int]]:
+        """Whose words a row's targets are: (which of them, the document's own tokens, the place of the first in these).
+
+        The EOS between documents and the padding belong to none.
+        """
+        first = row * self.sequence_length + 1  # where target 0 stands in the stream
+        starts, ends = self._places[:, 0], self._places[:, :2].sum(1)
+        last = first + self.sequence_length
+        for index in range(np.searchsorted(ends, first, side="right"), np.searchsorted(starts, last)):
+            begin, end = int(starts[index]), int(ends[index])
+            start, stop = max(first, begin), min(last, end)
+            if start < stop:
+                yield slice(start - first, stop - first), self._stream[begin:end], start - begin
+
     def documents(self, domain: str | None = None, *, limit: int | None = None) -> Iterator[TokenDocument]:
         """The documents one by one (of one domain, at most `limit`), in packed order, each after an EOS."""
         wanted = [i for i in range(len(self._places)) if domain in (None, self.domains[int(self._places[i, 3])])]

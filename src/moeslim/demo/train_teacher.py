@@ -19,9 +19,9 @@ from moeslim.artifacts.commit import read_json, write_json
 from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.data.tokens import TokenSet
 from moeslim.demo import tokenizer_path
-from moeslim.distill.loop import train
+from moeslim.distill.loop import Material, train
 from moeslim.distill.settings import Stage, TrainSettings
-from moeslim.distill.state import step_folders
+from moeslim.distill.state import load_weights, step_folders
 from moeslim.errors import MoeslimError, RunError
 from moeslim.log import logger
 from moeslim.model.host import tune_cpu
@@ -110,7 +110,8 @@ def export(work: Path, start: Path, *, out: Path) -> None:
     folders = step_folders(work / "states")
     if not folders:
         raise RunError(f"{work}: no training state here yet; train first")
-    student = load_student(folders[-1] / "weights")
+    student = load_student(start)
+    load_weights(folders[-1], student)
     save_student(student, start, out=out, kind="demo", parents={}, recipe=read_json(work / "settings.json"))
     logger.info("%s written from %s", out, folders[-1])
 
@@ -143,7 +144,8 @@ def _run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
         tune_cpu()
         student = load_student(start, experts=SORTED)
-        train(student, tokens, settings=settings, folder=args.work, stage=Stage(fingerprint=fingerprint(facts)))
+        stage = Stage(fingerprint=fingerprint(facts))
+        train(student, Material(tokens), settings=settings, folder=args.work, stage=stage)
     if args.out is not None:
         export(args.work, start, out=args.out)
 

@@ -1,24 +1,31 @@
 """One stage's training from folder to folder: load, train (or go on), write a whole checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moeslim.artifacts.commit import check_vacant
+from moeslim.artifacts.commit import check_vacant, read_json
 from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.checkpoint.config_json import read_config
-from moeslim.data.tokens import TokenSet
+from moeslim.checkpoint.structure import read_structure
+from moeslim.data.tokens import TokenSet, load_tokenizer
 from moeslim.distill.cache import CacheFolder
 from moeslim.distill.cache.folder import META
 from moeslim.distill.cache.teacher import CachedTeacher, check_cache
-from moeslim.distill.loop import train
+from moeslim.distill.heldout import HeldOut
+from moeslim.distill.loop import Material, train
+from moeslim.distill.parts import trained_parts
+from moeslim.distill.room import check_room
 from moeslim.distill.settings import Stage, TrainSettings, num_steps
-from moeslim.distill.state import forget_others, step_folders
+from moeslim.distill.state import FACTS, forget_others, ranking, step_folders
 from moeslim.distill.teacher import OnlineTeacher, Teacher
+from moeslim.distill.trackers import check_trackers
 from moeslim.distill.words import check_knows, check_same_words
 from moeslim.errors import RecipeError
+from moeslim.model import parallel
 from moeslim.model.load import load_student
 from moeslim.model.save import save_student
 from moeslim.model.sorted_experts import NAME as SORTED
@@ -26,11 +33,12 @@ from moeslim.model.sorted_experts import NAME as SORTED
 
 @dataclass(frozen=True)
 class Place:
-    """A stage's place in its run.
+    """What a stage finds in its run.
 
     `work` gets curve.jsonl and states/; `start` and `end` are the shares of the run's tokens before and after the
     stage; `moments` is a folder of `state.slice_moments`. Without one a stage in mid-run warms up again (over 1 %).
-    With `redo`, states of a training with other settings, models or data are removed, not refused.
+    With `redo`, states of a training with other settings, models or data are removed, not refused. `heldout` is the
+    text on which `measure_every` measures.
     """
 
     work: Path
@@ -38,19 +46,48 @@ class Place:
     end: float = 1.0
     moments: Path | None = None
     redo: bool = False
+    heldout: TokenSet | None = None
 
 
-def check(student: Path, teacher: Path | None, *, tokens: TokenSet, settings: TrainSettings) -> None:
+@dataclass(frozen=True)
+class Job:
+    """What every rank is told to do its share of a training: folders and settings, nothing that is loaded."""
+
+    student: Path
+    teacher: Path | None
+    tokens: Path
+    heldout: Path | None
+    out: Path
+    work: Path
+    settings: TrainSettings
+    stage: Stage
+    parents: Mapping[str, str]
+    facts: Mapping[str, Any]
+
+
+def check(
+    student: Path, teacher: Path | None, *, tokens: TokenSet, heldout: TokenSet | None, settings: TrainSettings
+) -> None:
     """Refuse what cannot work before any weight is read; `teacher` is a model's folder or that of a cache."""
-    settings.check()
+    settings.check(ranks=parallel.world().size)
+    if heldout is None and (settings.measure_every or settings.final == "best"):
+        raise RecipeError(
+            f"distill.measure_every is {settings.measure_every} and final {settings.final}, but no text is held out to "
+            "measure on; hold some out, or set measure_every: 0 and final: last"
+        )
     if settings.lm_only and teacher is not None:
         raise RecipeError(f"distill.lm_only is on, but there is a teacher ({teacher}); leave one of them out")
     if not settings.lm_only and teacher is None:
         raise RecipeError("distillation needs a teacher; name one, or set distill.lm_only to train without")
-    check_knows(student, read_config(student)["vocab_size"], tokens=tokens)
+    check_trackers(settings.watch)
+    config, mtp = read_config(student), read_structure(student).has_mtp
+    check_knows(student, config["vocab_size"], tokens=tokens)
+    trained_parts(settings, config, mtp=mtp)
+    master = None if teacher is None or is_cache(teacher) else read_config(teacher)
+    check_room(config, settings, length=tokens.sequence_length, mtp=mtp, teacher=master)
     if teacher is None:
         return
-    if not is_cache(teacher):
+    if master is not None:
         check_same_words(student, teacher)
     elif settings.temperature != 1.0:
         raise RecipeError(
@@ -66,18 +103,24 @@ def is_cache(teacher: Path) -> bool:
     return (teacher / META).is_file()
 
 
-def _listen(teacher: Path, settings: TrainSettings) -> Teacher:
-    """The teacher in a folder, ready to be asked."""
-    if is_cache(teacher):
-        return CachedTeacher(CacheFolder.open(teacher))
-    dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
-    return OnlineTeacher(load_student(teacher, dtype=dtype, device=settings.device, experts=SORTED))
+def _teaching(teacher: Path | None) -> dict[str, str]:
+    """The fingerprints of whose word is heard."""
+    if teacher is None:
+        return {}
+    if not is_cache(teacher):
+        return {"teacher": folder_fingerprint(teacher)}
+    cache = CacheFolder.open(teacher)
+    return {"teacher": cache.identity.teacher, "teacher_cache": cache.fingerprint}
 
 
 def last_state(work: Path) -> Path | None:
-    """The newest training state of a stage, None before its first."""
-    folders = step_folders(work / "states")
-    return folders[-1] if folders else None
+    """The state that a stage's model is made of: the newest, or the best with `final: best`; None before the first."""
+    found = {folder: read_json(folder / FACTS) for folder in step_folders(work / "states")}
+    if not found:
+        return None
+    newest = next(reversed(found))
+    bits = {folder: facts["bits_per_byte"] for folder, facts in found.items()}
+    return next(iter(ranking(bits)), newest) if found[newest]["settings"]["final"] == "best" else newest
 
 
 def distill(
@@ -92,19 +135,17 @@ def distill(
     """Train the checkpoint `student` and write it to `out` (same layout and dtypes); returns the stage's record.
 
     `teacher` is the folder of a model or of a cache; with `settings.lm_only` there is none. A killed stage goes on from
-    its newest state; the same settings, folders and text give the same weights, interrupted or not. Raises
-    MoeslimErrors before anything is loaded where the parts do not fit, and Interrupted or TrainingError from the loop.
+    its newest state; in one process the same settings, folders and text give the same weights, interrupted or not.
+    Under several processes rank 0 calls this and all train together. Raises MoeslimErrors before anything is loaded
+    where the parts do not fit, and Interrupted or TrainingError from the loop.
     """
     student = Path(student)
     teacher = None if teacher is None else Path(teacher)
     check_vacant(out)
-    check(student, teacher, tokens=tokens, settings=settings)
-    parents = {"student": folder_fingerprint(student), "text": tokens.fingerprint}
-    if teacher is not None and is_cache(teacher):
-        cache = CacheFolder.open(teacher)
-        parents |= {"teacher": cache.identity.teacher, "teacher_cache": cache.fingerprint}
-    elif teacher is not None:
-        parents["teacher"] = folder_fingerprint(teacher)
+    check(student, teacher, tokens=tokens, heldout=place.heldout, settings=settings)
+    parents = {"student": folder_fingerprint(student), "text": tokens.fingerprint, **_teaching(teacher)}
+    if settings.final == "best" and place.heldout is not None:
+        parents["heldout"] = place.heldout.fingerprint  # it says which state becomes the model
     facts = {"settings": settings.facts(), "span": [place.start, place.end]}
     moments = None if place.moments is None else folder_fingerprint(place.moments)
     identity = fingerprint({**facts, "parents": parents, "moments": moments})
@@ -113,11 +154,21 @@ def distill(
     )
     if place.redo:
         forget_others(place.work / "states", identity)
-    live = load_student(student, device=settings.device, experts=SORTED)
-    word = None if teacher is None else _listen(teacher, settings)
     place.work.mkdir(parents=True, exist_ok=True)
-    curve = train(live, tokens, settings=settings, folder=place.work, stage=stage, teacher=word)
-    receipt = save_student(live, student, out=out, kind="distilled", parents=parents, recipe=facts)
+    measured = place.heldout if settings.measure_every else None
+    job = Job(
+        student,
+        teacher,
+        tokens=tokens.folder,
+        heldout=None if measured is None else measured.folder,
+        out=Path(out),
+        work=place.work,
+        settings=settings,
+        stage=stage,
+        parents=parents,
+        facts=facts,
+    )
+    curve, receipt = parallel.together(carry_out, job)
     return {
         "schema": 1,
         "kind": "distilled",
@@ -129,3 +180,27 @@ def distill(
         "seconds": sum(record["seconds"] for record in curve),
         "files": receipt["files"],
     }
+
+
+def carry_out(job: Job) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Load, train and write: what all ranks do together. The records of the steps and the receipt, on rank 0."""
+    settings = job.settings
+    sharding = parallel.sharding(settings.shard_over, device=settings.device, precision=settings.precision)
+    student = load_student(job.student, device=settings.device, experts=SORTED, sharding=sharding)
+    teacher = None if job.teacher is None else listen(job.teacher, settings, sharding=sharding)
+    heldout = None
+    if job.heldout is not None:
+        rows = TokenSet.open(job.heldout)
+        heldout = HeldOut.of(rows, settings.measure_rows, tokenizer=load_tokenizer(job.student))
+    material = Material(TokenSet.open(job.tokens), teacher, heldout)
+    curve = train(student, material, settings=settings, folder=job.work, stage=job.stage)
+    receipt = save_student(student, job.student, out=job.out, kind="distilled", parents=job.parents, recipe=job.facts)
+    return curve, receipt
+
+
+def listen(teacher: Path, settings: TrainSettings, *, sharding: parallel.Sharding | None) -> Teacher:
+    """The teacher in a folder, ready to be asked: a live model, shared out as the student is, or a cache."""
+    if is_cache(teacher):
+        return CachedTeacher(CacheFolder.open(teacher))
+    dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+    return OnlineTeacher(load_student(teacher, dtype=dtype, device=settings.device, experts=SORTED, sharding=sharding))

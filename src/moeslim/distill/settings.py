@@ -1,21 +1,29 @@
 """What a training is told: its own section of a recipe, checked, and its place in a run of several stages."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from moeslim.distill.schedules import cosine, linear, rewarm, warmup_cosine
+from moeslim.distill.schedules import SCHEDULES, learning_rate, rewarm
 from moeslim.errors import MoeslimError, RecipeError
 from moeslim.losses import LossWeights
-from moeslim.recipe import Distill
+from moeslim.recipe import Distill, Part, PartSettings
+
+FREE = (
+    *("save_every", "keep_last", "keep_best", "async_save", "measure_every", "measure_rows", "watch", "spike"),
+    *("micro_rows", "activation_checkpointing", "shard_over", "device"),
+)
+"""Settings that may change when a training goes on: how it runs and what is kept and told, but not what is learnt."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """One training's settings; `tokens` counts targets of this stage, rates and weights run over the whole run.
 
-    precision: "float32", or "bfloat16" = autocast over fp32 master weights and fp32 moments (weights kept in bf16
-    would lose updates smaller than 1/256 of themselves, which is most of them at the end of a cosine).
+    What they mean is said in recipe.Distill. precision: "float32", or "bfloat16" = computing in bf16 over fp32 master
+    weights and fp32 moments (weights kept in bf16 would lose updates smaller than 1/256 of themselves, which is most of
+    them at the end of a cosine).
     """
 
     tokens: int
@@ -23,6 +31,7 @@ class TrainSettings:
     micro_rows: int = 16
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-4
+    learning_rate_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup: float = 0.05
     """Share of the whole run, at most 2000 steps."""
     weight_decay: float = 0.1
@@ -31,34 +40,58 @@ class TrainSettings:
     clip: float = 1.0
     lam_start: float = 1.0
     lam_end: float = 0.75
+    lam_schedule: Literal["linear", "cosine", "constant"] = "linear"
     beta_start: float = 0.3
     beta_end: float = 0.1
+    beta_schedule: Literal["linear", "cosine", "constant"] = "cosine"
     alpha: float = 1e-3
     temperature: float = 1.0
     depths: int = 1
     detach_trunk: bool = False
     mtp_train: Literal["parallel", "serving"] = "parallel"
+    train_only: tuple[Part, ...] = ()
+    parts: Mapping[Part, PartSettings] = field(default_factory=dict)
     precision: Literal["float32", "bfloat16"] = "float32"
     lm_only: bool = False
     seed: int = 0
+    activation_checkpointing: bool = False
+    shard_over: int | None = None
     save_every: int = 200
     keep_last: int = 2
+    async_save: bool | None = None
+    measure_every: int = 0
+    measure_rows: int = 32
+    keep_best: int = 1
+    final: Literal["last", "best"] = "last"
+    watch: tuple[str, ...] = ()
+    spike: float = 6.0
     device: str = "cpu"
 
     @classmethod
     def of(cls, section: Distill, *, tokens: int, **rest: Any) -> "TrainSettings":
         """A recipe's section for a stage of `tokens` targets; `rest` is seed, precision and device."""
-        values = section.model_dump(exclude={"tokens", "optimizer_state", "teacher_cache"})
+        others = {"tokens", "optimizer_state", "teacher_cache"}
+        values = {name: getattr(section, name) for name in Distill.model_fields if name not in others}
         return cls(tokens=tokens, **values, **rest)
 
-    def check(self) -> None:
-        """Raise RecipeError (MoeslimError for what is not built) before anything expensive begins."""
+    def check(self, *, ranks: int = 1) -> None:
+        """Raise RecipeError (MoeslimError for what is not built) before anything expensive begins.
+
+        `ranks` is the number of processes that train together.
+        """
         if self.mtp_train == "serving":
             raise MoeslimError('mtp_train: "serving" is not built yet; use "parallel"')
-        if self.rows_per_step < 1 or self.micro_rows < 1 or self.rows_per_step % self.micro_rows:
+        if self.rows_per_step < 1 or self.micro_rows < 1 or self.rows_per_step % (ranks * self.micro_rows):
+            processes = f" and there are {ranks} processes" if ranks > 1 else ""
+            times = f"{ranks} x {self.micro_rows} = {ranks * self.micro_rows}" if ranks > 1 else "micro_rows"
             raise RecipeError(
-                f"distill.rows_per_step is {self.rows_per_step}, micro_rows {self.micro_rows}; "
-                "rows_per_step must be a positive multiple of micro_rows"
+                f"distill.rows_per_step is {self.rows_per_step}, micro_rows {self.micro_rows}{processes}; "
+                f"rows_per_step must be a positive multiple of {times}"
+            )
+        if self.shard_over is not None and ranks % min(self.shard_over, ranks):
+            raise RecipeError(
+                f"distill.shard_over is {self.shard_over}, and {ranks} processes cannot be parted into groups of that "
+                "size; give a divisor of their number, or leave it out for those of one machine"
             )
         if self.tokens < 1:
             raise RecipeError(f"distill.tokens is {self.tokens}; give at least one step's tokens")
@@ -66,8 +99,37 @@ class TrainSettings:
             raise RecipeError(f"distill.warmup is {self.warmup}; it is a share of the run, 0 <= warmup < 1")
 
     def facts(self) -> dict[str, Any]:
-        """What decides the result (for the fingerprint): all but the frequency of saving and the device."""
-        return {k: v for k, v in asdict(self).items() if k not in ("save_every", "keep_last", "device")}
+        """What decides the result, as JSON can say it (for the fingerprint): all but what is FREE to change."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FREE}
+        values["parts"] = {part: own.model_dump() for part, own in self.parts.items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What changed between two trainings' `facts`, as "learning_rate: 0.0004 -> 0.001"."""
+    found = []
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += [f"{name}.{line}" for line in differences(old, new)]
+        elif old != new:
+            found.append(f"{name}: {_said(old)} -> {_said(new)}")
+    return found
+
+
+def _said(value: object) -> str:
+    """A value as a recipe writes it."""
+    if value is None:
+        return "left out"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_said(own)}" for name, own in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_said, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+MAY_CHANGE = f"free to change are {', '.join(FREE[:-1])}, {FREE[-1]} and the number of processes"
+"""Half a sentence for the message that refuses to go on with other settings."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +155,24 @@ def num_steps(settings: TrainSettings, tokens_per_row: int) -> int:
 
 
 def weights_at(settings: TrainSettings, progress: float) -> LossWeights:
-    """The loss weights at `progress` of the run: lam linear, beta cosine; lam 0 without a teacher."""
-    lam = 0.0 if settings.lm_only else linear(progress, start=settings.lam_start, end=settings.lam_end)
-    beta = cosine(progress, start=settings.beta_start, end=settings.beta_end)
+    """The loss weights at `progress` of the run, by their schedules; lam is 0 without a teacher."""
+    lam = SCHEDULES[settings.lam_schedule](progress, start=settings.lam_start, end=settings.lam_end)
+    beta = SCHEDULES[settings.beta_schedule](progress, start=settings.beta_start, end=settings.beta_end)
+    lam = 0.0 if settings.lm_only else lam
     return LossWeights(lam=lam, beta=beta, alpha=settings.alpha, temperature=settings.temperature)
 
 
 def learning_rate_at(settings: TrainSettings, stage: Stage, *, step: int, steps: int) -> float:
-    """The rate of `step` (1..steps of the stage): warm-up, cosine over all stages, re-warmed if the stage says so."""
+    """The rate of `step` (1..steps of the stage): one schedule over all stages, re-warmed if the stage says so.
+
+    Its value at the step's end, so that the first step has a rate above 0 and the last one the schedule's last.
+    """
     run_steps = steps / max(stage.end - stage.start, 1e-9)
-    warmup = min(settings.warmup, 2000 / run_steps)
-    progress = stage.progress(step / steps)
-    peak, end = settings.learning_rate, settings.min_learning_rate
-    rate = warmup_cosine(progress, peak=peak, end=end, warmup=warmup)
+    rate = learning_rate(
+        stage.progress(step / steps),
+        schedule=settings.learning_rate_schedule,
+        peak=settings.learning_rate,
+        end=settings.min_learning_rate,
+        warmup=min(settings.warmup, 2000 / run_steps),
+    )
     return rate * rewarm(step, steps) if stage.rewarm else rate

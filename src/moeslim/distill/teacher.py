@@ -22,7 +22,10 @@ class Teacher(Protocol):
 
 
 class OnlineTeacher:
-    """A frozen live model beside the student, in its own dtype and on its own device; its hidden size may differ."""
+    """A frozen live model beside the student, in its own dtype and on its own device; its hidden size may differ.
+
+    One that is shared out over ranks is asked by all of them at once, each about rows of its own.
+    """
 
     kd_name = "kd"
 
@@ -31,6 +34,5 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def __call__(self, rows: torch.Tensor, numbers: np.ndarray) -> Signal:
-        head = self.model.head
-        hidden = self.model.hidden(rows[:, :-1].to(head.device))
+        hidden, head = self.model.states_and_head(rows[:, :-1].to(self.model.head.device))
         return Signal(hidden=hidden.to(rows.device), head=head.to(rows.device))

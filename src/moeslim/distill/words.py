@@ -1,48 +1,71 @@
 """Whether two models mean the same by a word's id."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from moeslim.artifacts.commit import read_json
 from moeslim.artifacts.fingerprint import fingerprint
+from moeslim.checkpoint.config_json import read_config
 from moeslim.data.tokens import TokenSet
 from moeslim.errors import CheckpointError, DataError
+from moeslim.log import logger
 
 
-def _words(folder: Path) -> dict[str, Any] | None:
-    """Vocabulary and added tokens of `tokenizer.json`; None where the folder has none."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+def _words(folder: Path) -> dict[str, int] | None:
+    """The id of every word, the added ones among them: of `tokenizer.json`, or `vocab.json` or `vocab.txt` without one.
+
+    None where the folder has none of these. How a text is split into words (merges, scores) does not matter here: both
+    models get the same ids.
+    """
+    whole, plain, lines = (folder / name for name in ("tokenizer.json", "vocab.json", "vocab.txt"))
+    added: dict[str, int] = {}
+    if whole.is_file():
+        content = read_json(whole, error=CheckpointError)
+        vocab: Any = content.get("model", {}).get("vocab") or {}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+    elif plain.is_file():
+        vocab = read_json(plain, error=CheckpointError)
+        more = folder / "added_tokens.json"
+        added = read_json(more, error=CheckpointError) if more.is_file() else {}
+    elif lines.is_file():
+        vocab = lines.read_text(encoding="utf-8").splitlines()
+    else:
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-    return {"vocab": content.get("model", {}).get("vocab"), "added": added}
+    if isinstance(vocab, list):  # in the order of their ids, with scores in a unigram model
+        vocab = {entry if isinstance(entry, str) else entry[0]: number for number, entry in enumerate(vocab)}
+    return {**vocab, **added}
 
 
 def words_fingerprint(folder: Path) -> str | None:
-    """The name of a model's words and their ids; None where its folder has no tokenizer.json."""
+    """The name of a model's words and their ids; None where its folder does not list them."""
     words = _words(folder)
     return None if words is None else fingerprint(words)
 
 
 def check_same_words(student: Path, teacher: Path) -> None:
-    """Refuse a teacher whose word ids mean something else: other `vocab_size` or another tokenizer.
+    """Refuse a teacher whose word ids mean something else: other `vocab_size`, or words or ids that differ.
 
-    Raises CheckpointError. A folder without tokenizer.json is compared by `vocab_size` alone.
+    Raises CheckpointError. Where a folder does not list its words, `vocab_size` alone is compared, with a warning.
     """
-    sizes = []
-    for folder in (student, teacher):
-        sizes.append(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+    sizes = [read_config(folder)["vocab_size"] for folder in (student, teacher)]
+    advice = "distillation compares distributions over the same words, so choose a teacher with the student's tokenizer"
     if sizes[0] != sizes[1]:
         raise CheckpointError(
-            f"{teacher}: the teacher's vocab_size is {sizes[1]}, the student's ({student}) is {sizes[0]}; distillation "
-            "compares distributions over the same words, so choose a teacher with the student's tokenizer"
+            f"{teacher}: the teacher's vocab_size is {sizes[1]}, the student's ({student}) is {sizes[0]}; {advice}"
         )
-    words = [_words(student), _words(teacher)]
-    if None not in words and words[0] != words[1]:
+    own, others = _words(student), _words(teacher)
+    if own is None or others is None:
+        silent = " and ".join(str(folder) for folder, words in ((student, own), (teacher, others)) if words is None)
+        logger.warning("%s: no tokenizer.json, so only the size of the teacher's vocabulary could be compared", silent)
+        return
+    apart = {word: (own.get(word), others.get(word)) for word in own.keys() | others.keys()}
+    apart = {word: ids for word, ids in apart.items() if ids[0] != ids[1]}
+    if apart:
+        word = min(apart, key=lambda word: (min(number for number in apart[word] if number is not None), word))
+        here, there = ("no word" if number is None else f"number {number}" for number in apart[word])
         raise CheckpointError(
-            f"{teacher}: the teacher's tokenizer.json has other words than the student's ({student}); distillation "
-            "compares distributions over the same words, so choose a teacher with the student's tokenizer"
+            f"{teacher}: the teacher's tokenizer has other words than the student's ({student}): {word!r} is {there} "
+            f"there and {here} here{f', and {len(apart) - 1:,} more differ' if len(apart) > 1 else ''}; {advice}"
         )
 
 

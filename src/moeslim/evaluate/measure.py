@@ -1,4 +1,7 @@
-"""Everything that is measured on one model, on the ground that it shares with the others."""
+"""Everything that is measured on one model, on the ground that it shares with the others.
+
+All processes do this together. What is timed, and the samples, are the first one's.
+"""
 
 import hashlib
 import math
@@ -22,8 +25,10 @@ from moeslim.evaluate.language import Decode, choose
 from moeslim.evaluate.record import Figure, Record
 from moeslim.evaluate.score import Layout, Scores, score
 from moeslim.evaluate.settings import Settings
+from moeslim.evaluate.share import own
 from moeslim.evaluate.speed import peak_figure, restart_peak, size_figures, speed_figures
 from moeslim.log import logger, progress
+from moeslim.model import parallel
 from moeslim.model.load import load_student
 from moeslim.model.student import Student
 
@@ -97,24 +102,45 @@ def _check_finite(folder: Path, scores: Scores) -> None:
         )
 
 
+def measure_all(jobs: Sequence[Job], ground: Ground, *, silent: Path | None, out: Path) -> dict[str, Record]:
+    """The records of `jobs` by label, each written to `out` when it is made.
+
+    Whoever the others are compared with comes first, or is `silent`: a teacher that gets no record.
+    """
+    records, states = {}, None if silent is None else teacher_states(silent, ground)
+    for job in jobs:
+        keep = any(other.teacher == job.model for other in jobs)
+        record, kept = measure(job, ground, teacher=states, keep_states=keep)
+        states = kept if keep else states
+        if parallel.world().rank == 0:
+            record.write(out / f"{job.label}.json")
+        records[job.label] = record
+    return records
+
+
 def measure(
     job: Job, ground: Ground, *, teacher: TeacherStates | None, keep_states: bool = False
 ) -> tuple[Record, TeacherStates | None]:
-    """The record of one model; with `keep_states` also what the others are compared with."""
+    """The record of one model; with `keep_states` also what the others are compared with.
+
+    In processes behind the first it lacks speed, memory and samples.
+    """
     logger.info("evaluate %s", job.label)
-    settings, device = ground.settings, torch.device(ground.settings.device)
+    settings, device, first = ground.settings, torch.device(ground.settings.device), parallel.world().rank == 0
     restart_peak(device)
     student = load(job.folder, settings)
     figures: Figures = size_figures(student.config, job.folder, has_mtp=student.mtp is not None)
     if settings.speed_repeats:
-        figures |= _speed(student, ground) | peak_figure(device)
+        parallel.barrier()  # nobody is busy while times are taken
+        figures |= _speed(student, ground) | peak_figure(device) if first else {}
+        parallel.barrier()
     compared = teacher if job.teacher is not None else None
     scores = score(student, ground.documents, layout=ground.layout, teacher=compared, keep_states=keep_states)
     _check_finite(job.folder, scores)
     figures |= scores.figures()
     if settings.prompts and student.mtp is not None:
         figures |= _drafting(student, ground)
-    samples = _samples(student, ground) if settings.samples else []
+    samples = _samples(student, ground) if settings.samples and first else []
     return _record(job, ground, figures=figures, scores=scores, samples=samples), scores.states
 
 
@@ -146,14 +172,17 @@ def _speed(student: Student, ground: Ground) -> Figures:
 def _drafting(student: Student, ground: Ground) -> Figures:
     rows, owners = ground.prompts(ground.settings.prompts)
     first = ground.settings.prompt_tokens - 1  # the state that gives the first generated token
-    parts = []
-    with progress("draft", len(rows), unit="prompts") as advance:
-        for part in rows.split(_PROMPTS_AT_ONCE):
-            written = generate(student, part, new_tokens=ground.settings.new_tokens)
+    parts = rows.split(_PROMPTS_AT_ONCE)
+    mine, done = own([len(part) for part in parts]), {}
+    with progress("draft", sum(len(parts[number]) for number in mine), unit="prompts") as advance:
+        for number in mine:
+            written = generate(student, parts[number], new_tokens=ground.settings.new_tokens)
             drafted = drafting.draft(student, written, first=first)
-            parts.append(drafting.accepted(written.tokens, drafted, first=first))
-            advance(len(part))
-    return drafting.figures(torch.cat(parts), [owner.domain for owner in owners])
+            done[number] = drafting.accepted(written.tokens, drafted, first=first).cpu()
+            advance(len(parts[number]))
+    accepted = {number: part for found in parallel.gather(done) for number, part in found.items()}
+    whole = torch.cat([accepted[number] for number in range(len(parts))])
+    return drafting.figures(whole, [owner.domain for owner in owners])
 
 
 def _samples(student: Student, ground: Ground) -> list[dict[str, str]]:

@@ -1,4 +1,7 @@
-"""Evaluation of several models on the same held-out text, one model in memory at a time, one record each."""
+"""Evaluation of several models on the same held-out text, one model in memory at a time, one record each.
+
+Several processes share the work: each has every model in turn and runs windows and prompts of its own (measure.py).
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -9,10 +12,11 @@ from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.data.tokens import TokenDocument
 from moeslim.errors import DataError
 from moeslim.evaluate.language import BITS, BITS_PER_NAT
-from moeslim.evaluate.measure import Ground, Job, measure, teacher_states
+from moeslim.evaluate.measure import Ground, Job, measure_all
 from moeslim.evaluate.record import SCHEMA, Figure, Record, difference
 from moeslim.evaluate.settings import Settings, check_models
 from moeslim.log import logger
+from moeslim.model import parallel
 
 _PAIRED = {
     "bits_per_byte": ("nats", "bytes", BITS, BITS_PER_NAT),
@@ -45,15 +49,9 @@ def evaluate(
     found = {job.label: _standing(job, Path(out)) for job in jobs}
     # The teacher first: its own record and the states that the others need come from one pass.
     missing = sorted((job for job in jobs if found[job.label] is None), key=lambda job: job.teacher is not None)
-    states = None
-    if teacher is not None and missing and missing[0].model != teacher_print:
-        states = teacher_states(Path(teacher), ground)
-    for job in missing:
-        keep = job.model == teacher_print and len(missing) > 1
-        record, kept = measure(job, ground, teacher=states, keep_states=keep)
-        states = kept if keep else states
-        record.write(Path(out) / f"{job.label}.json")
-        found[job.label] = record
+    if missing:
+        silent = teacher if teacher is not None and missing[0].model != teacher_print else None
+        found |= parallel.together(measure_all, missing, ground, silent=silent, out=Path(out))
     return {label: record for label, record in found.items() if record is not None}
 
 

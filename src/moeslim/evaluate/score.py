@@ -1,5 +1,8 @@
 """One pass of a model over held-out windows: nats, agreement with a teacher, and what the routers did.
 
+Several processes share the batches of windows and add up what they found; the sums of a window are those of one process
+bit by bit, since it runs in the same batch.
+
 Shapes: B windows, T positions, d hidden size, V vocabulary, E experts, D documents.
 """
 
@@ -14,7 +17,9 @@ from moeslim.data.tokens import TokenDocument
 from moeslim.evaluate.agreement import TeacherStates, kl_and_top1, kl_figure, top1_figure
 from moeslim.evaluate.language import Window, bits_per_byte, nats, windows
 from moeslim.evaluate.record import Figure, ratio
+from moeslim.evaluate.share import own
 from moeslim.log import progress
+from moeslim.model import parallel
 from moeslim.model.student import Student
 
 _LOGITS_AT_ONCE = 1 << 24  # numbers in one chunk of logits: 64 MB in fp32, a few times that at the peak
@@ -95,27 +100,32 @@ def score(
     """Every document's sums under `student`; `keep_states` also keeps what a later student is compared with.
 
     Windows are padded on the right, which no position before the padding sees. Router assignments count at scored
-    positions only, so each token counts once however windows overlap.
+    positions only, so each token counts once however windows overlap. Done by all processes together: the sums are
+    over all windows, the states those of this process's.
     """
     plan = windows([len(document.tokens) - 1 for document in documents], window=layout.window, stride=layout.stride)
     sums = np.zeros((3, len(documents)))
     states: list[torch.Tensor] = [torch.empty(0)] * len(plan)
     assigned: dict[str, np.ndarray] = {}
-    with progress("score", sum(w.stop - w.start for w in plan), unit="tokens") as advance:
-        for batch in batches(plan, layout.batch_tokens):
+    todo = batches(plan, layout.batch_tokens)
+    sizes = [sum(plan[index].stop - plan[index].start for index in batch) for batch in todo]
+    mine = own(sizes)
+    with progress("score", sum(sizes[number] for number in mine), unit="tokens") as advance:
+        for batch in (todo[number] for number in mine):
             rows = _rows(documents, [plan[index] for index in batch]).to(student.head.device)
             hidden = _watched(
                 student, rows, batch=[plan[i] for i in batch], assigned=assigned, documents=len(documents)
             )
             for row, index in enumerate(batch):
                 w = plan[index]
-                own = hidden[row, w.scored - w.start : w.stop - w.start]
+                scored = hidden[row, w.scored - w.start : w.stop - w.start]
                 targets = rows[row, w.scored - w.start + 1 : w.stop - w.start + 1]
                 said = None if teacher is None else (teacher.windows[index], teacher.head)
-                sums[:, w.document] += _sums((own, student.head), targets, teacher=said)
+                sums[:, w.document] += _sums((scored, student.head), targets, teacher=said)
                 if keep_states:
-                    states[index] = own.clone()
+                    states[index] = scored.clone()
             advance(sum(plan[index].stop - plan[index].start for index in batch))
+    sums, assigned = _added(parallel.gather((sums, assigned)))
     return Scores(
         domains=[document.domain for document in documents],
         sources=[document.source for document in documents],
@@ -127,6 +137,17 @@ def score(
         assigned=assigned,
         states=TeacherStates(student.head.detach(), states) if keep_states else None,
     )
+
+
+def _added(parts: Sequence[tuple[np.ndarray, dict[str, np.ndarray]]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The sums and assignments of all processes."""
+    sums = np.zeros_like(parts[0][0])
+    assigned: dict[str, np.ndarray] = {}
+    for part_sums, part_assigned in parts:
+        sums += part_sums
+        for key, counts_DE in part_assigned.items():
+            assigned[key] = assigned[key] + counts_DE if key in assigned else counts_DE
+    return sums, assigned
 
 
 def batches(plan: Sequence[Window], batch_tokens: int) -> list[list[int]]:

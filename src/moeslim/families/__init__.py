@@ -2,6 +2,7 @@
 
 from moeslim.families.count import Count, count
 from moeslim.families.layouts import EXPERT_LAYOUTS, Layouts, Piece, detect, pieces
+from moeslim.families.operations import Forward, forward_operations, training_operations
 from moeslim.families.registry import FAMILIES, family_of
 from moeslim.families.shape import Shape
 from moeslim.families.spec import Family, Tensor, names, positions, size
@@ -13,6 +14,7 @@ __all__ = [
     "PER_EXPERT",
     "Count",
     "Family",
+    "Forward",
     "Layouts",
     "Piece",
     "Row",
@@ -22,10 +24,12 @@ __all__ = [
     "detect",
     "expert_prefix",
     "family_of",
+    "forward_operations",
     "layer_prefix",
     "names",
     "pieces",
     "positions",
     "size",
     "table",
+    "training_operations",
 ]

@@ -49,6 +49,8 @@ class _Depth:
     number: int
     asked: tuple[bool, bool]
     pull: tuple[float, float]
+    learns: bool
+    """Whether a gradient is wanted: something pulls, and its states or the head take one."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class _Task:
     """All that the losses of a micro-batch are computed from, but states and head."""
 
     depths: list[_Depth]
-    """The M depths, those with a pull first."""
+    """The M depths, those that learn first."""
     positions: torch.Tensor
     """(N) flat places of the targets that count: a masked one costs nothing."""
     targets: torch.Tensor
@@ -72,19 +74,23 @@ class _Task:
     @property
     def pulled(self) -> int:
         """How many depths get a gradient."""
-        return sum(any(depth.pull) for depth in self.depths) if self.for_head or self.for_states else 0
+        return sum(depth.learns for depth in self.depths)
 
 
-def _depths(coefficients: Coefficients, *, taught: bool) -> list[_Depth]:
-    """The depths asked for, those with a pull first. Without a teacher a KD term of weight 0 is left out."""
+def _depths(coefficients: Coefficients, *, taught: bool, takes: Sequence[bool]) -> list[_Depth]:
+    """The depths asked for, those that learn first; `takes` says whose states or head take a gradient.
+
+    Without a teacher a KD term of weight 0 is left out.
+    """
     terms, found = coefficients.terms, []
     for m in range(coefficients.depths + 1):
         lm, kd = term_names(m)
         assert taught or not terms.get(kd), f"{kd} has a weight, but there is no teacher"
         asked = (lm in terms, kd in terms and taught)
         if any(asked):
-            found.append(_Depth(m, asked, (terms.get(lm, 0.0), terms.get(kd, 0.0))))
-    return sorted(found, key=lambda depth: not any(depth.pull))
+            pull = (terms.get(lm, 0.0), terms.get(kd, 0.0))
+            found.append(_Depth(m, asked, pull, learns=any(pull) and takes[m]))
+    return sorted(found, key=lambda depth: not depth.learns)
 
 
 def _by_target(states_BTd: torch.Tensor, positions_N: torch.Tensor, *, depth: int) -> torch.Tensor:
@@ -261,9 +267,10 @@ def fused_loss(
     states) and given in the dtype of what they belong to; a term of coefficient 0 costs no gradient, nor does what does
     not require one. A compiled model leaves its graph here and comes back.
     """
-    depths = _depths(coefficients, taught=teacher is not None)
-    positions_N = mask.flatten().nonzero().squeeze(-1)
     wanted = torch.is_grad_enabled()
+    takes = [wanted and (head.requires_grad or state.requires_grad) for state in states]
+    depths = _depths(coefficients, taught=teacher is not None, takes=takes)
+    positions_N = mask.flatten().nonzero().squeeze(-1)
     if isinstance(teacher, Outcomes):
         assert coefficients.temperature == 1.0, "kept outcomes are those at temperature 1"
         teacher = teacher.by_target(positions_N, _wide(states[0], head))

@@ -46,10 +46,15 @@ class HiddenFiles:
             os.fsync(file.fileno())
         self.source = self.target
 
-    def check_disk(self) -> None:
-        """ResourceError unless what is still to be written fits."""
+    @property
+    def missing_bytes(self) -> int:
+        """What both generations will take beyond what stands."""
         standing = sum(path.stat().st_size for g in "ab" if (path := self._path(g)).exists())
-        needed = 2 * self.shape[0] * self.row_bytes - standing
+        return 2 * self.shape[0] * self.row_bytes - standing
+
+    def check_disk(self, *others: "HiddenFiles") -> None:
+        """ResourceError unless what is still to be written fits, beside what `others` on the same disk will write."""
+        needed = sum(files.missing_bytes for files in (self, *others))
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise ResourceError(

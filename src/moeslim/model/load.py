@@ -1,6 +1,6 @@
 """From files to live tensors: a whole student, or the state of one decoder layer."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 
 from moeslim.checkpoint.reader import Reader
 from moeslim.families import Row, expert_prefix, layer_prefix
+from moeslim.model.parallel import Sharding, as_shared, rows_here, shard
 from moeslim.model.student import Student
 
 
@@ -18,16 +19,25 @@ def load_student(
     device: torch.device | str = "cpu",
     attn: str = "sdpa",
     experts: str = "grouped_mm",
+    sharding: Sharding | None = None,
 ) -> Student:
     """The model in `folder` as a Student (trunk, and the MTP block where the checkpoint has one) in one dtype.
 
     Nothing is initialised first and no random number is drawn. `experts` is transformers' expert back end (eager for
-    fp64). Raises CheckpointError or FamilyError for a checkpoint that is not what its config says.
+    fp64). With a `sharding` every rank reads and keeps its own part of each tensor, on the sharding's kind of device;
+    nowhere is a tensor whole. Raises CheckpointError or FamilyError for a checkpoint that is not what its config says.
     """
     reader = folder if isinstance(folder, Reader) else Reader(folder)
     with torch.device("meta"):
         student = Student.from_config(reader.config, mtp=reader.has_mtp, attn=attn, experts=experts, dtype=dtype)
-    state = {_live_name(name): tensor for name, tensor in live_state(reader, dtype=dtype, device=device)}
+    if sharding is None:
+        state = {_live_name(name): tensor for name, tensor in live_state(reader, dtype=dtype, device=device)}
+    else:
+        shard(student, sharding)
+        device = sharding.mesh.device_type
+        like = student.disk_state()
+        own = live_state(reader, dtype=dtype, device=device, rows=lambda name: rows_here(like[name]))
+        state = {_live_name(name): as_shared(tensor, like[name]) for name, tensor in own}
     if reader.shape.tied:
         state["trunk.lm_head.weight"] = state["trunk.model.embed_tokens.weight"]
     student.load_state_dict(state, strict=True, assign=True)
@@ -41,20 +51,27 @@ def load_student(
 
 
 def live_state(
-    reader: Reader, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    reader: Reader,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    rows: Callable[[str], slice] = lambda name: slice(None),
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """Every tensor under its name on disk, copied, with a layer's routed experts stacked as transformers holds them.
 
     Stacked means `...mlp.experts.gate_up_proj` (E, 2 expert_size, hidden), gate first, and `...down_proj`
-    (E, hidden, expert_size). Without `dtype` each keeps the file's own.
+    (E, hidden, expert_size). Without `dtype` each keeps the file's own. Of each tensor only `rows(name)` are read, a
+    slice of its first axis.
     """
     for name, row in reader.rows.items():
         if row.component != "experts":
-            yield name, _copy(reader.tensor(name), dtype, device=device)
+            yield name, _copy(reader.rows_of(name, rows(name)), dtype, device=device)
     for key in reader.layer_keys:
         if reader.shape.is_moe(key):
             prefix = expert_prefix(reader.shape, key)
-            for name, tensor in stacked_experts(reader, key, dtype=dtype, device=device).items():
+            part = rows(f"{prefix}.down_proj")  # both stacks are shared out alike: by expert
+            stacked = stacked_experts(reader, key, start=part.start or 0, stop=part.stop, dtype=dtype, device=device)
+            for name, tensor in stacked.items():
                 yield f"{prefix}.{name}", tensor
 
 
@@ -92,7 +109,7 @@ def stacked_experts(
     """Experts [start, stop) of a layer, copied to `gate_up_proj` (e, 2 I, d), gate first, and `down_proj` (e, d, I)."""
     shape = reader.shape
     stop = shape["experts"] if stop is None else stop
-    first = reader.expert(key, start)
+    first = reader.expert(key, 0)
     options: dict[str, Any] = {"dtype": dtype or first["gate"].dtype, "device": device}
     size, hidden = first["gate"].shape
     gate_up = torch.empty((stop - start, 2 * size, hidden), **options)

@@ -1,7 +1,8 @@
 """From live tensors back to files, in the layout and the dtypes of the checkpoint that they came from."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from moeslim.checkpoint.index import path_inside
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, write_receipt
 from moeslim.families import Row
+from moeslim.model.parallel import gather, is_shared, whole, world
 from moeslim.model.student import Student
 
 
@@ -28,31 +30,42 @@ def save_student(
     """Write the student as a checkpoint like `source` (config, layouts, dtype per tensor, tokenizer); its receipt.
 
     `source` is the folder that the student was loaded from. One tensor at a time is cast and written; `out` appears
-    when all is done. `facts` (parents, recipe and more) go into the receipt. Raises CheckpointError for a broken
-    source and RunError where `out` is not empty.
+    when all is done. `facts` (parents, recipe and more) go into the receipt. A student that is shared out is saved by
+    all ranks: each tensor is gathered, rank 0 writes, and the others get {}. Raises CheckpointError for a broken source
+    and RunError where `out` is not empty.
     """
     reader = Reader(source)
     assert reader.has_mtp == (student.mtp is not None), "the student has an MTP block exactly if its source has one"
     live = student.disk_state()
+    gathered = lru_cache(maxsize=2)(lambda name: whole(live[name]))  # a layer's two stacks of experts
+    shared = is_shared(student.head)
+    if shared and world().rank:
+        order: list[str] = gather([])[0]  # rank 0's, for whom all gather
+        with torch.no_grad():
+            for name in order:
+                disk_tensor(gathered, reader.rows[name])
+        return {}
     with committed_folder(out) as temporary:
         shutil.copyfile(path_inside(reader.folder, "config.json"), temporary / "config.json")
         copy_side_files(source, temporary)
         planned = [(row.name, row.shape, reader.dtype(row.name)) for row in reader.rows.values()]
         writer = ShardWriter(temporary, planned, shard_bytes=shard_bytes)
+        if shared:
+            gather(writer.order)
         with torch.no_grad():
             for name in writer.order:
-                tensor = disk_tensor(live, reader.rows[name])
+                tensor = disk_tensor(gathered, reader.rows[name])
                 writer.add(name, tensor.to(TORCH_DTYPES[reader.dtype(name)]))
         return write_receipt(temporary, kind=kind, weights=writer.finish(), **facts)
 
 
-def disk_tensor(live: Mapping[str, torch.Tensor], row: Row) -> torch.Tensor:
+def disk_tensor(live: Callable[[str], torch.Tensor], row: Row) -> torch.Tensor:
     """The live values of one tensor on disk: itself, or its part of the stacked experts (gate first, then up)."""
     if row.expert is None:
-        return live[row.name]
+        return live(row.name)
     prefix = row.name[: row.name.rindex(f".{row.expert}.")]
     if row.tensor.matrix == "down":
-        return live[f"{prefix}.down_proj"][row.expert]
-    gate_up = live[f"{prefix}.gate_up_proj"][row.expert]
+        return live(f"{prefix}.down_proj")[row.expert]
+    gate_up = live(f"{prefix}.gate_up_proj")[row.expert]
     size = gate_up.shape[0] // 2
     return gate_up[:size] if row.tensor.matrix == "gate" else gate_up[size:]

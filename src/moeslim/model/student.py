@@ -5,15 +5,18 @@ them only there. Shapes: B rows, T positions, d hidden size, E experts.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausalLM, Qwen3NextTopKRouter
 
 from moeslim.losses import Coefficients, Outcomes, Signal, StepTerms, balance, fused_loss
+from moeslim.model import parallel
 from moeslim.model.mtp import MtpBlock
 
 
@@ -22,12 +25,14 @@ class RouterWatch:
 
     A hook on the router module, so nothing is derived a second time. The counts grow over the micro-batches of a step
     and restart with `start_step`. A forward repeated by activation checkpointing is outside `watching`: not counted.
+    A student that is shared out counts over all ranks (`over_ranks`), who must ask for the loss together.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.assigned: dict[str, torch.Tensor] = {}
         self.active = False
+        self.over_ranks = False
         for name, module in root.named_modules():
             if isinstance(module, Qwen3NextTopKRouter):
                 module.register_forward_hook(self._hook(name))
@@ -55,16 +60,21 @@ class RouterWatch:
 
     def loss(self) -> torch.Tensor | None:
         """The balance loss of the forward just watched (None without a MoE layer); adds it to the step's counts."""
+        if not self.seen:
+            return None
         counts, probabilities = [], []
-        for name, calls in self.seen.items():
+        for calls in self.seen.values():
             logits_NE = torch.cat([logits for logits, _ in calls])
             chosen = torch.cat([indices.reshape(-1) for _, indices in calls])
-            here = torch.bincount(chosen, minlength=logits_NE.shape[-1])
-            self.assigned[name] = here + self.assigned[name] if name in self.assigned else here
-            counts.append(self.assigned[name])
+            counts.append(torch.bincount(chosen, minlength=logits_NE.shape[-1]))
             probabilities.append(torch.softmax(logits_NE, dim=-1, dtype=torch.float32).mean(0))
+        if self.over_ranks:
+            counts = list(parallel.total(torch.cat(counts)).split([len(count) for count in counts]))
+        for name, count in zip(self.seen, counts, strict=True):
+            self.assigned[name] = count + self.assigned[name] if name in self.assigned else count
+        assigned = [self.assigned[name] for name in self.seen]
         self.seen.clear()
-        return balance(counts, probabilities) if counts else None
+        return balance(assigned, probabilities)
 
 
 class Student(nn.Module):
@@ -105,6 +115,20 @@ class Student(nn.Module):
         return cls(trunk, block, config=config).to(dtype)
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """What is gathered, and computed again in the backward, as one: every decoder layer, and the MTP block."""
+        return [*self.trunk.model.layers, *([self.mtp] if self.mtp is not None else [])]
+
+    def checkpoint_activations(self) -> None:
+        """Keep only every block's input for the backward, which computes the rest of the block again.
+
+        So the activations of one block at a time are held, for one more forward of all blocks: a third more work.
+        Losses and gradients do not change by a bit.
+        """
+        for block in self.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    @property
     def head(self) -> torch.Tensor:
         """The output head (V, d); the embedding itself when tied."""
         return self.trunk.lm_head.weight
@@ -120,6 +144,13 @@ class Student(nn.Module):
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
         """The trunk's states (B, T, d) after `model.norm`."""
         return self.trunk.model(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def states_and_head(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`hidden` and the head, as a teacher gives them; where the model is shared out, the head is gathered here.
+
+        It stays gathered on every rank, with embedding and last norm: a teacher's weights do not change.
+        """
+        return self.hidden(tokens), self.head
 
     def mtp_states(self, hidden: torch.Tensor, rows: torch.Tensor, *, depths: int) -> list[torch.Tensor]:
         """States of depth 1..depths; depth m (B, T-m, d) at i knows t_0..t_{i+m} of `rows` (B, T+1).
@@ -149,15 +180,16 @@ class Student(nn.Module):
         """Loss and sums of every term asked for, for `rows` (B, T+1) int64 under the target mask (B, T) bool.
 
         `coefficients` say what the step's loss multiplies each sum with, and so the terms and the depths; KD terms need
-        a teacher. The balance loss is that of the micro-batches of this step so far.
+        a teacher. The balance loss is that of the micro-batches of this step so far; in evaluation (`eval()`) there is
+        none, and nothing is counted.
         """
-        with self.routers.watching():
+        with self.routers.watching() if self.training else nullcontext():
             hidden = self.hidden(rows[:, :-1])
             states = [hidden, *self.mtp_states(hidden, rows, depths=coefficients.depths)]
         loss, sums = fused_loss(
             states, self.head, targets=rows[:, 1:], mask=mask, coefficients=coefficients, teacher=teacher
         )
-        balanced = self.routers.loss()
+        balanced = self.routers.loss() if self.training else None
         if balanced is not None and coefficients.balance:
             loss = loss + coefficients.balance * mask.numel() * balanced
         return StepTerms(loss, sums, None if balanced is None else balanced.detach())

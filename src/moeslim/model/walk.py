@@ -241,17 +241,23 @@ def _open(workdir: Path, name: str, *, hidden: HiddenFiles) -> list[str]:
     """The keys done so far; `hidden` is set to the generation that holds the next inputs."""
     workdir.mkdir(parents=True, exist_ok=True)
     hidden.check_disk()
+    state = check_standing(workdir, name)
+    hidden.source = state.get("generation")
+    return list(state.get("done", []))
+
+
+def check_standing(workdir: Path, name: str) -> dict[str, Any]:
+    """What is committed in `workdir`, nothing before the first commit; RunError if it is a walk of another name."""
     path = workdir / "walk.json"
     if not path.exists():
-        return []
-    state = read_json(path)
+        return {}
+    state: dict[str, Any] = read_json(path)
     if state.get("schema") != SCHEMA or state.get("name") != name:
         raise RunError(
             f"{workdir}: holds the half-finished calibration of another model, other tokens or other settings "
             f"({json.dumps(state.get('name'))}, now {json.dumps(name)}); remove the folder or calibrate elsewhere"
         )
-    hidden.source = state["generation"]
-    return list(state["done"])
+    return state
 
 
 def _commit(workdir: Path, name: str, *, done: list[str], hidden: HiddenFiles) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from moeslim import __version__
 from moeslim.artifacts.commit import read_json, replace_file, write_json
 from moeslim.artifacts.fingerprint import fingerprint, hash_file
-from moeslim.distill.cache.coding import LEVELS, STEPS_PER_NAT, Words, decode, encode
+from moeslim.distill.cache.coding import LEVELS, STEPS_PER_NAT, Words, decode
 from moeslim.errors import DataError, RunError
 
 SCHEMA = 1
@@ -113,14 +113,13 @@ class CacheFolder:
         first = len(self.shards) * self.rows_per_shard
         return range(first, min(first + self.rows_per_shard, self.identity.rows))
 
-    def add(self, words: Iterable[Words]) -> None:
-        """Write the next shard from its rows' words, whole or not at all, and then its entry in cache.json."""
+    def add(self, rows: Iterable[bytes]) -> None:
+        """Write the next shard from its rows (`coding.encode`), all or nothing, and then its entry in cache.json."""
         name = f"shard-{len(self.shards):05d}.bin"
         digest, places = hashlib.sha256(), [0]
         with replace_file(self.folder / name) as temporary:
             with temporary.open("wb") as file:
-                for row in words:
-                    blob = encode(row, vocab_size=self.identity.vocab_size)
+                for blob in rows:
                     file.write(blob)
                     digest.update(blob)
                     places.append(places[-1] + len(blob))

@@ -1,5 +1,10 @@
-"""Making a cache: the teacher reads every row of the packed text once. Shapes: N positions, V vocabulary."""
+"""Making a cache: the teacher reads every row of the packed text once. Shapes: N positions, V vocabulary.
 
+Several processes, each with the whole teacher, read batches in turn and code their words; the first writes them in
+order. The bytes do not depend on how many they are.
+"""
+
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +16,13 @@ from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.artifacts.lock import run_lock
 from moeslim.checkpoint.config_json import read_config
 from moeslim.data.tokens import TokenSet
-from moeslim.distill.cache.coding import Words
+from moeslim.distill.cache.coding import Words, encode
 from moeslim.distill.cache.folder import CacheFolder, Identity
 from moeslim.distill.words import check_knows, words_fingerprint
 from moeslim.errors import RecipeError
 from moeslim.log import logger, progress
 from moeslim.losses import products
+from moeslim.model import parallel
 from moeslim.model.load import load_student
 from moeslim.model.sorted_experts import NAME as SORTED
 from moeslim.model.student import Student
@@ -85,24 +91,49 @@ def make_cache(teacher: Path, tokens: TokenSet, *, out: Path, ask: Ask) -> Cache
         if cache.complete:
             logger.info("%s: the cache stands already", out)
             return cache
-        model = load_student(teacher, dtype=ask.dtype, device=ask.device, experts=SORTED).requires_grad_(False).eval()
-        with progress("cache", identity.rows * identity.sequence_length, unit="tokens") as advance:
-            advance(len(cache.shards) * cache.rows_per_shard * identity.sequence_length)
-            while not cache.complete:
-                cache.add(_read(model, tokens, rows=cache.next_rows(), ask=ask, advance=advance))
+        parallel.together(_fill, cache, teacher, tokens=tokens.folder, ask=ask)
     return cache
 
 
-def _read(model: Student, tokens: TokenSet, *, rows: range, ask: Ask, advance: object) -> Iterator[Words]:
-    """The words of `rows`, a batch at a time; batches begin with the shard, so that a resumed run has the same ones."""
-    for start in range(rows.start, rows.stop, ask.rows_per_batch):
-        batch = range(start, min(start + ask.rows_per_batch, rows.stop))
-        inputs = torch.from_numpy(tokens.rows[batch.start : batch.stop, :-1].astype(np.int64)).to(ask.device)
-        points = np.stack([sample_points(number, tokens.sequence_length, ask=ask) for number in batch])
-        with torch.no_grad():
-            hidden = model.hidden(inputs)
-            yield from words_of(hidden, model.head, k=ask.k, points_BTM=torch.from_numpy(points))
-        advance(inputs.numel())  # type: ignore[operator]
+def _fill(cache: CacheFolder, teacher: Path, *, tokens: Path, ask: Ask) -> None:
+    """Write the shards that are missing, all processes together."""
+    text, rank = TokenSet.open(tokens), parallel.world().rank
+    model = load_student(teacher, dtype=ask.dtype, device=ask.device, experts=SORTED).requires_grad_(False).eval()
+    rows, each, length = cache.identity.rows, cache.rows_per_shard, text.sequence_length
+    done = len(cache.shards) * each
+    with progress("cache", rows * length, unit="tokens", done=done * length) as advance:
+        for start in range(done, rows, each):
+            coded = _read(model, text, rows=range(start, min(start + each, rows)), ask=ask, advance=advance)
+            if rank == 0:
+                cache.add(coded)
+            else:
+                deque(coded, maxlen=0)
+
+
+def _read(model: Student, tokens: TokenSet, *, rows: range, ask: Ask, advance: object) -> Iterator[bytes]:
+    """The words of `rows` as `coding.encode` says them; round by round a batch of every process.
+
+    Batches begin with the shard, so that a resumed run has the same ones.
+    """
+    world, starts = parallel.world(), rows[:: ask.rows_per_batch]
+    for first in range(0, len(starts), world.size):
+        numbers = starts[first : first + world.size]
+        own = []
+        if world.rank < len(numbers):
+            start = numbers[world.rank]
+            own = _coded(model, tokens, rows=range(start, min(start + ask.rows_per_batch, rows.stop)), ask=ask)
+        for coded in parallel.gather(own):
+            yield from coded
+            advance(len(coded) * tokens.sequence_length)  # type: ignore[operator]
+
+
+def _coded(model: Student, tokens: TokenSet, *, rows: range, ask: Ask) -> list[bytes]:
+    """The words of one batch, row by row."""
+    inputs = torch.from_numpy(tokens.rows[rows.start : rows.stop, :-1].astype(np.int64)).to(ask.device)
+    points = np.stack([sample_points(number, tokens.sequence_length, ask=ask) for number in rows])
+    with torch.no_grad():
+        found = words_of(model.hidden(inputs), model.head, k=ask.k, points_BTM=torch.from_numpy(points))
+        return [encode(words, vocab_size=model.head.shape[0]) for words in found]
 
 
 def sample_points(number: int, length: int, *, ask: Ask) -> np.ndarray:

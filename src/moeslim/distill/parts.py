@@ -1,0 +1,47 @@
+"""Which part of a model every tensor belongs to, and which parts a training touches.
+
+A part is the component that the family's page names, but all of the MTP head is `mtp`. A tied head is the embedding.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeslim.distill.settings import TrainSettings
+from moeslim.errors import RecipeError
+from moeslim.families import table
+
+STACKED = {"trunk": "stacked", "mtp": "stacked"}
+"""How a live student holds its routed experts, whatever the layout of its files."""
+
+
+def parts_of(config: Mapping[str, Any], *, mtp: bool) -> dict[str, str]:
+    """The part of every tensor by the name that `Student.disk_state` gives it."""
+    rows = table(config, STACKED, mtp=mtp)
+    return {name: "mtp" if row.subtree == "mtp" else row.component for name, row in rows.items()}
+
+
+def trained_parts(settings: TrainSettings, config: Mapping[str, Any], *, mtp: bool) -> set[str]:
+    """The parts of this model that get gradients: those of `train_only` (empty: all) whose rate is not 0.
+
+    Raises RecipeError for a part that the model does not have, and where nothing would be trained.
+    """
+    present = list(dict.fromkeys(parts_of(config, mtp=mtp).values()))
+    for key, named in (("train_only", settings.train_only), ("parts", settings.parts)):
+        for part in named:
+            if part not in present:
+                tied = part == "head" and config.get("tie_word_embeddings")
+                why = "its head is its embedding (tie_word_embeddings)" if tied else "it has none"
+                raise RecipeError(
+                    f"distill.{key} names {part} of a model where {why}; name some of {', '.join(present)}"
+                )
+    trained = set(settings.train_only or present)
+    trained -= {part for part, own in settings.parts.items() if own.learning_rate == 0}
+    if not trained:
+        raise RecipeError("distill.parts gives every part that is trained a learning_rate of 0; let one of them learn")
+    ends = (settings.beta_start, settings.beta_start if settings.beta_schedule == "constant" else settings.beta_end)
+    if trained == {"mtp"} and not min(ends):
+        raise RecipeError(
+            f"distill.beta_start is {settings.beta_start:g}, beta_end {settings.beta_end:g}, and only mtp is trained: "
+            "where beta is 0 nothing would train it; give both a value above 0"
+        )
+    return trained

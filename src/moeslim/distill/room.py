@@ -1,0 +1,279 @@
+"""Whether a training has room: refused before anything is loaded where it surely has not, and named where it runs out.
+
+What is counted beforehand is a lower bound, so that nothing which would have worked is refused; what breaks in spite of
+it is told by `room_named`. (Linux often kills a process that takes too much memory, and then nobody can say anything:
+the count beforehand is the only word there.)
+"""
+
+import re
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeslim.distill.parts import parts_of, trained_parts
+from moeslim.distill.settings import TrainSettings
+from moeslim.errors import ResourceError
+from moeslim.families import Shape, table
+from moeslim.losses.fused import CHUNK_BYTES, LARGEST_CHUNK
+from moeslim.model.parallel import world
+
+_STACKED = {"trunk": "stacked", "mtp": "stacked"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A student's config, whether it has an MTP block, the config of a teacher beside it, the tokens of a row."""
+
+    config: Mapping[str, Any]
+    mtp: bool
+    teacher: Mapping[str, Any] | None
+    length: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one process holds at least, by what they are for."""
+
+    weights: int
+    gradients: int
+    moments: int
+    teacher: int
+    activations: int
+    together: bool
+    """Whether gradients and activations are there at once: from a step's second micro-batch on."""
+
+    @property
+    def total(self) -> int:
+        """The largest of what is held at one time: activations go while gradients come."""
+        passing = (self.gradients, self.activations)
+        return self.weights + self.moments + self.teacher + (sum(passing) if self.together else max(passing))
+
+
+def needed(case: Case, settings: TrainSettings, *, ranks: int = 1, shard: int = 1) -> Need:
+    """What each of `ranks` processes holds at least, where `shard` of them share one copy of student and teacher.
+
+    Weights, gradients and two moments in fp32, the last two of what is trained alone; the teacher in the precision of
+    the training; `activations` of a micro-batch.
+    """
+    learning = trained_parts(settings, case.config, mtp=case.mtp)
+    part = parts_of(case.config, mtp=case.mtp)
+    sizes = {name: row.parameters for name, row in table(case.config, _STACKED, mtp=case.mtp).items()}
+    trained = sum(number for name, number in sizes.items() if part[name] in learning)
+    width = 2 if settings.precision == "bfloat16" else 4
+    teacher = 0
+    if case.teacher is not None:
+        teacher = width * sum(row.parameters for row in table(case.teacher, _STACKED, mtp=False).values())
+    return Need(
+        weights=4 * sum(sizes.values()) // shard,
+        gradients=4 * trained // shard,
+        moments=8 * trained // shard,
+        teacher=teacher // shard,
+        activations=activations(case, settings, whole=learning == set(part.values())),
+        together=settings.rows_per_step > ranks * settings.micro_rows,
+    )
+
+
+def activations(case: Case, settings: TrainSettings, *, whole: bool) -> int:
+    """Bytes that a micro-batch surely keeps for its backward pass, and those of a chunk of the loss's logits.
+
+    Per layer and token: with checkpointing, or where not all parts are trained, the layer's input (where only the MTP
+    head is trained, not even that); else what enters its matrix products and its activation functions. Norms and
+    DeltaNet's states come on top.
+    """
+    shape = Shape.from_config(case.config)
+    tokens = settings.micro_rows * case.length
+    width = 2 if settings.precision == "bfloat16" else 4
+    depths = settings.depths if case.mtp else 0
+    keys = [*shape.layer_keys, *["mtp.0"] * min(depths, 1)]
+    if set(settings.train_only) == {"mtp"}:
+        kept = 0
+    elif settings.activation_checkpointing or not whole:
+        kept = shape["hidden"] * len(keys)
+    else:
+        kept = sum(_kept(shape, key) for key in keys)
+    logits = min(tokens, LARGEST_CHUNK) * shape["vocab"] * 4 * (1 + depths + (case.teacher is not None))
+    return tokens * width * kept + min(CHUNK_BYTES, logits)
+
+
+def _kept(shape: Shape, key: str) -> int:
+    """Values per token of a layer: the normed input of both halves; of attention its queries, keys, values and result
+    before and after the gate, of DeltaNet what its convolution, its gate and its output projection get; of the MLP what
+    the down projections get, and gate and up before them."""
+    if shape.mixer(key) == "linear_attention":
+        mixer = 2 * shape["key_heads"] * shape["key_dim"] + 3 * shape["value_heads"] * shape["value_dim"]
+    else:
+        mixer = (3 * shape["heads"] + 2 * shape["kv_heads"]) * shape["head_dim"]
+    if shape.is_moe(key):
+        mlp = shape["top_k"] * (shape["hidden"] + 3 * shape["expert_size"]) + 3 * shape["shared_size"]
+    else:
+        mlp = 3 * shape["dense_size"]
+    return 2 * shape["hidden"] + mixer + mlp
+
+
+def check_room(
+    config: Mapping[str, Any],
+    settings: TrainSettings,
+    *,
+    length: int,
+    mtp: bool,
+    teacher: Mapping[str, Any] | None = None,
+) -> None:
+    """Raise ResourceError, with the sum and the setting to lower, where memory surely does not suffice.
+
+    `config` and `mtp` (whether it has the block) are the student's, `teacher` is the config of a teacher that is to be
+    loaded too, `length` the tokens of a row. Processes on one machine share its memory; a GPU is a process's own.
+    """
+    here, case = world(), Case(config, mtp, teacher=teacher, length=length)
+    free = free_memory(settings.device, processes=here.local_size)
+    if free is None:
+        return
+    shard = min(settings.shard_over or here.local_size, here.size)
+    need = needed(case, settings, ranks=here.size, shard=shard)
+    if need.total <= free:
+        return
+    rows = f"activations of {settings.micro_rows} x {length} tokens"
+    parts = {"weights": need.weights, "gradients": need.gradients, "moments": need.moments}
+    parts |= {"the teacher": need.teacher, rows: need.activations}
+    each = " for each process" if here.size > 1 else ""
+    told = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size)
+    raise ResourceError(
+        f"training needs at least {_gb(need.total)} of memory{each} and {_gb(free)} are free on {settings.device}: "
+        f"{told}. {_remedy(case, settings, free=free)}"
+    )
+
+
+def _remedy(case: Case, settings: TrainSettings, *, free: int) -> str:
+    """The mildest change of settings that makes room, as a sentence."""
+    here = world()
+    shard = min(settings.shard_over or here.local_size, here.size)
+    now = (settings.micro_rows, settings.activation_checkpointing)
+    fewer = [rows for rows in range(now[0] - 1, 0, -1) if now[0] % rows == 0]
+    tried = [(rows, now[1]) for rows in fewer]
+    tried += [] if now[1] else [(rows, True) for rows in (now[0], *fewer)]
+    for rows, checkpointing in tried:
+        changed = replace(settings, micro_rows=rows, activation_checkpointing=checkpointing)
+        if needed(case, changed, ranks=here.size, shard=shard).total <= free:
+            words = [f"distill.micro_rows to {rows} (now {now[0]})"] if rows != now[0] else []
+            words += ["distill.activation_checkpointing to true"] if checkpointing != now[1] else []
+            return f"Set {' and '.join(words)}"
+    least = replace(settings, micro_rows=1, activation_checkpointing=True)
+    alone = needed(replace(case, teacher=None), least, ranks=here.size, shard=shard)
+    if case.teacher is not None and alone.total <= free:
+        return "A teacher_cache (`moeslim cache-teacher`) takes the teacher out of the memory"
+    for more in (2**power for power in range(1, 11)):
+        if more > shard and needed(case, least, ranks=more, shard=more).total <= free:
+            return (
+                f"Start {more} processes with as much memory each (torchrun; distill.shard_over: {more}), with "
+                "distill.micro_rows: 1 and distill.activation_checkpointing: true"
+            )
+    return "No setting makes room for it here: train a smaller student, on shorter rows, or on a larger machine"
+
+
+def free_memory(device: str, *, processes: int = 1) -> int | None:
+    """Bytes that a process may still take on `device`: of a GPU, or of a machine that `processes` share; None where
+    nobody says.
+
+    Of a machine's memory, what the kernel calls available, with the swap, within the limits of control groups and of
+    the process (ulimit -v). What a process has taken and freed again counts as free; how much of its memory that is
+    nobody knows (host.py has the allocator keep it), so all of it counts.
+    """
+    if device.startswith("cuda"):
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device != "cpu" or not Path("/proc/meminfo").is_file():
+        return None
+    sizes = _sizes(Path("/proc/meminfo")) | _sizes(Path("/proc/self/status"))
+    swap = sizes.get("SwapFree", 0)
+    own = Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").is_file() else []
+    limits = _group_limits(Path("/sys/fs/cgroup"), own)
+    found = (min([sizes["MemAvailable"], *limits]) + swap) // processes
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        found = min(found, limit - sizes["VmSize"])
+    return max(0, found) + sizes["RssAnon"]
+
+
+def _sizes(file: Path) -> dict[str, int]:
+    """The lines `name: N kB` of a file of the kernel's, in bytes."""
+    found = re.findall(r"^(\w+):\s+(\d+) kB$", file.read_text(), re.MULTILINE)
+    return {name: 1024 * int(number) for name, number in found}
+
+
+_GROUPS = (  # per version of control groups: whether a line of /proc/self/cgroup is its, its place, and its files
+    (re.compile(r"0::(.*)"), "", ("memory.max", "memory.current"), ("inactive_file", "active_file")),
+    (
+        re.compile(r"\d+:(?:.*,)?memory(?:,.*)?:(.*)"),
+        "memory",
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ("total_inactive_file", "total_active_file"),
+    ),
+)
+
+
+def _group_limits(root: Path, lines: Sequence[str]) -> Iterator[int]:
+    """Free bytes under each memory limit on the groups in `lines` and above them; file pages can be given back."""
+    for pattern, place, names, given_back in _GROUPS:
+        found = next(filter(None, map(pattern.fullmatch, lines)), None)
+        top = root / place
+        group = top / (found[1].strip("/") if found else "")
+        for folder in (group, *group.parents):
+            files = [folder / name for name in (*names, "memory.stat")]
+            if not folder.is_relative_to(top) or not all(file.is_file() for file in files):
+                continue
+            most, now, stat = (file.read_text() for file in files)
+            if most.strip() != "max":
+                kinds = dict(line.split() for line in stat.splitlines())
+                yield int(most) - int(now) + sum(int(kinds.get(kind, 0)) for kind in given_back)
+
+
+_FULL = re.compile(r"can.?t allocate memory|cannot allocate memory|out of memory|alloc_failed|bad_alloc", re.IGNORECASE)
+
+
+@contextmanager
+def room_named(settings: TrainSettings, step: int) -> Iterator[None]:
+    """Turn running out of memory inside the block, on a GPU or a CPU, into a ResourceError that names what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as problem:
+        full = isinstance(problem, MemoryError | torch.OutOfMemoryError) or _FULL.search(str(problem))
+        if not full:
+            raise
+        asked = re.search(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", str(problem), re.IGNORECASE)
+        found = f" ({_asked(asked)} more were asked for)" if asked else ""
+        raise ResourceError(
+            f"step {step}: out of memory on {settings.device}{found}. {_lower(settings)}. What was saved stays, and "
+            "the same command goes on with these settings changed"
+        ) from None
+
+
+def _asked(found: re.Match[str]) -> str:
+    return _gb(int(found[1])) if found[2].lower() == "bytes" else f"{found[1]} {found[2]}"
+
+
+def _lower(settings: TrainSettings) -> str:
+    """What takes less memory than these settings, the mildest first."""
+    rows, here = settings.micro_rows, world()
+    shard = min(settings.shard_over or here.local_size, here.size)
+    words = []
+    if rows > 1:
+        half = max(r for r in range(1, rows // 2 + 1) if rows % r == 0)
+        words.append(f"set distill.micro_rows to {half} (now {rows}): the same step in smaller parts")
+    if not settings.activation_checkpointing:
+        words.append("set distill.activation_checkpointing to true: a third more computing")
+    if shard < here.size:
+        words.append(f"set distill.shard_over to {here.size} (now {shard}): more processes share one copy of weights")
+    else:
+        words.append(f"start more than {here.size} (torchrun --nproc-per-node): they share one copy of the weights")
+    if rows == 1 and settings.activation_checkpointing:
+        words.append("or take shorter rows (data.sequence_length)")
+    text = "; ".join(words)
+    return text[0].upper() + text[1:]
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 5e7 else f"{size / 1e6:,.1f} MB"

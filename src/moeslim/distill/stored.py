@@ -1,0 +1,133 @@
+"""Named tensors as a folder that any number of processes write and any other number read: torch's distributed
+checkpoint.
+
+Every process writes the parts that it holds and reads those that it needs. `.metadata`, written when all parts are
+durable, says which part lies where; torch reads it with pickle, so open no such folder from a stranger.
+"""
+
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+
+from moeslim.errors import ResourceError, RunError
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A write under way: `done` says whether it has ended; `wait` waits for that and raises what went wrong."""
+
+    done: Callable[[], bool]
+    wait: Callable[[], None]
+
+
+def write(
+    tensors: dict[str, torch.Tensor], folder: Path, *, group: dist.ProcessGroup | None, background: bool
+) -> Writing:
+    """Write tensors, whole or each process's parts of them, together with the others of `group` (None: alone).
+
+    In the background this returns as soon as the tensors are copied to memory of their own. Waiting raises
+    ResourceError where the disk is full or fails.
+    """
+    options: dict[str, Any] = {"storage_writer": _Writer(folder), "process_group": group, "no_dist": group is None}
+    _expect_one_process()
+    if not background:
+        return Writing(lambda: True, lambda: _say(folder, lambda: dcp.save(tensors, **options)))
+    future = dcp.async_save(tensors, async_stager=_Copies(), **options)
+    assert not isinstance(future, AsyncSaveResponse), "_Copies copies at once"
+    return Writing(future.done, lambda: _say(folder, future.result))
+
+
+class Stored:
+    """An opened folder of `write`: `sizes` by name. RunError where it cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self._reader = _Reader(folder)
+        except (OSError, EOFError, pickle.UnpicklingError) as problem:
+            raise self._unreadable(str(problem)) from problem
+        known = self._reader.metadata.state_dict_metadata
+        self.sizes = {name: found.size for name, found in known.items() if isinstance(found, TensorStorageMetadata)}
+
+    def fill(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Read into the tensors given, each process its own parts of them, without the others' help."""
+        for name, tensor in tensors.items():
+            if self.sizes.get(name) != tensor.shape:
+                has = f"shape {tuple(self.sizes[name])}" if name in self.sizes else "no place"
+                raise RunError(
+                    f"{self.folder.parent}: {name} has {has} in it and shape {tuple(tensor.shape)} in the model, so it "
+                    f"is the state of another one; remove {self.folder.parent.parent} to start again"
+                )
+        if not tensors:
+            return
+        _expect_one_process()
+        try:
+            dcp.load(tensors, storage_reader=self._reader, no_dist=True)
+        except dcp.CheckpointException as problem:
+            raise self._unreadable(_reason(problem)) from problem
+
+    def _unreadable(self, reason: str) -> RunError:
+        return RunError(
+            f"{self.folder.parent}: this training state cannot be read ({reason}); remove it to go on from the one "
+            "before it"
+        )
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Files without the random number and the working name that are noted otherwise: equal states are equal bytes."""
+
+    def storage_meta(self) -> None:
+        return None
+
+
+class _Reader(dcp.FileSystemReader):
+    """Finds out once what lies where, however many loads ask for it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.metadata = super().read_metadata()
+
+    def read_metadata(self, *_args: Any, **_more: Any) -> dcp.Metadata:
+        return self.metadata
+
+
+class _Copies(BlockingAsyncStager):
+    """Copies of all tensors in the CPU's memory, made at once: the next step changes the originals."""
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {name: tensor.to("cpu", copy=True) for name, tensor in state_dict.items()}
+
+
+def _say(folder: Path, finish: Callable[[], object]) -> None:
+    """Carry a write to its end; what the processes report to each other is turned into one error."""
+    try:
+        finish()
+    except dcp.CheckpointException as problem:
+        causes = [cause for cause, _ in problem.failures.values()]
+        others = [cause for cause in causes if not isinstance(cause, OSError)]
+        if others:
+            raise others[0] from problem
+        raise ResourceError(
+            f"{folder.parent.parent}: a training state could not be written ({_reason(problem)}); make room and run "
+            "again, it goes on from the state before"
+        ) from problem
+
+
+def _reason(problem: dcp.CheckpointException) -> str:
+    """What is behind an error of one or more processes, in a line."""
+    return "; ".join(dict.fromkeys(f"{type(cause).__name__}: {cause}" for cause, _ in problem.failures.values()))
+
+
+def _expect_one_process() -> None:
+    """Keep torch from warning that it works without a process group: it is meant to."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

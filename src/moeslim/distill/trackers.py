@@ -1,0 +1,191 @@
+"""What TensorBoard, trackio and wandb are told of a training: the only file that knows these packages.
+
+A tracker is a guest: it lives in a thread of its own, so that a slow disk or network keeps nobody waiting, and one that
+fails is left out from then on with a warning. Each is imported only when a recipe asks for it.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, Protocol
+
+from moeslim.errors import RecipeError
+from moeslim.log import logger
+
+PROJECT = "moeslim"
+
+CLOSING_SECONDS = 60.0
+"""How long the end of a training waits for a tracker's last words."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a tracker learns at the beginning: the run's folder, name, lasting id and settings, and the steps done."""
+
+    folder: Path
+    name: str
+    identity: str
+    settings: Mapping[str, Any]
+    step: int
+
+
+class Tracker(Protocol):
+    """Goes on with the run of its identity where there is one."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    """Event files in `tensorboard/` of the training's folder; what was told after the step gone on from is purged."""
+
+    def __init__(self, told: Told) -> None:
+        board = importlib.import_module("torch.utils.tensorboard")
+        self.writer = board.SummaryWriter(str(told.folder / "tensorboard"), purge_step=told.step + 1)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Trackio:
+    """A run in trackio's own place (or where its environment variables say); its greetings go to stderr."""
+
+    def __init__(self, told: Told) -> None:
+        trackio = importlib.import_module("trackio")
+        with redirect_stdout(sys.stderr):
+            self.run = trackio.init(
+                project=PROJECT, name=f"{told.name}-{told.identity}", resume="allow", config=dict(told.settings)
+            )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        with redirect_stdout(sys.stderr):
+            self.run.finish()
+
+
+class _Wandb:
+    """A run of wandb: online for who is logged in, else offline in `wandb/` of the folder, for `wandb sync` to send."""
+
+    def __init__(self, told: Told) -> None:
+        wandb = importlib.import_module("wandb")
+        self.run = wandb.init(
+            project=PROJECT,
+            id=told.identity,
+            name=told.name,
+            dir=str(told.folder),
+            resume="allow",
+            config=dict(told.settings),
+            mode=None if _has_account() else "offline",
+            settings=wandb.Settings(console="off"),  # the terminal is ours
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _has_account() -> bool:
+    """Whether wandb will find whom it runs for, or was told its mode; else it would stop and ask on a terminal."""
+    if any(os.environ.get(name) for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2].strip("/")
+    named = os.environ.get("NETRC")
+    places = [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    return any(path.is_file() and host in path.read_text(errors="replace").split() for path in places)
+
+
+_TRACKERS: dict[str, Callable[[Told], Tracker]] = {"tensorboard": _TensorBoard, "trackio": _Trackio, "wandb": _Wandb}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise RecipeError for a tracker that is not installed, before anything is loaded."""
+    for name in names:
+        if name not in _TRACKERS:
+            raise RecipeError(f"distill.watch names {name}; it knows {', '.join(_TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise RecipeError(
+                f"distill.watch names {name}, which is not installed: pip install {name}, or leave it out (curve.jsonl "
+                "is written in any case)"
+            )
+
+
+class _Line:
+    """One tracker at the end of a thread; everything is told in order, and after its first failure nothing more."""
+
+    def __init__(self, name: str, told: Told) -> None:
+        self.name, self.failed = name, False
+        self._tracker: Tracker | None = None
+        self._pool = ThreadPool(1)
+        self._pool.apply_async(self._open, (told,), error_callback=self._fail)
+
+    def _open(self, told: Told) -> None:
+        self._tracker = _TRACKERS[self.name](told)
+
+    def _fail(self, problem: BaseException) -> None:
+        if not self.failed:
+            self.failed = True
+            said = f"{type(problem).__name__}: {problem}".strip(": ")
+            logger.warning("%s failed (%s); the training goes on without it, and so does curve.jsonl", self.name, said)
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        tracker, self._tracker = self._tracker, None  # one that fails is not there again for the next job
+        if tracker is not None:
+            tracker.log(step, values)
+            self._tracker = tracker
+
+    def _close(self) -> None:
+        if self._tracker is not None:
+            self._tracker.close()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send a step's values and go on at once."""
+        if not self.failed:
+            self._pool.apply_async(self._log, (step, values), error_callback=self._fail)
+
+    def close(self, patience: float) -> None:
+        """Wait for all that was sent, at most `patience` seconds."""
+        last = self._pool.apply_async(self._close, error_callback=self._fail)
+        last.wait(patience)
+        if not last.ready() and not self.failed:
+            logger.warning("%s is not done after %.0f s and is left behind", self.name, patience)
+        self._pool.close()
+
+
+class Trackers:
+    """All that a recipe names, told each step once.
+
+    `sent` is the last step that an earlier process told them: a training that goes on from before it repeats those
+    steps, and trackers that cannot forget are not told again.
+    """
+
+    def __init__(self, names: Sequence[str], told: Told, *, sent: int) -> None:
+        check_trackers(names)
+        self._lines = [_Line(name, told) for name in names]
+        self._sent = sent
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send a step's values to all."""
+        for line in self._lines:
+            if step > self._sent or line.name == "tensorboard":  # which has purged them
+                line.log(step, values)
+
+    def close(self) -> None:
+        """Let all of them end."""
+        for line in self._lines:
+            line.close(CLOSING_SECONDS)

@@ -1,0 +1,92 @@
+"""How much a token costs to train on: floating-point operations from shapes alone, before anything is loaded.
+
+A multiplication and an addition are two operations. Counted is what the formulas ask for ("model FLOPs"), whatever a
+kernel does besides, so that a share of a device's peak can only rise by going faster:
+
+- a matrix: 2 per value that the token meets (k of E routed experts); the embedding is a look-up and costs nothing;
+- attention: scores and their sum over values are 2 + 2 per head channel and earlier position, (T+1)/2 of them on the
+  average of a row of T (the masked half is left out);
+- DeltaNet: reading the state with k, writing the correction, reading with q: 6 dk dv per value head (Yang et al., arXiv
+  2412.06464, equation 10, as a recurrence); what working in chunks adds is the kernel's own;
+- not counted: norms, activations, softmax, decay, the optimizer, and what activation checkpointing computes again.
+
+The backward pass computes each matrix product's two gradients: that of the input, and that of the weight if it is
+trained; attention and DeltaNet have inputs on both sides and cost twice their forward.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moeslim.families.shape import Shape
+from moeslim.families.table import table
+
+Config = Mapping[str, Any] | Shape
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Operations of a token's way through the layers: of matrices by component, and of mixing tokens."""
+
+    matrices: Mapping[str, float]
+    mixing: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(self.matrices.values()) + self.mixing
+
+
+def forward_operations(config: Config, *, length: int, subtree: str = "trunk") -> Forward:
+    """Per token in rows of `length`, without the head; `subtree` "mtp" is one pass through the MTP block."""
+    shape = config if isinstance(config, Shape) else Shape.from_config(config)
+    matrices: dict[str, float] = {}
+    for row in table(shape, {"trunk": "stacked", "mtp": "stacked"}, mtp=True).values():
+        if row.subtree != subtree or row.component in ("embedding", "head") or len(row.shape) < 2:
+            continue
+        met = row.parameters // shape["experts"] * shape["top_k"] if row.component == "experts" else row.parameters
+        matrices[row.component] = matrices.get(row.component, 0) + 2 * met
+    keys = shape.layer_keys if subtree == "trunk" else ("mtp.0",)
+    return Forward(matrices, sum(_mixing(shape, shape.mixer(key), length=length) for key in keys))
+
+
+def _mixing(shape: Shape, mixer: str, *, length: int) -> float:
+    if mixer == "linear_attention":
+        return 6 * shape["value_heads"] * shape["key_dim"] * shape["value_dim"]
+    return 4 * shape["heads"] * shape["head_dim"] * (length + 1) / 2
+
+
+def training_operations(
+    config: Config,
+    *,
+    length: int,
+    depths: int = 0,
+    teacher: Config | None = None,
+    trained: Collection[str] | None = None,
+    targets: float = 1.0,
+) -> float:
+    """Per token of a training step, all in: student, its head once per depth and the backbone, teacher with its head.
+
+    `depths` are the MTP depths trained (0 without a head of that kind); `trained` the parts that learn (None: all);
+    `targets` the share of positions whose target counts: the head's products are made for these alone. Depth m has
+    T-m of a row's T positions. A teacher's cache costs nothing here.
+    """
+    shape = config if isinstance(config, Shape) else Shape.from_config(config)
+    learning = None if trained is None else set(trained)
+    deep = learning is None or bool(learning - {"head", "mtp"})  # else no gradient goes down the trunk
+    head_learns = learning is None or ("embedding" if shape.tied else "head") in learning
+    head = 2 * shape["vocab"] * shape["hidden"] * targets
+    trunk = forward_operations(shape, length=length)
+    total = trunk.total + head * (1 + deep + head_learns)
+    if deep:
+        weights = sum(value for part, value in trunk.matrices.items() if learning is None or part in learning)
+        total += trunk.total + trunk.mixing + weights
+    for m in range(1, min(depths, length - 1) + 1):
+        block = forward_operations(shape, length=length - m, subtree="mtp")
+        weights = sum(block.matrices.values()) if learning is None or "mtp" in learning else 0
+        each = 2 * block.total + block.mixing + weights + head * (2 + head_learns)
+        total += each * (length - m) / length
+    if teacher is not None:
+        said = teacher if isinstance(teacher, Shape) else Shape.from_config(teacher)
+        total += forward_operations(said, length=length).total + 2 * said["vocab"] * said["hidden"] * targets
+    return total

@@ -1,0 +1,363 @@
+"""Several processes at one job, as torchrun starts them: rank 0 carries the command out, the others wait to help.
+
+Files, locks, plans and reports are rank 0's alone, and their code knows of no other process. What all do together
+(training, calibrating, evaluating) rank 0 starts with `together`, and the others, who wait in `serve`, do it with it.
+Inside, FSDP2 shares weights, gradients and moments out. In one process every function here does nothing or little.
+"""
+
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from moeslim.errors import Interrupted, MoeslimError, RecipeError, RunError, TrainingError
+from moeslim.model.host import tune_cpu
+from moeslim.model.lost import end_at_once, gone, is_loss, terminated
+
+if TYPE_CHECKING:
+    from moeslim.model.student import Student
+
+T = TypeVar("T")
+
+STEP_TIMEOUT = timedelta(minutes=30)
+"""Longest wait for the others inside a step, where all arrive within moments of each other."""
+
+WAIT_TIMEOUT = timedelta(days=30)
+"""Longest wait for a message: rank 0 packs text for hours. That a process has died shows in its closed sockets."""
+
+PATIENCE_SECONDS = 5.0
+"""How long a process whose part has failed waits to see whether the others' has too."""
+
+ALIKE = (Interrupted, TrainingError)
+"""Errors that all ranks raise after the same collective, so that only rank 0 has to say them."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run: `local_size` are on its machine; `device` is where its model belongs."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+    local_size: int = 1
+
+
+class _Run:
+    """What `join` set up: the group of all control messages, the store for signs of failure, the calls so far."""
+
+    def __init__(self, control: dist.ProcessGroup, store: dist.Store) -> None:
+        self.control, self.store = control, store
+        self.calls = 0
+        self.inside = False
+        self.broken = False
+
+
+_world: World | None = None
+_run: _Run | None = None
+
+
+def world() -> World:
+    """This process's place. Without `join` it is alone, on a GPU where there is one."""
+    return _world or World(device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def join() -> None:
+    """Meet the other processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE).
+
+    Tensors travel by gloo between CPUs and by nccl between GPUs. One process joins nobody. Raises RunError where
+    torchrun's settings are not whole, or a machine has more processes than GPUs.
+    """
+    global _world, _run
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        raise RunError(
+            f"WORLD_SIZE is {size}, and {', '.join(missing)} is not set; start several processes with torchrun, or "
+            "unset WORLD_SIZE for one"
+        )
+    local, on_machine = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and on_machine > torch.cuda.device_count():
+        raise RunError(
+            f"{on_machine} processes on this machine, which has {torch.cuda.device_count()} GPUs for them; start at "
+            "most one for each (--nproc-per-node), or hide the GPUs (CUDA_VISIBLE_DEVICES=) to work on the CPU"
+        )
+    if on_gpu:
+        torch.cuda.set_device(local)
+    met, _, _ = next(rendezvous("env://", rank, size, timeout=STEP_TIMEOUT))
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    store = dist.PrefixStore("ranks", met)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
+    # A group of its own: a message may be waited for without end, a step's collective may not.
+    control = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+    assert control is not None
+    _run = _Run(control, dist.PrefixStore("calls", met))
+    _world = World(rank, size, f"cuda:{local}" if on_gpu else "cpu", on_machine)
+
+
+def leave() -> None:
+    """Rank 0 lets the others go home; the groups end. Does nothing in one process or when a process is lost."""
+    global _world, _run
+    run, _run, _world = _run, None, None
+    if run is None or run.broken:
+        return
+    try:
+        if dist.get_rank() == 0:
+            dist.broadcast_object_list([None], src=0, group=run.control)
+        dist.destroy_process_group()
+    except RuntimeError as problem:
+        if not is_loss(problem):
+            raise
+
+
+def carry_out(lead: Callable[[], int], *, help_out: Callable[[], int]) -> int:
+    """The exit code of one process of a run: rank 0 executes `lead`, the others `help_out`, which calls `serve`."""
+    join()
+    run = _run
+    if run is None:
+        return lead()
+    code = 1
+    try:
+        if world().rank:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; rank 0 decides
+            code = help_out()
+        else:
+            signal.signal(signal.SIGTERM, terminated)
+            code = lead()
+    except BaseException:
+        if run.broken:
+            traceback.print_exc()
+            end_at_once(code)
+        raise
+    finally:
+        leave()
+    if run.broken:
+        end_at_once(code)
+    return code
+
+
+def together(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a module's function on all ranks with the same (pickled) arguments; rank 0's result.
+
+    Rank 0 calls this; inside such a call, where all ranks are, and in one process it is a plain call. An exception of
+    rank 0 is raised here; that another process has ended, as RunError.
+    """
+    run = _run
+    if run is None or run.inside:
+        return function(*args, **kwargs)
+    assert world().rank == 0, "rank 0 leads; the others wait in serve()"
+    message = pickle.dumps((function, args, kwargs))
+    run.calls, run.inside = run.calls + 1, True
+    try:
+        dist.broadcast_object_list([message], src=0, group=run.control)
+        return function(*args, **kwargs)
+    except BaseException as problem:
+        if lost := is_loss(problem):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which must not cut the message short
+        run.broken = not _told(run, others=0 if lost else world().size - 1) or lost
+        if lost:
+            raise gone(problem) from problem
+        raise
+    finally:
+        run.inside = False
+
+
+def serve() -> int:
+    """Do what rank 0 asks for until it leaves; the exit code. For ranks above 0.
+
+    Where this rank alone fails, the process has to end, for the others' collectives to fail instead of waiting: the
+    error is raised. What rank 0 says itself is not said again.
+    """
+    run = _run
+    assert run is not None, "join() comes first"
+    tune_cpu()  # as rank 0 does before it runs a model
+    while True:
+        box: list[Any] = [None]
+        try:
+            dist.broadcast_object_list(box, src=0, group=run.control)
+        except RuntimeError as problem:
+            run.broken = True
+            if is_loss(problem):
+                return 1  # rank 0 has gone without a word; torchrun says how
+            raise
+        if box[0] is None:
+            return 0
+        run.calls, run.inside = run.calls + 1, True
+        sign = f"failed/{run.calls}"
+        try:
+            function, args, kwargs = pickle.loads(box[0])
+            function(*args, **kwargs)
+        except (MoeslimError, RuntimeError) as problem:
+            lost = is_loss(problem)
+            patience = 0.0 if lost else PATIENCE_SECONDS  # others may have to hear of a loss through this one
+            said = isinstance(problem, ALIKE) or _soon(partial(run.store.check, [sign]), seconds=patience)
+            run.broken = lost or not said
+            if lost and said:
+                return 1
+            if lost:
+                raise gone(problem) from problem
+            if not said:
+                raise
+        except BaseException:
+            run.broken = True
+            raise
+        finally:
+            run.inside = False
+        run.store.add(f"back/{run.calls}", 1)
+
+
+def _told(run: _Run, *, others: int) -> bool:
+    """Leave the sign that rank 0 has failed in this call; whether so many others are back from it, or are soon.
+
+    If not, they wait for us in it, and end when we do.
+    """
+    try:
+        run.store.set(f"failed/{run.calls}", "yes")
+    except RuntimeError:  # even the store is gone
+        return False
+    return _soon(lambda: run.store.add(f"back/{run.calls}", 0) >= others)
+
+
+def _soon(happened: Callable[[], bool], *, seconds: float = PATIENCE_SECONDS) -> bool:
+    """Whether it happens within a moment; False where even the store is gone."""
+    until = time.monotonic() + seconds
+    try:
+        while not happened():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.02)
+    except RuntimeError:
+        return False
+    return True
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value in rank order, on all ranks; anything that can be pickled."""
+    if _run is None:
+        return [value]
+    found: list[Any] = [None] * world().size
+    dist.all_gather_object(found, value, group=_run.control)
+    return found
+
+
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, on all ranks; the tensor itself in one process."""
+    if _run is None:
+        return tensor
+    summed = tensor.clone()
+    dist.all_reduce(summed)
+    return summed
+
+
+def barrier() -> None:
+    """Wait until all ranks are here, however long that takes."""
+    gather(None)
+
+
+class Sharding(NamedTuple):
+    """How a model is shared out: over which ranks, and in what precision its weights are gathered and multiplied.
+
+    A mesh of one dimension ("shard"), or of two: whole copies ("replicate") that several ranks share ("shard").
+    """
+
+    mesh: DeviceMesh
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+
+def sharding(
+    shard_over: int | None = None,
+    *,
+    device: str | None = None,
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> Sharding | None:
+    """The run's ranks in groups of `shard_over`, each of which holds one copy of a model; None in one process.
+
+    Left out, the groups are those of a machine: torchrun numbers a machine's ranks one after the other. `device` is
+    where the model shall be, by default this rank's. Raises RecipeError where the ranks cannot be grouped so.
+    """
+    if _run is None:
+        return None
+    here = world()
+    over = here.local_size if shard_over is None else min(shard_over, here.size)
+    if here.size % over:
+        which = "the processes of one machine" if shard_over is None else "distill.shard_over"
+        raise RecipeError(
+            f"{which} are {over}, and the run's {here.size} processes cannot be parted into groups of that size; set "
+            f"distill.shard_over to a divisor of {here.size}"
+        )
+    kind = (device or here.device).partition(":")[0]
+    if over == here.size:
+        mesh = init_device_mesh(kind, (over,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(kind, (here.size // over, over), mesh_dim_names=("replicate", "shard"))
+    return Sharding(mesh, precision)
+
+
+def shard(student: "Student", sharding: Sharding) -> None:
+    """Share the student's weights out: each decoder layer, the MTP block, and the rest, as the root's.
+
+    A block's weights are gathered when it runs and let go behind it. Embedding, head and last norm are gathered by the
+    root's forward and stay until its backward is through, since the loss reads the head. Gradients are *summed* over
+    all ranks (both dimensions of the mesh): the loss divides by the counts of all of them already. "bfloat16" gathers
+    and multiplies in bf16 what is kept, and whose gradients are summed, in fp32.
+    """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    policy = MixedPrecisionPolicy()
+    if sharding.precision == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in student.blocks:
+        fully_shard(block, mesh=sharding.mesh, mp_policy=policy)
+    root = fully_shard(student, mesh=sharding.mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+    def let_go(_module: object, _inputs: object, _output: object) -> None:
+        if not torch.is_grad_enabled():  # no backward will; and the optimizer must not see the gathered weights
+            root.reshard()
+
+    student.register_forward_hook(let_go)
+    register_fsdp_forward_method(student, "states_and_head")
+    student.routers.over_ranks = True
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor on all ranks, who must all ask for it; one that is not shared out is given as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_shared(tensor: torch.Tensor) -> bool:
+    """Whether this rank holds only its part of a tensor."""
+    return isinstance(tensor, DTensor)
+
+
+def rows_here(tensor: torch.Tensor) -> slice:
+    """Which entries of the first axis of a tensor that is shared out lie on this rank; there may be none."""
+    assert isinstance(tensor, DTensor)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    start = min(offset[0], tensor.shape[0])
+    return slice(start, start + shape[0])
+
+
+def as_shared(own: torch.Tensor, like: torch.Tensor) -> DTensor:
+    """A tensor shared out like `like`, of which this rank brings its own rows."""
+    assert isinstance(like, DTensor)
+    layout: dict[str, Any] = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, **layout)
