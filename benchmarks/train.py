@@ -10,7 +10,8 @@ clipping, AdamW, log and all, from one record to the next.
 - gpu (on a GPU alone, bf16): random models of about 1 B and 3 B parameters, V = 151 936; share of peak beside it.
 
 Floor and step take turns, so that a busy machine troubles both alike; the ratio is the median of the rounds' ratios of
-tokens per second. The last line is one JSON object; its `floor_ratio` is the worst case's.
+tokens per second, and beside it stands that of the process's own CPU time. The last line is one JSON object; its
+`floor_ratio` is the worst case's.
 """
 
 import argparse
@@ -145,35 +146,45 @@ class Floor:
 
 
 @contextmanager
-def record_times(times: list[float]) -> Iterator[None]:
-    """Note when the loop writes a step's record."""
+def record_times(times: list[tuple[float, float]]) -> Iterator[None]:
+    """Note when the loop writes a step's record, by the wall's clock and by the process's."""
     write = Watch.write
 
     def noting(self: Watch, record: dict[str, Any]) -> None:
         write(self, record)
-        times.append(time.perf_counter())
+        times.append(_now())
 
     with mock.patch.object(Watch, "write", noting):
         yield
 
 
-def steps_seconds(student: Student, teacher: OnlineTeacher, *, tokens: TokenSet, settings: TrainSettings) -> float:
-    """Seconds per step of the loop, its first step left out."""
-    times: list[float] = []
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _each(began: tuple[float, float], ended: tuple[float, float], *, steps: int) -> tuple[float, float]:
+    return (ended[0] - began[0]) / steps, (ended[1] - began[1]) / steps
+
+
+def steps_seconds(
+    student: Student, teacher: OnlineTeacher, *, tokens: TokenSet, settings: TrainSettings
+) -> tuple[float, float]:
+    """Seconds and CPU seconds per step of the loop, its first step left out."""
+    times: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder, record_times(times):
         train(student, Material(tokens, teacher), settings=settings, folder=Path(folder), stage=Stage("bench"))
-    return (times[-1] - times[0]) / (len(times) - 1)
+    return _each(times[0], times[-1], steps=len(times) - 1)
 
 
-def floor_seconds(floor: Floor, *, steps: int) -> float:
-    """Seconds per step of the floor, one step before left out."""
+def floor_seconds(floor: Floor, *, steps: int) -> tuple[float, float]:
+    """Seconds and CPU seconds per step of the floor, one step before left out."""
     floor.step()
     _finish(floor.rows.device)
-    began = time.perf_counter()
+    began = _now()
     for _ in range(steps):
         floor.step()
     _finish(floor.rows.device)
-    return (time.perf_counter() - began) / steps
+    return _each(began, _now(), steps=steps)
 
 
 def _finish(device: torch.device) -> None:
@@ -186,23 +197,28 @@ def measure(case: Case, tokens: TokenSet, *, args: argparse.Namespace) -> dict[s
     student, teacher = models(case, device=args.device)
     rows = torch.from_numpy(tokens.rows[: case.rows].astype("int64")).to(args.device)
     settings = case.settings(args.steps + 1, device=args.device)
-    found: dict[str, list[float]] = {"step": [], "floor": []}
+    each: dict[str, list[tuple[float, float]]] = {"step": [], "floor": []}
     for number in range(args.rounds + 1):
-        seconds = steps_seconds(student, teacher, tokens=tokens, settings=settings)
+        taken = steps_seconds(student, teacher, tokens=tokens, settings=settings)
         with torch.autocast("cuda", torch.bfloat16, enabled=args.device != "cpu"):
             least = floor_seconds(Floor(student, teacher.model, rows), steps=args.steps)
         if number:  # the first round warms up
-            found["step"].append(case.rows * case.length / seconds)
-            found["floor"].append(case.rows * case.length / least)
-    rounds = [step / floor for step, floor in zip(found["step"], found["floor"], strict=True)]
+            each["step"].append(taken)
+            each["floor"].append(least)
+    ratios, cpu_ratios = (
+        [floor[clock] / step[clock] for step, floor in zip(each["step"], each["floor"], strict=True)]
+        for clock in (0, 1)
+    )
+    count = case.rows * case.length
+    speeds = {name: count / statistics.median(seconds for seconds, _ in found) for name, found in each.items()}
     peak = device_peak(args.device, precision=settings.precision)
     operations = training_operations(case.student, length=case.length, depths=1, teacher=case.teacher)
-    speed = statistics.median(found["step"])
     return {
-        "share_of_peak": None if peak is None else round(speed * operations / peak, 3),
-        **{f"{name}_tokens_per_second": round(statistics.median(values), 1) for name, values in found.items()},
-        "floor_ratio": round(statistics.median(rounds), 3),
-        "from_to": [round(min(rounds), 3), round(max(rounds), 3)],
+        **{f"{name}_tokens_per_second": round(speed, 1) for name, speed in speeds.items()},
+        "floor_ratio": round(statistics.median(ratios), 3),
+        "from_to": [round(min(ratios), 3), round(max(ratios), 3)],
+        "cpu_ratio": round(statistics.median(cpu_ratios), 3),
+        "share_of_peak": None if peak is None else round(speeds["step"] * operations / peak, 3),
     }
 
 
@@ -210,7 +226,7 @@ def main() -> None:
     """Measure, show, and end with one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=None, help="by name; all of the device")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=4, help="per round")
     parser.add_argument("--threads", type=int, default=None, help="of torch; what it takes by itself unless told")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -219,7 +235,7 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     found: dict[str, dict[str, Any]] = {}
-    print(f"{'case':8}{'step tok/s':>12}{'floor tok/s':>13}{'ratio':>8}{'from..to':>14}")
+    print(f"{'case':8}{'step tok/s':>12}{'floor tok/s':>13}{'ratio':>8}{'from..to':>14}{'CPU ratio':>11}")
     with tempfile.TemporaryDirectory() as work:
         text = read_corpus([(text_path("calibration"), None)])
         for case in cases(args.device):
@@ -229,7 +245,11 @@ def main() -> None:
             found[case.name] = run = measure(case, tokens, args=args)
             low, high = run["from_to"]
             step, least = run["step_tokens_per_second"], run["floor_tokens_per_second"]
-            print(f"{case.name:8}{step:12,.0f}{least:13,.0f}{run['floor_ratio']:8.3f}{f'{low:.2f}..{high:.2f}':>14}")
+            spread = f"{low:.2f}..{high:.2f}"
+            print(
+                f"{case.name:8}{step:12,.0f}{least:13,.0f}{run['floor_ratio']:8.3f}{spread:>14}{run['cpu_ratio']:11.3f}",
+                flush=True,
+            )
     worst = min((run["floor_ratio"] for run in found.values()), default=None)
     threads = torch.get_num_threads()
     print(json.dumps({"floor_ratio": worst, "device": args.device, "threads": threads, "cases": found}))

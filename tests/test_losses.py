@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -445,3 +445,24 @@ def test_two_collapsed_layers_do_not_look_balanced() -> None:
         [torch.tensor([8, 0]), torch.tensor([0, 8])], [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]
     )
     assert float(collapsed) == 2.0  # pooled, the same four numbers give 1
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_detached_mtp_terms_leave_the_head_alone(monkeypatch: pytest.MonkeyPatch, taught: bool) -> None:
+    """The head's gradient is the backbone's alone, every state's is what it was; the loss and its sums are the same."""
+    few_at_once(monkeypatch, 3)
+    case = Case(depths=2)
+    asked = case.coefficients(temperature=1.7, taught=taught)
+    backbone = replace(asked, terms={name: w * (not name.startswith("mtp")) for name, w in asked.terms.items()})
+    found = []
+    for factors in (asked, backbone, replace(asked, detached=True)):
+        loss, sums = case.fused(factors, taught=taught)
+        gradients = torch.autograd.grad(loss, [case.head, *case.states], allow_unused=True)
+        found.append((loss.detach(), sums, gradients))
+    (loss, sums, plain), (_, _, alone), (loss_detached, sums_detached, detached) = found
+    assert torch.equal(loss, loss_detached)
+    assert all(torch.equal(value, sums_detached[name]) for name, value in sums.items())
+    torch.testing.assert_close(detached[0], alone[0], rtol=1e-13, atol=1e-15)
+    assert not torch.allclose(detached[0], plain[0], rtol=1e-3)
+    for ours, wanted in zip(detached[1:], plain[1:], strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-13, atol=1e-15)

@@ -238,3 +238,22 @@ def test_fresh_weights_are_those_of_transformers() -> None:
     assert student.mtp is not None
     assert float(student.mtp.fc.weight.detach().std()) == pytest.approx(0.05, rel=0.2)
     assert float(student.mtp.norm.weight.detach().abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_detached_mtp_terms_train_the_mtp_head_alone(tmp_path: Path, tied: bool) -> None:
+    """Outside of `mtp.*` the gradients are those without MTP terms, inside they are as large as ever."""
+    student = load_student(write_tiny(tmp_path / "m", num_hidden_layers=2, tie_word_embeddings=tied))
+    rows, mask = _rows(2, 9), torch.ones(2, 8, dtype=torch.bool)
+    found = []
+    for weight, detached in ((1.0, False), (0.0, False), (1.0, True)):
+        student.detach_trunk = detached
+        student.zero_grad()
+        asked = Coefficients({"lm": 1.0, "mtp_lm.1": weight, "mtp_lm.2": weight})
+        student(rows, mask, coefficients=asked).loss.backward()
+        found.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    plain, without, detached = found
+    assert detached.keys() == plain.keys()
+    for name, gradient in detached.items():
+        wanted = plain[name] if name.startswith("mtp.") else without[name]
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()), msg=name)

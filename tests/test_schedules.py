@@ -178,6 +178,8 @@ def test_what_may_change_is_not_in_the_facts() -> None:
     assert set(OTHERS) == set(FREE)
     assert replace(SETTINGS, **OTHERS).facts() == SETTINGS.facts()
     assert set(SETTINGS.facts()) == {f.name for f in fields(TrainSettings)} - set(FREE)
+    best = replace(SETTINGS, final="best", measure_every=5)
+    assert set(best.facts()) - set(SETTINGS.facts()) == {"measure_rows"}  # the best state is the best on these rows
     assert "watch, spike, micro_rows," in MAY_CHANGE
     assert MAY_CHANGE.endswith("device and the number of processes")
 
@@ -190,9 +192,9 @@ def test_every_other_setting_is_a_fact_and_named_where_it_differs(name: str) -> 
     others |= {key: "constant" for key in ("learning_rate_schedule", "lam_schedule", "beta_schedule")}
     others |= {"betas": (0.5, 0.5), "parts": {"mtp": PartSettings(weight_decay=0.5)}}
     other = others.get(name, not value if isinstance(value, bool) else 0.5 if isinstance(value, float) else 77)
-    (line,) = differences(before.facts(), replace(before, **{name: other}).facts())
-    assert line.startswith(name)
-    assert " -> " in line
+    lines = differences(before.facts(), replace(before, **{name: other}).facts())
+    assert [line.split(":")[0].split(".")[0] for line in lines if "measure_rows" not in line] == [name]
+    assert all(" -> " in line for line in lines)
 
 
 def test_differences_are_said_as_a_recipe_writes_them() -> None:

@@ -170,6 +170,24 @@ def test_a_save_in_the_background_is_a_snapshot(folder: Path, tmp_path: Path, mo
     assert not torch.equal(values(pair)["weights/model.norm.weight"], saved["weights/model.norm.weight"])
 
 
+def test_a_save_in_the_background_touches_no_gpu(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread of its own every process's current GPU is the first one: a context of each would stand there."""
+
+    def used(*_args: object) -> None:
+        raise AssertionError("a stream of the thread's GPU was asked for")
+
+    pair, kept = fresh(folder), states(tmp_path, async_save=True)
+    step(pair, 1)
+    with monkeypatch.context() as machine:
+        machine.setattr(torch.cuda, "is_available", lambda: True)
+        machine.setattr(torch.cuda, "current_stream", used)
+        kept.save(at(1), pair[0], optimizer=pair[1])
+        kept.wait()
+    again = fresh(folder)
+    states(tmp_path).resume(*again)
+    assert_same(values(again), values(pair))
+
+
 def test_what_fails_in_the_background_is_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk is a ResourceError when it is next asked, another error itself; nothing is left of the state."""
     pair = trained(folder, tmp_path, to=1)

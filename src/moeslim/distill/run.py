@@ -1,5 +1,6 @@
 """One stage's training from folder to folder: load, train (or go on), write a whole checkpoint."""
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +185,12 @@ def distill(
 
 def carry_out(job: Job) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Load, train and write: what all ranks do together. The records of the steps and the receipt, on rank 0."""
+    done = _carry_out(job)
+    gc.collect()  # checkpointed and shared-out blocks are in cycles; a GPU's memory would not be free for what comes
+    return done
+
+
+def _carry_out(job: Job) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     settings = job.settings
     sharding = parallel.sharding(settings.shard_over, device=settings.device, precision=settings.precision)
     student = load_student(job.student, device=settings.device, experts=SORTED, sharding=sharding)

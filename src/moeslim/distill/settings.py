@@ -99,8 +99,12 @@ class TrainSettings:
             raise RecipeError(f"distill.warmup is {self.warmup}; it is a share of the run, 0 <= warmup < 1")
 
     def facts(self) -> dict[str, Any]:
-        """What decides the result, as JSON can say it (for the fingerprint): all but what is FREE to change."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FREE}
+        """What decides the result, as JSON can say it (for the fingerprint): all but what is FREE to change.
+
+        The best state is the best on certain rows, so with `final: best` these are not free.
+        """
+        bound = {"measure_rows"} if self.final == "best" else set()
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FREE or f.name in bound}
         values["parts"] = {part: own.model_dump() for part, own in self.parts.items()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

@@ -86,6 +86,10 @@ class Stored:
 class _Writer(dcp.FileSystemWriter):
     """Files without the random number and the working name that are noted otherwise: equal states are equal bytes."""
 
+    def __init__(self, folder: Path) -> None:
+        # Copying ahead goes by a stream of the thread's GPU, and in a thread of every process that is the first one.
+        super().__init__(folder, per_thread_copy_ahead=0)
+
     def storage_meta(self) -> None:
         return None
 

@@ -49,8 +49,14 @@ class _Depth:
     number: int
     asked: tuple[bool, bool]
     pull: tuple[float, float]
-    learns: bool
-    """Whether a gradient is wanted: something pulls, and its states or the head take one."""
+    for_head: bool
+    """Whether the head learns from it: something pulls, and the head takes a gradient of this depth."""
+    for_states: bool
+
+    @property
+    def learns(self) -> bool:
+        """Whether any gradient is wanted."""
+        return self.for_head or self.for_states
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class _Task:
     """All that the losses of a micro-batch are computed from, but states and head."""
 
     depths: list[_Depth]
-    """The M depths, those that learn first."""
+    """The M depths, those that learn first, and of these the ones that the head learns from."""
     positions: torch.Tensor
     """(N) flat places of the targets that count: a masked one costs nothing."""
     targets: torch.Tensor
@@ -68,17 +74,20 @@ class _Task:
     teacher: Signal | Outcomes | None
     """A cached teacher's outcomes already lie by target."""
     temperature: float
-    for_head: bool
-    for_states: bool
 
     @property
     def pulled(self) -> int:
         """How many depths get a gradient."""
         return sum(depth.learns for depth in self.depths)
 
+    @property
+    def heard(self) -> int:
+        """How many depths the head learns from."""
+        return sum(depth.for_head for depth in self.depths)
 
-def _depths(coefficients: Coefficients, *, taught: bool, takes: Sequence[bool]) -> list[_Depth]:
-    """The depths asked for, those that learn first; `takes` says whose states or head take a gradient.
+
+def _depths(coefficients: Coefficients, *, taught: bool, head_takes: bool, states_take: Sequence[bool]) -> list[_Depth]:
+    """The depths asked for, those that learn first; `head_takes` and `states_take` say what takes a gradient.
 
     Without a teacher a KD term of weight 0 is left out.
     """
@@ -89,8 +98,9 @@ def _depths(coefficients: Coefficients, *, taught: bool, takes: Sequence[bool]) 
         asked = (lm in terms, kd in terms and taught)
         if any(asked):
             pull = (terms.get(lm, 0.0), terms.get(kd, 0.0))
-            found.append(_Depth(m, asked, pull, learns=any(pull) and takes[m]))
-    return sorted(found, key=lambda depth: not depth.learns)
+            for_head = any(pull) and head_takes and not (m and coefficients.detached)
+            found.append(_Depth(m, asked, pull, for_head=for_head, for_states=any(pull) and states_take[m]))
+    return sorted(found, key=lambda depth: (not depth.for_head, not depth.learns))
 
 
 def _by_target(states_BTd: torch.Tensor, positions_N: torch.Tensor, *, depth: int) -> torch.Tensor:
@@ -191,8 +201,9 @@ def _compute(
     sums = student.new_zeros(2, len(task.depths))
     scales = sums.new_tensor([scale(depth.pull, task.temperature) for depth in task.depths[:pulled]])
     scales_MN1 = scales.view(-1, 1, 1) * task.alive[:pulled]
-    of_head = student.new_zeros(head_Vd.shape) if task.for_head and pulled else None
-    of_states = student.new_zeros(pulled, *rows_MNd.shape[1:]) if task.for_states and pulled else None
+    of_head = student.new_zeros(head_Vd.shape) if task.heard else None
+    for_states = any(depth.for_states for depth in task.depths)
+    of_states = student.new_zeros(pulled, *rows_MNd.shape[1:]) if for_states else None
     for part in chunks:
         own_MPd = rows_MNd[:, part]
         lines = own_MPd.shape[0] * own_MPd.shape[1]
@@ -209,8 +220,8 @@ def _compute(
             of_own = products.to_states(gradient, head_Vd, wide=wide)
             of_states[:, part] = of_own.view(pulled, -1, head_Vd.shape[1]) * scales_MN1[:, part]
         if of_head is not None:
-            own = (own_MPd[:pulled] * scales_MN1[:, part]).flatten(0, 1).to(narrow)
-            products.add_to_head(of_head, gradient_NV=gradient, states_Nd=own)
+            own = (own_MPd[: task.heard] * scales_MN1[: task.heard, part]).flatten(0, 1).to(narrow)
+            products.add_to_head(of_head, gradient_NV=gradient[: len(own)], states_Nd=own)
     return sums, of_head, of_states
 
 
@@ -268,8 +279,9 @@ def fused_loss(
     not require one. A compiled model leaves its graph here and comes back.
     """
     wanted = torch.is_grad_enabled()
-    takes = [wanted and (head.requires_grad or state.requires_grad) for state in states]
-    depths = _depths(coefficients, taught=teacher is not None, takes=takes)
+    states_take = [wanted and state.requires_grad for state in states]
+    head_takes = wanted and head.requires_grad
+    depths = _depths(coefficients, taught=teacher is not None, head_takes=head_takes, states_take=states_take)
     positions_N = mask.flatten().nonzero().squeeze(-1)
     if isinstance(teacher, Outcomes):
         assert coefficients.temperature == 1.0, "kept outcomes are those at temperature 1"
@@ -282,8 +294,6 @@ def fused_loss(
         alive=torch.stack([place_N1 >= depth.number for depth in depths]),
         teacher=teacher if any(depth.asked[1] for depth in depths) else None,
         temperature=coefficients.temperature,
-        for_head=wanted and head.requires_grad,
-        for_states=wanted and any(state.requires_grad for state in states),
     )
     loss, sums = _Fused.apply(task, head, *states)
     named = {}

@@ -25,11 +25,13 @@ class Coefficients:
     """What the step's loss multiplies every sum with: weights over counts, known before the first forward.
 
     `terms` holds the terms that are asked for; one with 0 is only reported. `balance` is per token of a micro-batch.
+    `detached`: the MTP terms give the head no gradient.
     """
 
     terms: Mapping[str, float]
     balance: float = 0.0
     temperature: float = 1.0
+    detached: bool = False
 
     @property
     def depths(self) -> int:

@@ -6,6 +6,7 @@ them only there. Shapes: B rows, T positions, d hidden size, E experts.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -186,6 +187,8 @@ class Student(nn.Module):
         with self.routers.watching() if self.training else nullcontext():
             hidden = self.hidden(rows[:, :-1])
             states = [hidden, *self.mtp_states(hidden, rows, depths=coefficients.depths)]
+        if self.detach_trunk:
+            coefficients = replace(coefficients, detached=True)
         loss, sums = fused_loss(
             states, self.head, targets=rows[:, 1:], mask=mask, coefficients=coefficients, teacher=teacher
         )
