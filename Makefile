@@ -8,7 +8,8 @@ SERVE := .venv-serve
 BENCH := $(VENV)/bench
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: demo test check format serve-check bench-calibrate bench-experts bench-loss bench-cache bench-train clean
+.PHONY: demo test check format serve-check study-smoke clean
+.PHONY: bench-calibrate bench-experts bench-loss bench-cache bench-train
 
 demo: $(INSTALLED)  ## a trained model gets smaller, end to end, on two CPU cores
 	$(BIN)/moeslim demo $(ARGS)
@@ -28,6 +29,9 @@ format: $(INSTALLED)
 
 serve-check: $(SERVE)/.installed  ## stock vLLM on a CPU loads the demo's output; by hand, minutes
 	$(SERVE)/bin/python tests/serve/serve_check.py $(ARGS)
+
+study-smoke: $(INSTALLED)  ## a whole study, four runs of a model of a few thousand parameters, in a minute or two
+	$(BIN)/python tests/study_smoke.py $(ARGS)
 
 bench-calibrate: $(INSTALLED)  ## what calibration costs beside a plain forward; minutes, on an idle machine
 	$(BIN)/python benchmarks/calibrate.py $(ARGS)

@@ -285,3 +285,11 @@ def command_line(*arguments: str) -> None:
 
     sys.argv = ["moeslim", *arguments]
     cli.main()
+
+
+def command_line_said(said: str, *arguments: str) -> None:
+    """The same, with all that it says in a file."""
+    with open(said, "a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    command_line(*arguments)

@@ -79,6 +79,8 @@ def test_version_and_help(moeslim: Command) -> None:
         "verify",
         "report",
         "run",
+        "study",
+        "compare",
         "demo",
     ]:
         assert re.search(rf"\b{verb}\b", told)

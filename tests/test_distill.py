@@ -1,9 +1,11 @@
 """The loop: accumulation, guards, exact resume, teachers, and a stage from folder to folder."""
 
+import gc
 import json
 import os
 import shutil
 import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import sharded
 from moeslim.artifacts import commit
 from moeslim.artifacts.commit import write_json
 from moeslim.data.tokens import TokenSet
-from moeslim.distill import loop, state
+from moeslim.distill import loop, run, state
 from moeslim.distill.loop import Material
 from moeslim.distill.optimizer import make_optimizer
 from moeslim.distill.run import Place, distill, last_state
@@ -313,6 +315,28 @@ def test_distill_from_folder_to_folder_in_two_stages(folder: Path, tokens: Token
     again = distill(tmp_path / "one", teacher, tokens=tokens, out=tmp_path / "three", settings=settings, place=second)
     assert again["files"] == record["files"]  # from the finished state, the same bytes
     assert (tmp_path / "two" / "receipt.json").read_bytes() == (tmp_path / "three" / "receipt.json").read_bytes()
+
+
+def test_what_was_trained_leaves_the_memory(
+    folder: Path, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When `distill` is back, also with blocks that refer to themselves: a GPU has room for the next stage."""
+    weights: list[weakref.ref] = []
+
+    def noted(*args: object, **options: object) -> Student:
+        student = load_student(*args, **options)
+        weights.extend(weakref.ref(parameter) for parameter in student.parameters())
+        return student
+
+    monkeypatch.setattr(run, "load_student", noted)
+    settings = replace(_settings(1), activation_checkpointing=True)
+    gc.disable()  # it may come at any moment, or not before the next stage
+    try:
+        distill(folder, None, tokens=tokens, out=tmp_path / "out", settings=settings, place=Place(tmp_path / "work"))
+        assert len(weights) > 20
+        assert [weight for weight in weights if weight() is not None] == []
+    finally:
+        gc.enable()
 
 
 def test_the_state_of_a_model_is_the_best_one_where_it_was_chosen(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ FLOORS = [
     {"report", "search"},
     {"inputs"},
     {"describe"},
-    {"verbs"},
+    {"verbs", "propose"},
     {"pipeline"},
     {"demo", "study"},
-    {"display"},
+    {"display", "options"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

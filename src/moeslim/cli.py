@@ -3,15 +3,14 @@
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moeslim import __version__
-from moeslim.display import complain, out, show_progress, show_table
-from moeslim.errors import MoeslimError
+from moeslim import __version__, options
+from moeslim.display import complain, ended, out, show_progress, show_table
+from moeslim.options import AsJson, DataOption, DryRun, Kept, Model, Redo, Revision, Settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,19 +19,6 @@ app = typer.Typer(
     "Percentages and counts always say what is KEPT.",
 )
 
-Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub name, or `demo` (the bundled teacher).")]
-Kept = Annotated[str | None, typer.Option(help="Kept: a count or a percentage such as 50%.")]
-DataOption = Annotated[
-    list[str] | None, typer.Option("--data", help="Text, JSONL or Parquet; may be repeated. Default: a bundled mix.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, sizes and costs, and stop.")]
-Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a recipe key, e.g. --set distill.tokens=1000000.")
-]
-Redo = Annotated[bool, typer.Option("--redo", help="Make stages anew whose inputs changed.")]
-
 
 def _emit(record: dict[str, Any], *, as_json: bool, lines: list[str]) -> None:
     if as_json:
@@ -40,6 +26,13 @@ def _emit(record: dict[str, Any], *, as_json: bool, lines: list[str]) -> None:
     else:
         for line in lines:
             out.print(line, highlight=False, soft_wrap=True)
+
+
+def _show(record: dict[str, Any], *, as_json: bool) -> None:
+    """The table, where there is one, and the lines below it."""
+    if not as_json:
+        show_table(record.get("table", []))
+    _emit(record, as_json=as_json, lines=record["lines"])
 
 
 @app.callback(invoke_without_command=True)
@@ -76,8 +69,17 @@ def calibrate(
 @app.command()
 def plan(
     model: Model,
-    out_file: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.json to write.")],
-    stats: Annotated[Path | None, typer.Option(help="Statistics from `moeslim calibrate`.")] = None,
+    out_file: options.PlanFile = None,
+    stats: options.Stats = None,
+    target: options.Budget = None,
+    memory: options.Memory = None,
+    speedup: options.Speedup = None,
+    precision: options.Precision = "bf16",
+    choose: options.Choose = None,
+    cost: options.Cost = False,
+    tokens: options.Tokens = None,
+    gpus: options.Gpus = 8,
+    gpu: options.Gpu = "H100",
     layers: Kept = None,
     hidden: Kept = None,
     experts: Kept = None,
@@ -87,14 +89,30 @@ def plan(
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Decide what stays, as a file that can be read, edited and replayed."""
-    from moeslim import verbs
+    """Decide what stays, as a file that can be read, edited and replayed.
 
-    keep = _keep(
+    With --target, --memory, --speedup: propose shapes that meet them; PLAN is then the best, or the one you --choose.
+    """
+    from moeslim import propose, verbs
+
+    keep = options.kept(
         layers=layers, hidden=hidden, experts=experts, expert_size=expert_size, shared_size=shared_size, top_k=top_k
     )
-    record = verbs.plan(model, out_file, stats=stats, keep=keep, overrides=settings or [])
-    _emit(record, as_json=as_json, lines=record["lines"])
+    wish = propose.Wish.parse(target=target, memory=memory, speedup=speedup, precision=precision)
+    machines = propose.Machines.parse(tokens, gpus=gpus, gpu=gpu) if cost or tokens else None
+    record: dict[str, Any] = {}
+    if out_file is None or choose is not None or machines is not None or not wish.empty:
+        propose.check_choice(choose, out_file)
+        record = propose.propose(model, wish, keep=keep, stats=stats, machines=machines, overrides=settings or [])
+        keep = propose.chosen(record, choose or 1)
+        if not as_json:
+            show_table(record["table"])
+            _emit(record, as_json=False, lines=record["lines"])
+    if out_file is not None:
+        made = verbs.plan(model, out_file, stats=stats, keep=keep, overrides=settings or [])
+        _emit(record | made, as_json=as_json, lines=made["lines"])
+    elif as_json:
+        _emit(record, as_json=True, lines=[])
 
 
 @app.command()
@@ -130,7 +148,7 @@ def prune(
     """Calibrate, plan, cut, verify, and measure before and after: `moeslim prune MODEL OUT --experts 50%`."""
     from moeslim import pipeline, verbs
 
-    keep = _keep(
+    keep = options.kept(
         layers=layers, hidden=hidden, experts=experts, expert_size=expert_size, shared_size=shared_size, top_k=top_k
     )
     preview = verbs.preview(model, keep=keep, overrides=settings or [])
@@ -193,18 +211,24 @@ def distill(
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Checkpoints to measure.")],
     out_folder: Annotated[Path, typer.Option("--out", help="Where the records go.")] = Path("records"),
-    teacher: Annotated[str | None, typer.Option(help="Measure KL and top-1 agreement with this one.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Measure KL and top-1 agreement, or retention, with it.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Instead: lm-eval's tasks or task files, with commas.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
     data: DataOption = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bits per byte, agreement with the teacher, drafting acceptance, speed; each with n and standard error."""
+    """Bits per byte, agreement, drafting acceptance, speed; or tasks. Each with n and standard error."""
     from moeslim import verbs
 
-    record = verbs.evaluate(models, out_folder, teacher=teacher, data=data, overrides=settings or [])
-    _emit(record, as_json=as_json, lines=record["lines"])
-    if not as_json:
-        show_table(record["table"])
+    given: dict[str, Any] = {"teacher": teacher, "overrides": settings or []}
+    if tasks is None and limit is None:
+        record = verbs.evaluate(models, out_folder, data=data, **given)
+    elif tasks is None or data:
+        raise typer.BadParameter("--tasks bring questions of their own: --limit goes with them, --data does not")
+    else:
+        record = verbs.evaluate_tasks(models, out_folder, tasks=tasks.split(","), limit=limit, **given)
+    _show(record, as_json=as_json)
 
 
 @app.command()
@@ -279,6 +303,40 @@ def run(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study in YAML.")],
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where runs and table go; goes on if it stands.")],
+    jobs: Annotated[int, typer.Option(help="Runs that go on side by side.")] = 1,
+    settings: Settings = None,
+    dry_run: DryRun = False,
+    redo: Redo = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run every variant of a recipe with several seeds; one table with errors and paired differences."""
+    from moeslim.study import run as grid
+
+    if dry_run:
+        record = grid.preview_study(file, overrides=settings or [])
+    else:
+        record = grid.study(file, out_folder, overrides=settings or [], jobs=jobs, redo=redo)
+    _show(record, as_json=as_json)
+    if record.get("failed"):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Run folders, or folders of records; the first is the baseline.")],
+    model: Annotated[str | None, typer.Option(help="Compare this one, e.g. cut. Default: distilled, else cut.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The figures of several runs side by side, and their differences on the documents that they share."""
+    from moeslim.study.compare import compare as side_by_side
+
+    _show(side_by_side(runs, model=model), as_json=as_json)
+
+
+@app.command()
 def demo(
     out_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")] = Path("runs/demo"),
     settings: Settings = None,
@@ -289,19 +347,7 @@ def demo(
     from moeslim import pipeline
 
     record = pipeline.run(bundled.recipe_path(), out_folder, overrides=settings or [], redo=redo)
-    show_table(record["table"])
-    _emit(record, as_json=False, lines=record["lines"])
-
-
-def _keep(**given: str | None) -> dict[str, Any]:
-    """The `keep` section from options: counts as numbers, percentages as they are, a share as what is refused well."""
-    return {axis: _number(text) for axis, text in given.items() if text is not None}
-
-
-def _number(text: str) -> int | float | str:
-    if text.isdecimal():
-        return int(text)
-    return float(text) if text.startswith(("0.", ".")) and text.replace(".", "", 1).isdecimal() else text
+    _show(record, as_json=False)
 
 
 def main() -> None:
@@ -311,27 +357,10 @@ def main() -> None:
     """
     show_progress()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        sys.exit(_ended(app))
+        sys.exit(ended(app))
     from moeslim.model.parallel import carry_out, serve
 
-    sys.exit(_ended(lambda: carry_out(lambda: _ended(app), help_out=lambda: _ended(serve))))
-
-
-def _ended(work: Callable[[], int | None]) -> int:
-    """The exit code of `work`, with what went wrong said."""
-    try:
-        return work() or 0
-    except MoeslimError as problem:
-        complain(problem)
-        return problem.exit_code
-    except OSError as problem:  # the machine's word: no space left, no right to write, a vanished disk
-        place = f"{problem.filename}: " if problem.filename else ""
-        complain(f"{place}{problem.strerror or problem}; nothing half-written stays, so set it right and run again")
-        return 1
-    except SystemExit as ending:
-        if ending.code == 130:  # typer turns Ctrl-C into this and says nothing
-            complain("stopped; what is finished stays, and the same command goes on from there")
-        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    sys.exit(ended(lambda: carry_out(lambda: ended(app), help_out=lambda: ended(serve))))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from moeslim.errors import MoeslimError
 from moeslim.log import logger, set_sink
 
 out = Console()
@@ -134,3 +135,20 @@ def show_table(rows: list[list[str]]) -> None:
         table.add_row(*row, style=None if row[0].startswith(" ") else "bold")
     # Its own width: rich would cut cells where the terminal is narrower, a terminal only wraps the line.
     Console(width=200).print(table, soft_wrap=True)
+
+
+def ended(work: Callable[[], int | None]) -> int:
+    """The exit code of `work`; a user's mistake, a failing machine and Ctrl-C are told in one message."""
+    try:
+        return work() or 0
+    except MoeslimError as problem:
+        complain(problem)
+        return problem.exit_code
+    except OSError as problem:  # the machine's word: no space left, no right to write, a vanished disk
+        place = f"{problem.filename}: " if problem.filename else ""
+        complain(f"{place}{problem.strerror or problem}; nothing half-written stays, so set it right and run again")
+        return 1
+    except SystemExit as ending:
+        if ending.code == 130:  # typer turns Ctrl-C into this and says nothing
+            complain("stopped; what is finished stays, and the same command goes on from there")
+        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)

@@ -13,7 +13,7 @@ from moeslim.checkpoint.source import resolve as find_model
 from moeslim.checkpoint.structure import read_structure
 from moeslim.data.corpus import Corpus, Document, check_disjoint, read_source
 from moeslim.data.split import hold_out
-from moeslim.errors import DataError, RecipeError, ResourceError
+from moeslim.errors import DataError, RecipeError, ResourceError, RunError
 from moeslim.families import Shape
 from moeslim.plan.grouping import needs_search
 from moeslim.plan.schedule import AXES, StageTarget, Target, resolve, stages, units
@@ -29,6 +29,20 @@ def model_folder(model: str, *, revision: str | None = None, config_only: bool =
     if model == "demo":
         return BUNDLED / "teacher"
     return find_model(model, revision=revision, config_only=config_only)
+
+
+def labels(models: Sequence[str]) -> dict[str, str]:
+    """What each model is called in records and tables: the last part of its name, which must tell them apart."""
+    found: dict[str, str] = {}
+    for model in models:
+        label = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
+        if label in found:
+            raise RunError(
+                f"{model}: {found[label]} is called {label} too, and their records would overwrite each other; "
+                "rename a folder, or evaluate them apart with two --out"
+            )
+        found[label] = model
+    return found
 
 
 def has_mtp(folder: Path) -> bool | None:

@@ -336,7 +336,7 @@ class Recipe(_Section):
     teacher: str | None = None
     """Folder or hub name of the teacher; left out means `model`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of everything random: order of the data, random importance, random init."""
+    """Which calibration rows are seen, the order of training, random importance and init; not what is measured."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of training and calibration; sums and moments are never below float32."""
     device: str = "auto"

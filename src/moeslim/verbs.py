@@ -15,15 +15,17 @@ from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure
 from moeslim.describe import amount, inspect, preview, preview_run, sizes
 from moeslim.errors import PlanError, RecipeError, RunError
-from moeslim.families import Shape
+from moeslim.families import FAMILIES, Shape
 from moeslim.inputs import (
     BUNDLED,
     advice,
     cache_settings,
     check_disk,
     check_training,
+    device,
     evaluate_settings,
     has_mtp,
+    labels,
     model_folder,
     options_recipe,
     teaching_folder,
@@ -40,6 +42,7 @@ __all__ = [
     "cut",
     "distill",
     "evaluate",
+    "evaluate_tasks",
     "inspect",
     "plan",
     "preview",
@@ -242,7 +245,7 @@ def evaluate(
     recipe, out = options_recipe(models[0], keep={}, overrides=overrides), Path(out)
     paths: list[Any] = list(data) if data else [BUNDLED / "text" / "heldout.jsonl.xz"]
     text = read_corpus([(path, None) for path in paths])
-    folders = {name: model_folder(model) for name, model in _labels(models).items()}
+    folders = {name: model_folder(model) for name, model in labels(models).items()}
     for folder in folders.values():
         check_structure(read_structure(folder))
     first = next(iter(folders.values()))
@@ -259,18 +262,40 @@ def evaluate(
     return {"records": str(out), "table": comparison(out), "lines": [f"records: {out}"]}
 
 
-def _labels(models: Sequence[str]) -> dict[str, str]:
-    """What each model is called in records and tables: the last part of its name, which must tell them apart."""
-    labels: dict[str, str] = {}
-    for model in models:
-        label = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
-        if label in labels:
-            raise RunError(
-                f"{model}: {labels[label]} is called {label} too, and their records would overwrite each other; "
-                "rename a folder, or evaluate them apart with two --out"
-            )
-        labels[label] = model
-    return labels
+def evaluate_tasks(
+    models: Sequence[str],
+    out: Path | str,
+    *,
+    tasks: Sequence[str],
+    teacher: str | None = None,
+    limit: int | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Scores on tasks of lm-eval, per model in `out`/tasks; with a teacher what is kept of its scores, in retention/.
+
+    `tasks` are names of lm-eval or paths of task files. Any causal model that transformers opens can be asked.
+    """
+    from moeslim.evaluate.harness import Running, load_tasks
+    from moeslim.evaluate.harness import evaluate_tasks as ask
+    from moeslim.evaluate.retention import retention_table
+    from moeslim.report.tasks import task_rows
+
+    recipe, out = options_recipe(models[0], keep={}, overrides=overrides), Path(out) / "tasks"
+    named, master = labels(models), None if teacher is None else next(iter(labels([teacher])))
+    if teacher is not None and (master not in named or model_folder(named[master]) != model_folder(teacher)):
+        named = labels([teacher, *models])
+    folders = {label: model_folder(model) for label, model in named.items()}
+    for folder in folders.values():
+        if read_config(folder).get("model_type") in FAMILIES:
+            check_structure(read_structure(folder))
+    loaded = load_tasks([name.strip() for name in tasks if name.strip()])
+    rows, where = recipe.calibrate.rows_per_batch, device(recipe.device)
+    running = Running(recipe.precision, where, batch=rows, limit=limit)
+    table = retention_table(ask(folders, loaded, running=running, out=out), teacher=master, tasks=list(loaded.tasks))
+    place = out / "retention" / f"{master}.json" if master else out
+    if master:
+        write_json(place, table)
+    return {"records": str(out), **table, "table": task_rows(table), "lines": [f"records: {place}"]}
 
 
 def probe(
@@ -350,8 +375,8 @@ def differences(records: Path) -> list[str]:
 
     The error is that of the documents' own differences, so what is hard for both models cancels.
     """
+    from moeslim.evaluate.pairs import paired
     from moeslim.evaluate.record import Record
-    from moeslim.evaluate.run import paired
 
     found = {path.stem: Record.read(path) for path in sorted(records.glob("*.json"))}
     lines = []

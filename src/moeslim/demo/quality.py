@@ -19,8 +19,9 @@ from moeslim.data.corpus import read_corpus
 from moeslim.data.tokens import pack
 from moeslim.demo import teacher_path, text_path, tokenizer_path
 from moeslim.errors import MoeslimError
+from moeslim.evaluate.pairs import paired
 from moeslim.evaluate.record import Figure, Record
-from moeslim.evaluate.run import evaluate, paired
+from moeslim.evaluate.run import evaluate
 from moeslim.evaluate.settings import Settings
 from moeslim.families import Shape
 from moeslim.log import logger

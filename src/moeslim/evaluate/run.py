@@ -10,19 +10,11 @@ from typing import Any
 
 from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.data.tokens import TokenDocument
-from moeslim.errors import DataError
-from moeslim.evaluate.language import BITS, BITS_PER_NAT
 from moeslim.evaluate.measure import Ground, Job, measure_all
-from moeslim.evaluate.record import SCHEMA, Figure, Record, difference
+from moeslim.evaluate.record import SCHEMA, Record
 from moeslim.evaluate.settings import Settings, check_models
 from moeslim.log import logger
 from moeslim.model import parallel
-
-_PAIRED = {
-    "bits_per_byte": ("nats", "bytes", BITS, BITS_PER_NAT),
-    "kl": ("kl", "tokens", "nats/token", 1.0),
-    "top1": ("agreed", "tokens", "share", 1.0),
-}
 
 
 def evaluate(
@@ -53,24 +45,6 @@ def evaluate(
         silent = teacher if teacher is not None and missing[0].model != teacher_print else None
         found |= parallel.together(measure_all, missing, ground, silent=silent, out=Path(out))
     return {label: record for label, record in found.items() if record is not None}
-
-
-def paired(a: Record, b: Record, *, metric: str = "bits_per_byte") -> dict[str, Figure]:
-    """a - b per domain for `bits_per_byte`, `kl` or `top1`, its error from the documents' own differences.
-
-    DataError if the two were not measured on the same documents.
-    """
-    if a.data != b.data:
-        raise DataError(f"{a.label} and {b.label} were measured on different text; evaluate both on the same")
-    top, bottom, unit, scale = _PAIRED[metric]
-    if top not in a.documents or top not in b.documents:
-        raise DataError(f"{metric}: not measured on both {a.label} and {b.label}; evaluate both with a teacher")
-    found = {}
-    for domain in dict.fromkeys(a.documents["domain"]):
-        own = [index for index, name in enumerate(a.documents["domain"]) if name == domain]
-        sums = [([r.documents[top][i] for i in own], [r.documents[bottom][i] for i in own]) for r in (a, b)]
-        found[domain] = difference(*sums, unit=unit, per="document", scale=scale)
-    return found
 
 
 def side_by_side(records: Mapping[str, Record]) -> list[dict[str, Any]]:

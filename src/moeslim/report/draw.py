@@ -193,6 +193,40 @@ def bar_chart(bars: Sequence[Bar], *, name: str) -> str:
     return _svg(body, height=8 + len(bars) * step, name=name)
 
 
+def row_chart(rows: Sequence[Bar], *, name: str, zero: bool = False) -> str:
+    """One row for each: its label and text, below them a mark with its error on a scale that all share.
+
+    Unlike bars the scale need not begin at 0; with `zero` an upright stands there.
+    """
+    spans = [(row.value - (row.error or 0.0), row.value + (row.error or 0.0)) for row in rows]
+    ends = [*(end for span in spans for end in span), *([0.0] if zero else [])]
+    pad = (max(ends) - min(ends)) * 0.04 or abs(max(ends)) * 0.1 or 1.0
+    low, high, step = min(ends) - pad, max(ends) + pad, 34
+
+    def across(value: float) -> float:
+        return 6 + (value - low) / (high - low) * (WIDTH - 12)
+
+    bottom = 4 + len(rows) * step
+    body = []
+    for value in ticks(low, high):
+        body.append(f'<path class="grid" d="M{across(value):.1f} 4V{bottom}"/>')
+        body.append(_text((across(value), bottom + 14), tick_text(round(value, 12)), kind="tick mid"))
+    if zero:
+        body.append(f'<path class="mark" d="M{across(0.0):.1f} 4V{bottom}"/>')
+    for index, (row, span) in enumerate(zip(rows, spans, strict=True)):
+        y = 4 + index * step
+        body.append(_text((0, y + 12), row.label, kind="label"))
+        body.append(_text((WIDTH, y + 12), row.text, kind="value end"))
+        if row.error:
+            left, right = across(span[0]), across(span[1])
+            body.append(
+                f'<path class="whisker {row.tone}" d="M{left:.1f} {y + 23}H{right:.1f}'
+                f'M{left:.1f} {y + 20}v6M{right:.1f} {y + 20}v6"/>'
+            )
+        body.append(_dot((across(row.value), y + 23), tone=row.tone, label=f"{row.label}: {row.text}"))
+    return _svg(body, height=bottom + 20, name=name)
+
+
 def load_chart(
     layers: Sequence[tuple[str, Sequence[float]]], *, name: str, tone: str, top: float, height: int = 190
 ) -> str:

@@ -1,0 +1,42 @@
+"""The command line's options, with what `--help` says of them: what several verbs share, and those of `plan`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub name, or `demo` (the bundled teacher).")]
+Kept = Annotated[str | None, typer.Option(help="Kept: a count or a percentage such as 50%.")]
+DataOption = Annotated[
+    list[str] | None, typer.Option("--data", help="Text, JSONL or Parquet; may be repeated. Default: a bundled mix.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, sizes and costs, and stop.")]
+Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a recipe key, e.g. --set distill.tokens=1000000.")
+]
+Redo = Annotated[bool, typer.Option("--redo", help="Make stages anew whose inputs changed.")]
+
+PlanFile = Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="The plan.json to write.")]
+Stats = Annotated[Path | None, typer.Option(help="Statistics from `moeslim calibrate`.")]
+Budget = Annotated[str | None, typer.Option("--target", help="Propose shapes: parameters and active ones, 23B-A2B.")]
+Memory = Annotated[str | None, typer.Option(help="Propose shapes that fit, e.g. 24GB.")]
+Speedup = Annotated[str | None, typer.Option(help="Propose shapes of fewer operations per token, e.g. 2x.")]
+Precision = Annotated[str, typer.Option(help="Of the weights that must fit: bf16, fp8 or int4.")]
+Choose = Annotated[int | None, typer.Option(help="Which proposal becomes PLAN. Default: the best.")]
+Cost = Annotated[bool, typer.Option("--cost", help="Price the distillation into each proposal.")]
+Tokens = Annotated[str | None, typer.Option(help="For --cost: tokens, e.g. 120B.")]
+Gpus = Annotated[int, typer.Option(help="For --cost: how many GPUs.")]
+Gpu = Annotated[str, typer.Option(help="For --cost: their kind, e.g. H100.")]
+
+
+def kept(**given: str | None) -> dict[str, Any]:
+    """The `keep` section from options: counts as numbers, percentages as they are, a share as what is refused well."""
+    return {axis: _number(text) for axis, text in given.items() if text is not None}
+
+
+def _number(text: str) -> int | float | str:
+    if text.isdecimal():
+        return int(text)
+    return float(text) if text.startswith(("0.", ".")) and text.replace(".", "", 1).isdecimal() else text

@@ -1,0 +1,278 @@
+"""Shapes that a model can be cut to and that meet a budget, ranked by what the cut takes away. Reads a config alone.
+
+What is tried, what is left out, and how the rest is ranked are rules with reasons: docs/planner.md, and `RULES` here.
+Statistics of a calibration, if there are any, take the place of plain counts in the ranking (`carried`).
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+
+from moeslim.errors import PlanError, RecipeError
+from moeslim.families import Shape
+from moeslim.plan.engines import FAST_EXPERTS, engine_warnings
+from moeslim.plan.footprint import PRECISIONS, Footprint, Footprints
+from moeslim.plan.groups import check_groups
+from moeslim.plan.schedule import AXES, pattern_period
+
+CONTEXT = 32_768
+"""Tokens of the one sequence whose cache and state count against a memory."""
+FILLED = 0.9
+"""Share of a memory that weights, cache and state may take; the rest is for activations and the engine itself."""
+ROUGHLY = 0.03
+"""Relative distance within which a number of parameters counts as met, however exactly it is written."""
+RULES = (
+    "target: met within half a unit of its last digit, or 3 % where that is more; never above the memory",
+    "servable: whole periods of layers; channels in multiples of 128 (of an eighth of them in a small model); counts "
+    "of experts that fused top-k kernels are compiled for; top-k its own or a power of two, at most a quarter of them",
+    "kept: heads, expert sizes and vocabulary stay, unless an option gives another size",
+    "rank: first what engines do not object to, then the least sum over axes of weight x ln(there / kept)^2",
+    "weight: how fast sqrt(total x active parameters) falls with the axis, so what costs the model more is spared more",
+)
+"""What the proposals were chosen and ranked by, as they are printed; reasons in docs/planner.md."""
+Carried = Mapping[str, np.ndarray]
+"""Axis -> share (0..1) of what all of it carries that is carried by the best n, at index n."""
+_LEAST = 1e-6
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of parameters as it was asked for, and how far from it still counts as met."""
+
+    value: float
+    within: float
+
+    @classmethod
+    def parse(cls, digits: str, unit: str) -> "Figure":
+        """From "6.5" and "B": half a unit of the last digit, or ROUGHLY of the value."""
+        scale = {"B": 1e9, "M": 1e6}[unit.upper()]
+        last = 10.0 ** -len(digits.partition(".")[2])
+        return cls(float(digits) * scale, max(last / 2, ROUGHLY * float(digits)) * scale)
+
+    def miss(self, parameters: float) -> float:
+        """How far outside: 0 where it is met, else |ln(parameters / value)|."""
+        return 0.0 if abs(parameters - self.value) <= self.within else abs(math.log(parameters / self.value))
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a smaller model must meet; None: nothing is asked. `memory` in bytes, for weights in `precision`."""
+
+    total: Figure | None = None
+    active: Figure | None = None
+    memory: float | None = None
+    speedup: float | None = None
+    precision: str = "bf16"
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        target: str | None = None,
+        memory: str | None = None,
+        speedup: str | None = None,
+        precision: str = "bf16",
+    ) -> "Wish":
+        """From an option's words: "23B-A2B" or "23B", "24GB", "2x". RecipeError for other words."""
+        if precision not in PRECISIONS:
+            raise RecipeError(f"--precision: {precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
+        number = r"(\d+(?:\.\d+)?)"
+        total = active = room = faster = None
+        if target is not None:
+            form = rf"{number}([BM])(?:-A{number}([BM]))?"
+            found = _words("--target", target, form=form, such="23B-A2B, 6.5B-A1.1B or 23B")
+            total = Figure.parse(found[1], found[2])
+            active = Figure.parse(found[3], found[4]) if found[3] else None
+            if active is not None and active.value > total.value:
+                raise RecipeError(f"--target: {target} has more active parameters than parameters; write TOTAL-ACTIVE")
+        if memory is not None:
+            found = _words("--memory", memory, form=rf"{number} ?([GM])(i?)B", such="24GB or 23.5GiB")
+            power = {"G": 3, "M": 2}[found[2].upper()]
+            room = float(found[1]) * (1024 if found[3] else 1000) ** power
+        if speedup is not None:
+            faster = float(_words("--speedup", speedup, form=rf"{number}x", such="2x or 1.5x")[1])
+            if faster < 1:
+                raise RecipeError(f"--speedup: {speedup} is slower than the model itself; ask for 1x at least")
+        return cls(total, active, memory=room, speedup=faster, precision=precision)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is asked."""
+        return not any((self.total, self.active, self.memory, self.speedup))
+
+    def miss(self, found: Footprint, before: Footprint) -> float:
+        """By how much a shape fails, in factors' logarithms added up; 0 where it meets everything."""
+        missed = 0.0
+        if self.total:
+            missed += self.total.miss(found.parameters)
+        if self.active:
+            missed += self.active.miss(found.active)
+        if self.memory:
+            missed += max(0.0, math.log(held(found, self.precision) / (FILLED * self.memory)))
+        if self.speedup:
+            missed += max(0.0, math.log(self.speedup * found.operations / before.operations))
+        return missed
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A shape with what it weighs, the share of each axis that stays, the cost of the cut, what engines object to."""
+
+    shape: Shape
+    footprint: Footprint
+    kept: Mapping[str, float]
+    cost: float
+    warnings: tuple[str, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The counts by axis, as `keep` takes them."""
+        return {axis: _count(self.shape, axis) for axis in AXES}
+
+
+def held(found: Footprint, precision: str) -> float:
+    """Bytes of weights, of the cache of CONTEXT tokens and of one sequence's state."""
+    return found.bytes[precision] + CONTEXT * found.cache + found.state
+
+
+def proposals(
+    shape: Shape, wish: Wish, *, pinned: Mapping[str, int], mtp: bool, carried: Carried | None = None
+) -> list[Proposal]:
+    """All shapes that meet the wish, best first; `pinned` axes have the size that they are given.
+
+    With an empty wish the axes that are not pinned stay whole. PlanError where nothing meets it, with the nearest.
+    """
+    weigh = Footprints(mtp=mtp)
+    before, weights = weigh.of(shape), axis_weights(shape)
+    fixed = {**{axis: _count(shape, axis) for axis in AXES}, **pinned} if wish.empty else pinned
+    found: list[Proposal] = []
+    nearest: tuple[float, float, Shape] | None = None
+    for after in candidates(shape, fixed):
+        kept = {axis: _share(shape, after, axis=axis, carried=carried or {}) for axis in AXES}
+        cost = sum(weights[axis] * math.log(1 / max(share, _LEAST)) ** 2 for axis, share in kept.items())
+        footprint = weigh.of(after)
+        missed = wish.miss(footprint, before)
+        if missed == 0:
+            found.append(Proposal(after, footprint, kept, cost, tuple(engine_warnings(after, before=shape))))
+        elif nearest is None or (missed, cost) < nearest[:2]:
+            nearest = (missed, cost, after)
+    if not found:
+        raise PlanError(_nothing(None if nearest is None else nearest[2], weigh, before=before, wish=wish))
+    return sorted(found, key=lambda each: (len(each.warnings), each.cost, *(-n for n in each.counts.values())))
+
+
+def axis_weights(shape: Shape) -> dict[str, float]:
+    """How fast sqrt(total x active parameters) falls with each axis: ln(S / S_half) / ln(n / half), half = n // 2.
+
+    The geometric mean of all and active parameters is a rule of thumb for the size of the dense model that a MoE model
+    equals; only its ratios between axes matter here. 0 for an axis of one.
+    """
+    weigh = Footprints(mtp=False)
+
+    def logarithm(sized: Shape) -> float:
+        found = weigh.of(sized)
+        return (math.log(found.parameters) + math.log(found.active)) / 2
+
+    weights = {}
+    for axis in AXES:
+        there = _count(shape, axis)
+        half = there // 2
+        changed = logarithm(shape) - logarithm(resized(shape, {axis: half})) if half else 0.0
+        weights[axis] = changed / math.log(there / half) if half else 0.0
+    return weights
+
+
+def candidates(shape: Shape, pinned: Mapping[str, int]) -> Iterator[Shape]:
+    """Every shape that the model can be cut to and that can be served well, the model itself among them."""
+    choices = [[pinned[axis]] if axis in pinned else _ladder(shape, axis) for axis in AXES]
+    dense = shape["top_k"] / shape["experts"]
+    for counts in product(*choices):
+        sizes = dict(zip(AXES, counts, strict=True))
+        after = resized(shape, sizes)
+        sparse = after["top_k"] <= max(1 / 4, dense) * after["experts"] or {"experts", "top_k"} <= pinned.keys()
+        if sparse and any(map(after.is_moe, after.layer_keys)) and _reachable(after):
+            yield after
+
+
+def resized(shape: Shape, counts: Mapping[str, int]) -> Shape:
+    """The shape with other counts: the first `layers` and new sizes."""
+    sizes = {axis: count for axis, count in counts.items() if axis != "layers"}
+    layers = counts.get("layers", shape.layers)
+    return replace(
+        shape,
+        sizes={**shape.sizes, **sizes},
+        layer_types=shape.layer_types[:layers],
+        dense_layers=frozenset(layer for layer in shape.dense_layers if layer < layers),
+    )
+
+
+def _ladder(shape: Shape, axis: str) -> list[int]:
+    """The counts of an axis that are tried, its own first."""
+    there = _count(shape, axis)
+    tried: Iterable[int] = ()
+    if axis == "layers":
+        tried = range(there, 0, -pattern_period(shape.layer_types))
+    elif axis == "hidden":
+        unit = 2 ** min(7, max(0, (there // 8).bit_length() - 1))
+        tried = range(unit, there, unit)
+    elif axis == "experts":
+        tried = [count for count in FAST_EXPERTS if count < there]
+    elif axis == "top_k":
+        tried = [2**power for power in range(there.bit_length()) if 2**power < there]
+    return sorted({there, *tried}, reverse=True)
+
+
+def _reachable(shape: Shape) -> bool:
+    if shape["top_k"] > shape["experts"]:
+        return False
+    try:
+        check_groups(shape, shape["experts"], top_k=shape["top_k"], where="every layer")
+    except PlanError:
+        return False
+    return True
+
+
+def _count(shape: Shape, axis: str) -> int:
+    return shape.layers if axis == "layers" else shape[axis]
+
+
+def _share(before: Shape, after: Shape, *, axis: str, carried: Carried) -> float:
+    there, stays = _count(before, axis), _count(after, axis)
+    return float(carried[axis][stays]) if axis in carried else stays / there
+
+
+def read_number(option: str, text: str, *, such: str) -> float:
+    """A number with B, M or K behind it, or a plain one; RecipeError for other words."""
+    found = _words(option, text, form=r"(\d+(?:\.\d+)?(?:e\d+)?)([BMK]?)", such=such)
+    return float(found[1]) * {"B": 1e9, "M": 1e6, "K": 1e3, "": 1.0}[found[2].upper()]
+
+
+def _words(option: str, text: str, *, form: str, such: str) -> re.Match[str]:
+    found = re.fullmatch(form, text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise RecipeError(f"{option}: {text!r} cannot be read; write it like {such}")
+    return found
+
+
+def _nothing(nearest: Shape | None, weigh: Footprints, *, before: Footprint, wish: Wish) -> str:
+    """Why there is no proposal, with the nearest shape and what it has."""
+    if nearest is None:
+        return "no servable shape has these counts; give fewer of --layers, --hidden, --experts and --top-k"
+    found = weigh.of(nearest)
+    if wish.total and wish.total.value - wish.total.within > before.parameters:
+        return f"the model has {before.parameters / 1e9:.3f} B parameters and a cut adds none; ask for fewer"
+    has = [
+        f"{found.parameters / 1e9:.3f} B parameters, {found.active / 1e9:.3f} B active",
+        f"{held(found, wish.precision) / 1e9:.1f} GB in {wish.precision} with a cache of {CONTEXT:,} tokens (at most "
+        f"{FILLED:.0%} of a memory)",
+        f"{before.operations / found.operations:.2f}x fewer operations",
+    ]
+    sizes = ", ".join(f"{axis} {_count(nearest, axis)}" for axis in AXES)
+    return (
+        f"no servable shape meets all of that; the nearest is {sizes}: {', '.join(has)}. Ask for less, or cut "
+        "--expert-size and --shared-size too, which stay unless they are given"
+    )

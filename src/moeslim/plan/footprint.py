@@ -1,0 +1,115 @@
+"""What a shape weighs and takes to serve: parameters, bytes by precision, cache and state, operations per token.
+
+All are sums over tensors and layers, so a shape's footprint is the one outside the layers plus that of each kind of
+layer times their number. A search over thousands of shapes then builds a table of tensors per combination of sizes, not
+per shape.
+
+Bytes of weights, MTP head included:
+
+    bf16    2 per value
+    fp8     1 per value of the layers' matrices and an fp32 scale per block of 128 x 128; all else as in bf16
+    int4    half a byte per value of routed experts, shared experts and dense MLPs, and 20 bits (scale and zero point)
+            per 128 of them; all else as in bf16
+
+The last two are estimates: published checkpoints differ in what they leave in 16 bits, and moeslim writes bf16.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moeslim.families import Shape, forward_operations, table
+
+PRECISIONS = ("bf16", "fp8", "int4")
+ROW = 2048
+"""Tokens of the rows that operations per token are counted in: attention meets half as many on the average."""
+_FP8 = 1 + 4 / 128**2
+_INT4 = (4 + 20 / 128) / 8
+_LEFT = {"embedding", "head", "router", "mtp_fc"}
+"""Components whose matrices stay in bf16 in fp8."""
+_INTEGER = {"experts", "shared", "dense"}
+_SIZES = ("hidden", "experts", "expert_size", "shared_size")
+_STACKED = {"trunk": "stacked", "mtp": "stacked"}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Parameters of the trunk, in all and per token (method section 7), and of the MTP head; bytes; operations.
+
+    `cache`: bytes of keys and values per token of context, bf16, the MTP block's own included; `state`: bytes of
+    DeltaNet per sequence, however long: the state in fp32, as transformers keeps it, the convolution's inputs in bf16.
+    `operations`: of a forward pass per token in rows of ROW tokens, with the head, without the MTP block.
+    """
+
+    parameters: int
+    active: int
+    mtp: int
+    bytes: Mapping[str, int]
+    cache: int
+    state: int
+    operations: float
+
+
+class Footprints:
+    """Footprints of the shapes that one model can be cut to. `mtp`: whether its MTP head is counted."""
+
+    def __init__(self, *, mtp: bool) -> None:
+        self._mtp = mtp
+        self._outside: dict[tuple[int, ...], np.ndarray] = {}
+        self._layers: dict[tuple[int | str | bool, ...], np.ndarray] = {}
+
+    def of(self, shape: Shape) -> Footprint:
+        """The footprint of `shape`; of other families or heads than before it needs another `Footprints`."""
+        sizes = tuple(shape[axis] for axis in _SIZES)
+        if sizes not in self._outside:
+            self._outside[sizes] = self._sums(replace(shape, layer_types=(), dense_layers=frozenset()))
+        sums = self._outside[sizes].copy()
+        for (mixer, moe), number in Counter((shape.mixer(key), shape.is_moe(key)) for key in shape.layer_keys).items():
+            if (*sizes, mixer, moe) not in self._layers:
+                dense = frozenset() if moe else frozenset({0})
+                alone = self._sums(replace(shape, layer_types=(mixer,), dense_layers=dense))
+                self._layers[(*sizes, mixer, moe)] = alone - self._outside[sizes]
+            sums += number * self._layers[(*sizes, mixer, moe)]
+        trunk, mtp, routed, fp8, int4, once, each = sums.tolist()
+        whole = trunk + mtp
+        sized = {"bf16": 2 * whole, "fp8": 2 * (whole - fp8) + _FP8 * fp8, "int4": 2 * (whole - int4) + _INT4 * int4}
+        cache, state = _kept_between_tokens(shape, mtp=self._mtp)
+        return Footprint(
+            parameters=round(trunk),
+            active=round(trunk - routed + routed * shape["top_k"] / shape["experts"]),
+            mtp=round(mtp),
+            bytes={precision: round(size) for precision, size in sized.items()},
+            cache=cache,
+            state=state,
+            operations=once + each * shape["top_k"],
+        )
+
+    def _sums(self, shape: Shape) -> np.ndarray:
+        """Values of the trunk, of the MTP head, of the trunk's routed experts, of what fp8 and int4 make smaller;
+        operations without the routed experts, and with one expert per token those of it."""
+        alone = replace(shape, sizes={**shape.sizes, "top_k": 1})
+        values = np.zeros(5)
+        for row in table(alone, _STACKED, mtp=self._mtp).values():
+            trunk = row.subtree == "trunk"
+            matrix = len(row.shape) > 1 and min(row.shape) > 1  # neither the convolution nor the shared expert's gate
+            small = matrix and row.component not in _LEFT, matrix and row.component in _INTEGER
+            values += row.parameters * np.array([trunk, not trunk, trunk and row.component == "experts", *small])
+        forward = forward_operations(alone, length=ROW)
+        head = 2 * shape["vocab"] * shape["hidden"]
+        each = forward.matrices.get("experts", 0)
+        return np.array([*values, forward.total - each + head, each])
+
+
+def _kept_between_tokens(shape: Shape, *, mtp: bool) -> tuple[int, int]:
+    """Bytes per token of context, and per sequence."""
+    deltanet = sum(shape.mixer(key) == "linear_attention" for key in shape.layer_keys)
+    attention = shape.layers - deltanet + mtp
+    cache = 2 * 2 * attention * shape["kv_heads"] * shape["head_dim"]
+    if not deltanet:
+        return cache, 0
+    heads, keys = shape["value_heads"], shape["key_heads"] * shape["key_dim"]
+    state = 4 * heads * shape["key_dim"] * shape["value_dim"]
+    inputs = 2 * (shape["kernel"] - 1) * (2 * keys + heads * shape["value_dim"])
+    return cache, deltanet * (state + inputs)

@@ -1,0 +1,240 @@
+"""`moeslim plan MODEL --target 23B-A2B`: shapes that meet a budget, ranked, with what each weighs, and what it costs to
+distill into. Reads a config alone; statistics of a calibration, if there are any, count in the ranking.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moeslim.artifacts.fingerprint import folder_fingerprint
+from moeslim.checkpoint.config_json import read_config
+from moeslim.checkpoint.structure import refuse_quantised
+from moeslim.describe import amount, storage
+from moeslim.errors import PlanError, RecipeError
+from moeslim.families import Shape
+from moeslim.inputs import has_mtp, model_folder, options_recipe
+from moeslim.plan.budget import RULES, Proposal, Wish, proposals, read_number, resized
+from moeslim.plan.footprint import ROW, Footprint, Footprints
+from moeslim.plan.schedule import AXES, Target, resolve, stages, units
+from moeslim.recipe import Recipe
+
+SHOWN = 10
+"""Proposals that are told, of all that meet the wish."""
+MEMORY_GB: Mapping[str, int] = {
+    "H200": 141, "H200 NVL": 141, "H100": 80, "H100 NVL": 94, "H100 PCIe": 80, "GH200": 96, "GB200": 186, "B200": 180,
+    "A100": 80, "L40S": 48, "L4": 24, "A40": 48, "A10": 24,
+}  # fmt: skip
+"""Memory of the GPUs whose peak distill/peak.py has, from the same data sheets; the larger A100, the smaller GH200."""
+_CACHE_TOKENS = 1024
+_OPTIONS = {axis: "--" + axis.replace("_", "-") for axis in AXES}
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What a distillation is to be priced for: tokens in all, GPUs, their kind (a key of MEMORY_GB)."""
+
+    tokens: float
+    gpus: int
+    gpu: str
+
+    @classmethod
+    def parse(cls, tokens: str | None, *, gpus: int = 8, gpu: str = "H100") -> "Machines":
+        """From an option's words: "120B" tokens. RecipeError for other words and for kinds that are not known."""
+        if tokens is None:
+            raise RecipeError("--cost: say how many tokens the distillation takes, e.g. --tokens 120B as in the paper")
+        known = {name.upper(): name for name in MEMORY_GB}
+        if gpu.upper() not in known:
+            raise RecipeError(f"--gpu: {gpu!r} is not known; choose one of {', '.join(sorted(MEMORY_GB))}")
+        if gpus < 1:
+            raise RecipeError(f"--gpus: {gpus}; give 1 at least")
+        return cls(read_number("--tokens", tokens, such="120B, 400M or 120000000"), gpus, known[gpu.upper()])
+
+
+def propose(
+    model: str,
+    wish: Wish,
+    *,
+    keep: Mapping[str, Any] | None = None,
+    stats: Path | str | None = None,
+    machines: Machines | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The best SHOWN shapes that meet `wish`, with the counts that `keep` names as they are; RecipeError or PlanError
+    where nothing is asked or nothing meets it.
+
+    `proposals[n]["keep"]` is what `moeslim.plan`, `prune` and recipes take.
+    """
+    recipe = options_recipe(model, keep=keep or {}, overrides=overrides)
+    folder = model_folder(model, revision=recipe.revision, config_only=True)
+    config = read_config(folder)
+    refuse_quantised(config, folder)
+    shape, mtp = Shape.from_config(config), has_mtp(folder)
+    target = resolve(shape, recipe.keep, methods=recipe.methods)
+    pinned = {axis: getattr(target, axis) for axis in AXES if getattr(recipe.keep, axis) is not None}
+    if wish.empty and machines is None:
+        raise RecipeError(
+            "plan: nothing is asked. Name the PLAN file to write, or say what the smaller model must meet: "
+            "--target 23B-A2B, --memory 24GB, --speedup 2x, --cost"
+        )
+    shares = None if stats is None else _carried(stats, folder, shape=shape, recipe=recipe)
+    found = proposals(shape, wish, pinned=pinned, mtp=mtp is not False, carried=shares)
+    before = Footprints(mtp=mtp is not False).of(shape)
+    told = [_told(each, before, shape=shape) for each in found[:SHOWN]]
+    if machines is not None:
+        for each, proposal in zip(told, found, strict=False):
+            each["training"] = _training(recipe, shape, proposal=proposal, machines=machines, mtp=mtp is not False)
+    record: dict[str, Any] = {
+        "model": model,
+        "before": _sizes(before),
+        "mtp": mtp,
+        "stats": None if stats is None else str(stats),
+        "rules": list(RULES),
+        "meeting": len(found),
+        "proposals": told,
+        "table": _table(told, before),
+    }
+    return {**record, "lines": _lines(record, recipe=recipe, machines=machines)}
+
+
+def check_choice(number: int | None, plan: Path | None) -> None:
+    """RecipeError for a choice that nothing would be made of."""
+    if number is not None and plan is None:
+        raise RecipeError(f"--choose: {number} is to become a plan, and no file is named for it; give PLAN")
+
+
+def chosen(record: Mapping[str, Any], number: int) -> dict[str, int]:
+    """The counts of proposal `number`, 1 being the best; RecipeError where there is none."""
+    there = len(record["proposals"])
+    if not 1 <= number <= there:
+        raise RecipeError(f"--choose: {number} of {there} proposals; give a number from 1 to {there}")
+    return record["proposals"][number - 1]["keep"]
+
+
+def _carried(stats: Path | str, folder: Path, *, shape: Shape, recipe: Recipe) -> Any:
+    from moeslim.plan.carried import carried
+    from moeslim.statistics import Stats
+
+    known = Stats.load(stats)
+    if has_mtp(folder) is not None and known.model != folder_fingerprint(folder):
+        raise PlanError(
+            f"{stats}: statistics of model {known.model}, but {folder} is {folder_fingerprint(folder)}; "
+            "give the statistics of this model, or calibrate it"
+        )
+    return carried(known, shape, methods=recipe.methods, seed=recipe.seed)
+
+
+def _training(recipe: Recipe, shape: Shape, *, proposal: Proposal, machines: Machines, mtp: bool) -> dict[str, Any]:
+    from moeslim.distill.peak import peak_of
+    from moeslim.plan.training import Course, Gpus, price
+
+    schedule = recipe.schedule if isinstance(recipe.schedule, str) else list(recipe.schedule)
+    steps = stages(schedule, shape, target=Target(**proposal.counts), unit=units(shape, recipe.methods))
+    course = Course(
+        [
+            (resized(shape, {axis: getattr(step, axis) for axis in AXES}), machines.tokens * float(step.token_share))
+            for step in steps
+        ],
+        shape,
+        length=recipe.data.sequence_length,
+        mtp=mtp,
+        micro_rows=recipe.distill.micro_rows,
+    )
+    peak = peak_of(machines.gpu, bfloat16=True)
+    assert peak is not None, f"MEMORY_GB knows {machines.gpu} and distill/peak.py does not"
+    return asdict(price(course, Gpus(machines.gpus, peak, 1e9 * MEMORY_GB[machines.gpu])))
+
+
+def _sizes(found: Footprint) -> dict[str, Any]:
+    return {
+        "parameters": found.parameters,
+        "active": found.active,
+        "mtp_parameters": found.mtp,
+        "bytes": dict(found.bytes),
+        "cache_bytes_per_1k": _CACHE_TOKENS * found.cache,
+        "state_bytes": found.state,
+        "operations_per_token": found.operations,
+    }
+
+
+def _told(proposal: Proposal, before: Footprint, *, shape: Shape) -> dict[str, Any]:
+    there = {axis: shape.layers if axis == "layers" else shape[axis] for axis in AXES}
+    return {
+        "shape": proposal.counts,
+        "keep": {axis: count for axis, count in proposal.counts.items() if count != there[axis]},
+        **_sizes(proposal.footprint),
+        "fewer_operations": before.operations / proposal.footprint.operations,
+        "kept": dict(proposal.kept),
+        "cost": proposal.cost,
+        "warnings": list(proposal.warnings),
+    }
+
+
+def _table(told: Sequence[Mapping[str, Any]], before: Footprint) -> list[list[str]]:
+    """One row per proposal; the first row is the head, the second the model as it is."""
+    sizes = [axis for axis in ("expert_size", "shared_size") if any(axis in each["keep"] for each in told)]
+    axes = ["layers", "hidden", "experts", "top_k", *sizes]
+    head = ["", *(axis.replace("_", " ") for axis in axes), "total", "active", "+ MTP head", "bf16", "fp8 ~", "int4 ~"]
+    head += ["cache/1k", "state", "GFLOP/token", "fewer", "cost"]
+    rows = [head, ["model", *[""] * len(axes), *_cells(_sizes(before)), "", ""]]
+    for number, each in enumerate(told, 1):
+        row = [str(number), *(str(each["shape"][axis]) for axis in axes), *_cells(each)]
+        rows.append([*row, f"{each['fewer_operations']:.2f}x", f"{each['cost']:.3f}"])
+    if told and "training" in told[0]:
+        rows[0] += ["training", "GPU-hours", "days", "per GPU"]
+        rows[1] += [""] * 4
+        for row, each in zip(rows[2:], told, strict=True):
+            price = each["training"]
+            over = f"{storage(price['bytes_per_gpu'])} (1/{price['shard_over']})" + (
+                "" if price["fits"] else " too much"
+            )
+            days = price["hours"] / 24
+            row += [f"{price['operations']:.2e}", f"{price['gpu_hours']:,.0f}", f"{days:,.1f}", over]
+    return rows
+
+
+def _cells(sizes: Mapping[str, Any]) -> list[str]:
+    return [
+        amount(sizes["parameters"]),
+        amount(sizes["active"]),
+        amount(sizes["parameters"] + sizes["mtp_parameters"]),
+        *(storage(sizes["bytes"][precision]) for precision in ("bf16", "fp8", "int4")),
+        storage(sizes["cache_bytes_per_1k"]),
+        storage(sizes["state_bytes"]),
+        f"{sizes['operations_per_token'] / 1e9:.3g}",
+    ]
+
+
+def _lines(record: Mapping[str, Any], *, recipe: Recipe, machines: Machines | None) -> list[str]:
+    told = record["proposals"]
+    found = f"{record['meeting']} shapes meet it" if record["meeting"] > 1 else "one shape meets it"
+    known = "if there is one: a bare config does not say" if record["mtp"] is None else "as the weights have it"
+    lines = [
+        f"{found}, the best {len(told)} above; cost: what the cut takes away, by the rules",
+        f"bytes: with the MTP head ({known}); fp8 and int4 are estimates, moeslim writes bf16; cache: keys and values "
+        f"of {_CACHE_TOKENS} tokens; state: DeltaNet, per sequence; GFLOP: forward, in rows of {ROW}, with the head",
+    ]
+    lines += [f"  {rule}" for rule in record["rules"]]
+    judged = "by what they carried in the calibration" if record["stats"] else "by count; --stats takes a calibration"
+    lines.append(f"  kept layers, channels and experts are judged {judged}")
+    if machines is not None:
+        lines += _training_lines(recipe, machines=machines)
+    for number, each in enumerate(told, 1):
+        lines += [f"{number}: {warning}" for warning in each["warnings"]]
+    options = " ".join(f"{_OPTIONS[axis]} {count}" for axis, count in told[0]["keep"].items())
+    if options:
+        lines.append(f"to cut to the first: moeslim prune {record['model']} OUT {options}")
+    return lines
+
+
+def _training_lines(recipe: Recipe, *, machines: Machines) -> list[str]:
+    from moeslim.plan.training import UTILISATION
+
+    named = recipe.schedule if isinstance(recipe.schedule, str) else f"{len(recipe.schedule)} stages"
+    rows, micro = recipe.data.sequence_length, recipe.distill.micro_rows
+    each = f"{machines.gpus} x {machines.gpu} ({MEMORY_GB[machines.gpu]} GB)"
+    return [
+        f"training: {machines.tokens / 1e9:g} B tokens, {named}, rows of {rows}, the uncut model as teacher, on {each} "
+        f"at an assumed {UTILISATION:.0%} of the peak in bf16; memory of the stage that takes most, activation "
+        f"checkpointing, micro_rows {micro}; (1/g): g GPUs share a copy; a cached teacher saves its part of both"
+    ]

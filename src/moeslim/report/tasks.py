@@ -1,0 +1,49 @@
+"""Task scores and retention as rows of text for a terminal, read from `evaluate.retention.retention_table`'s values."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeslim.report.figures import Figure, figure_text, number_text
+from moeslim.report.tables import MISSING
+
+Rows = list[list[str]]
+
+
+def task_rows(table: Mapping[str, Any]) -> Rows:
+    """A head with the models, the teacher first; per task and for their mean the score and what is kept of it."""
+    teacher = table["teacher"]
+    models = sorted(table["models"], key=lambda label: label != teacher)
+    rows = [["", *(f"{label} (teacher)" if label == teacher else label for label in models)]]
+    for task, row in table["tasks"].items():
+        chance = "" if row["chance"] is None else f", chance {number_text(100 * row['chance'], digits=1)} %"
+        metric = row["metric"].removesuffix(",none")
+        rows += _block(f"{task}: {metric}, {row['n']} questions{chance}", row, models=models)
+    if "mean" in table:
+        rows += _block(f"mean of {len(table['mean']['tasks'])} tasks", table["mean"], models=models)
+    return rows
+
+
+def _block(title: str, row: Mapping[str, Any], *, models: list[str]) -> Rows:
+    """A heading, the scores, and below them one row per figure that any model has against the teacher."""
+    rows = [[title, *("" for _ in models)], ["  score", *(_text(row["scores"][label]) for label in models)]]
+    against = [row["against"].get(label, {}) for label in models]
+    lines = {"minus teacher's": "difference", "retention": "retention", "retention above chance": "above_chance"}
+    for name, key in lines.items():
+        if any(key in facts for facts in against):
+            rows.append([f"  {name}", *(_text(facts.get(key)) for facts in against)])
+    if any("paired" in facts for facts in against):
+        rows.append(["  better / worse, p", *(_paired(facts.get("paired")) for facts in against)])
+    return rows
+
+
+def _text(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return MISSING
+    return figure_text(Figure(**{key: value for key, value in figure.items() if key != "per"}))
+
+
+def _paired(test: Mapping[str, Any] | None) -> str:
+    if test is None:
+        return MISSING
+    p = "< 0.0001" if test["p"] < 1e-4 else number_text(test["p"], digits=4 if test["p"] < 0.01 else 2)
+    return f"{test['better']} / {test['worse']}, {p}"
