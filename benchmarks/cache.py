@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,7 +164,7 @@ def smollm2(folder: Path, rows: int) -> tuple[object, Iterator[Pair]]:
     return tokenizer, pairs()
 
 
-def spelt_with(qwen3: Path, tokenizer: object, *, vocab: int = 151_936) -> Callable[[torch.Tensor], torch.Tensor]:
+def spelt_with(qwen3: Path, tokenizer: Any, *, vocab: int = 151_936) -> Callable[[torch.Tensor], torch.Tensor]:
     """The change of vocabulary of the third case: SmolLM2's log-probabilities (T, 49152) to Qwen3's (T, V)."""
     from tokenizers import Tokenizer
 
@@ -175,7 +176,7 @@ def spelt_with(qwen3: Path, tokenizer: object, *, vocab: int = 151_936) -> Calla
             np.add.at(counts, np.array(encoded.ids, int), 1)
     first = np.zeros(vocab, int)
     pieces = [own.decode([index]) for index in range(own.get_vocab_size())]
-    for index, ids in enumerate(tokenizer(pieces, add_special_tokens=False)["input_ids"]):  # type: ignore[operator]
+    for index, ids in enumerate(tokenizer(pieces, add_special_tokens=False)["input_ids"]):
         first[index] = ids[0] if ids else 0
     share = torch.from_numpy(np.log(counts / np.bincount(first, weights=counts)[first]))
     place = torch.from_numpy(first)

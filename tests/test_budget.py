@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from command import SMALL, Command, moeslim, settings, write_model, write_text
-from moeslim.distill.peak import peak_of
+from moeslim.distill.peak import GPUS, peak_of
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape, count, forward_operations
 from moeslim.inputs import target_config
@@ -24,7 +24,7 @@ from moeslim.plan.engines import FAST_EXPERTS
 from moeslim.plan.footprint import ROW, Footprints
 from moeslim.plan.schedule import AXES, Target
 from moeslim.plan.training import Course, Gpus, largest_memory, price
-from moeslim.propose import MEMORY_GB, Machines
+from moeslim.propose import Machines
 from moeslim.recipe import Methods
 from moeslim.statistics import LayerStats, NormStats, Stats
 from tiny import tiny_config
@@ -229,6 +229,7 @@ def test_targets_are_read(text: str, total: tuple[float, float], *, active: tupl
         *(({"speedup": text}, "--speedup.*2x") for text in ("2", "x", "twice", "0x")),
         ({"speedup": "0.5x"}, "slower than the model"),
         ({"precision": "fp16"}, "choose one of bf16, fp8, int4"),
+        ({"precision": "fp8"}, "say into what with --memory"),
     ],
 )
 def test_what_cannot_be_read_is_refused(asked: dict[str, str], message: str) -> None:
@@ -360,8 +361,8 @@ def test_price_by_hand_and_as_scaling_tells_it() -> None:
 
 
 def test_every_gpu_that_is_offered_has_a_peak() -> None:
-    assert all(peak_of(name, bfloat16=True) for name in MEMORY_GB)
-    assert Machines.parse("120B", gpus=64, gpu="h200 nvl") == Machines(120e9, 64, "H200 NVL")
+    assert all(peak_of(gpu.name, bfloat16=True) == 1e12 * gpu.bf16 for gpu in GPUS)
+    assert Machines.parse("120B", gpus=64, gpu="h200 nvl") == Machines(120e9, 64, GPUS[0])
     assert Machines.parse("1.5e9").tokens == 1.5e9
     for bad, message in [(("12 tokens",), "--tokens"), ((None,), "--tokens 120B")]:
         with pytest.raises(RecipeError, match=message):
@@ -436,6 +437,8 @@ def test_a_proposal_becomes_a_plan(moeslim: Command, tmp_path: Path) -> None:
         (["--choose", "1", "--target", "23B"], "give PLAN"),
         (["PLAN", "--choose", "11", "--target", "23B"], "from 1 to 10"),
         (["--cost", "--target", "23B"], "--tokens 120B"),
+        (["--gpus", "64", "--target", "23B"], "--tokens 120B"),
+        (["--gpu", "H200", "--target", "23B"], "--tokens 120B"),
         (["--target", "23"], "--target: '23' cannot be read; write it like 23B-A2B"),
         (["--target", "23B", "--stats", "nowhere"], "no statistics there"),
         (["PLAN", "--target", "23B"], "needs calibration statistics"),

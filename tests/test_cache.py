@@ -427,7 +427,7 @@ def _signal(words: Words) -> Outcomes:
     return Outcomes(tensors[0], tensors[1], rest, tensors[2], tensors[3])
 
 
-def _naive(states: list[torch.Tensor], head: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, words: Words):  # noqa: ANN202
+def _naive(states: list[torch.Tensor], head: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, words: Words):
     """Position by position and word by word: depth m at i predicts t_{i+m+1} and hears the teacher at i+m."""
     sums: dict[str, torch.Tensor] = {}
     for m, state in enumerate(states):

@@ -12,7 +12,6 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "moeslim"
 FLOORS = [
     {"errors", "log"},
-    {"recipe_text"},
     {"artifacts", "recipe"},
     {"losses", "families", "statistics"},
     {"checkpoint", "data"},

@@ -1,7 +1,7 @@
 """Losses against naive fp64 formulas written out word by word; no loss code is used on the oracle's side."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -84,7 +84,10 @@ def naive_loss(case: Case, factors: Coefficients) -> torch.Tensor:
 def few_at_once(monkeypatch: pytest.MonkeyPatch, chunk: int, group: int = 1000) -> None:
     """Chunks of `chunk` targets (the last one shorter), and within them groups of `group` rows."""
     monkeypatch.setattr(fused, "LARGEST_CHUNK", chunk)
-    few = lambda count, _: (slice(s, min(s + group, count)) for s in range(0, count, group))  # noqa: E731
+
+    def few(count: int, _width: int) -> Iterator[slice]:
+        return (slice(start, min(start + group, count)) for start in range(0, count, group))
+
     monkeypatch.setattr(fused, "_groups", few)
 
 

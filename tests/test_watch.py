@@ -1,5 +1,6 @@
 """What a training says: its log, its line, its trackers and their failures, spikes, the share of a device's peak."""
 
+import io
 import json
 import statistics
 import subprocess
@@ -168,7 +169,7 @@ def test_without_a_terminal_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyP
     """The steps of an earlier process do not count for the speed: 2 steps in 20 s, 48 left are 8 minutes."""
     clock = iter([0.0, 9.0, 20.0])
     monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
-    console = Console(width=40, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=40, record=True, quiet=False, file=io.StringIO())
     monkeypatch.setattr(display, "err", console)
     lines = display._Lines()
     handle = lines.start("train", 100, unit="steps", done=50)
@@ -179,7 +180,7 @@ def test_without_a_terminal_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyP
 
 
 def test_on_a_terminal_the_note_has_lines_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    console = Console(width=60, force_terminal=True, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=60, force_terminal=True, record=True, file=io.StringIO())
     monkeypatch.setattr(display, "err", console)
     bars = display._Bars()
     handle = bars.start("train", 1000, unit="steps", done=400)

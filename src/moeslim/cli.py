@@ -74,12 +74,12 @@ def plan(
     target: options.Budget = None,
     memory: options.Memory = None,
     speedup: options.Speedup = None,
-    precision: options.Precision = "bf16",
+    precision: options.Precision = None,
     choose: options.Choose = None,
     cost: options.Cost = False,
     tokens: options.Tokens = None,
-    gpus: options.Gpus = 8,
-    gpu: options.Gpu = "H100",
+    gpus: options.Gpus = None,
+    gpu: options.Gpu = None,
     layers: Kept = None,
     hidden: Kept = None,
     experts: Kept = None,
@@ -99,7 +99,8 @@ def plan(
         layers=layers, hidden=hidden, experts=experts, expert_size=expert_size, shared_size=shared_size, top_k=top_k
     )
     wish = propose.Wish.parse(target=target, memory=memory, speedup=speedup, precision=precision)
-    machines = propose.Machines.parse(tokens, gpus=gpus, gpu=gpu) if cost or tokens else None
+    priced = cost or (tokens, gpus, gpu) != (None, None, None)
+    machines = propose.Machines.parse(tokens, gpus=gpus, gpu=gpu) if priced else None
     record: dict[str, Any] = {}
     if out_file is None or choose is not None or machines is not None or not wish.empty:
         propose.check_choice(choose, out_file)

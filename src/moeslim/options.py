@@ -23,12 +23,14 @@ Stats = Annotated[Path | None, typer.Option(help="Statistics from `moeslim calib
 Budget = Annotated[str | None, typer.Option("--target", help="Propose shapes: parameters and active ones, 23B-A2B.")]
 Memory = Annotated[str | None, typer.Option(help="Propose shapes that fit, e.g. 24GB.")]
 Speedup = Annotated[str | None, typer.Option(help="Propose shapes of fewer operations per token, e.g. 2x.")]
-Precision = Annotated[str, typer.Option(help="Of the weights that must fit: bf16, fp8 or int4.")]
+Precision = Annotated[
+    str | None, typer.Option(help="For --memory: of the weights that must fit, bf16, fp8 or int4.", show_default="bf16")
+]
 Choose = Annotated[int | None, typer.Option(help="Which proposal becomes PLAN. Default: the best.")]
 Cost = Annotated[bool, typer.Option("--cost", help="Price the distillation into each proposal.")]
 Tokens = Annotated[str | None, typer.Option(help="For --cost: tokens, e.g. 120B.")]
-Gpus = Annotated[int, typer.Option(help="For --cost: how many GPUs.")]
-Gpu = Annotated[str, typer.Option(help="For --cost: their kind, e.g. H100.")]
+Gpus = Annotated[int | None, typer.Option(help="For --cost: how many GPUs.", show_default="8")]
+Gpu = Annotated[str | None, typer.Option(help="For --cost: their kind.", show_default="H100")]
 
 
 def kept(**given: str | None) -> dict[str, Any]:

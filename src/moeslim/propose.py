@@ -11,6 +11,7 @@ from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import refuse_quantised
 from moeslim.describe import amount, storage
+from moeslim.distill.peak import GPUS, Gpu
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape
 from moeslim.inputs import has_mtp, model_folder, options_recipe
@@ -21,34 +22,31 @@ from moeslim.recipe import Recipe
 
 SHOWN = 10
 """Proposals that are told, of all that meet the wish."""
-MEMORY_GB: Mapping[str, int] = {
-    "H200": 141, "H200 NVL": 141, "H100": 80, "H100 NVL": 94, "H100 PCIe": 80, "GH200": 96, "GB200": 186, "B200": 180,
-    "A100": 80, "L40S": 48, "L4": 24, "A40": 48, "A10": 24,
-}  # fmt: skip
-"""Memory of the GPUs whose peak distill/peak.py has, from the same data sheets; the larger A100, the smaller GH200."""
 _CACHE_TOKENS = 1024
 _OPTIONS = {axis: "--" + axis.replace("_", "-") for axis in AXES}
 
 
 @dataclass(frozen=True)
 class Machines:
-    """What a distillation is to be priced for: tokens in all, GPUs, their kind (a key of MEMORY_GB)."""
+    """What a distillation is to be priced for: tokens in all, how many GPUs, and their kind."""
 
     tokens: float
-    gpus: int
-    gpu: str
+    number: int
+    gpu: Gpu
 
     @classmethod
-    def parse(cls, tokens: str | None, *, gpus: int = 8, gpu: str = "H100") -> "Machines":
-        """From an option's words: "120B" tokens. RecipeError for other words and for kinds that are not known."""
+    def parse(cls, tokens: str | None, *, gpus: int | None = None, gpu: str | None = None) -> "Machines":
+        """From options' words: "120B" tokens, 8 GPUs, "H100". RecipeError for other words and unknown kinds."""
+        number, kind = 8 if gpus is None else gpus, gpu or "H100"
         if tokens is None:
             raise RecipeError("--cost: say how many tokens the distillation takes, e.g. --tokens 120B as in the paper")
-        known = {name.upper(): name for name in MEMORY_GB}
-        if gpu.upper() not in known:
-            raise RecipeError(f"--gpu: {gpu!r} is not known; choose one of {', '.join(sorted(MEMORY_GB))}")
-        if gpus < 1:
-            raise RecipeError(f"--gpus: {gpus}; give 1 at least")
-        return cls(read_number("--tokens", tokens, such="120B, 400M or 120000000"), gpus, known[gpu.upper()])
+        known = {each.name.upper(): each for each in GPUS}
+        if kind.upper() not in known:
+            names = ", ".join(sorted(each.name for each in GPUS))
+            raise RecipeError(f"--gpu: {kind!r} is not known; choose one of {names}")
+        if number < 1:
+            raise RecipeError(f"--gpus: {number}; give 1 at least")
+        return cls(read_number("--tokens", tokens, such="120B, 400M or 120000000"), number, known[kind.upper()])
 
 
 def propose(
@@ -125,7 +123,6 @@ def _carried(stats: Path | str, folder: Path, *, shape: Shape, recipe: Recipe) -
 
 
 def _training(recipe: Recipe, shape: Shape, *, proposal: Proposal, machines: Machines, mtp: bool) -> dict[str, Any]:
-    from moeslim.distill.peak import peak_of
     from moeslim.plan.training import Course, Gpus, price
 
     schedule = recipe.schedule if isinstance(recipe.schedule, str) else list(recipe.schedule)
@@ -140,9 +137,8 @@ def _training(recipe: Recipe, shape: Shape, *, proposal: Proposal, machines: Mac
         mtp=mtp,
         micro_rows=recipe.distill.micro_rows,
     )
-    peak = peak_of(machines.gpu, bfloat16=True)
-    assert peak is not None, f"MEMORY_GB knows {machines.gpu} and distill/peak.py does not"
-    return asdict(price(course, Gpus(machines.gpus, peak, 1e9 * MEMORY_GB[machines.gpu])))
+    gpu = machines.gpu
+    return asdict(price(course, Gpus(machines.number, peak=1e12 * gpu.bf16, memory=1e9 * gpu.memory)))
 
 
 def _sizes(found: Footprint) -> dict[str, Any]:
@@ -232,7 +228,7 @@ def _training_lines(recipe: Recipe, *, machines: Machines) -> list[str]:
 
     named = recipe.schedule if isinstance(recipe.schedule, str) else f"{len(recipe.schedule)} stages"
     rows, micro = recipe.data.sequence_length, recipe.distill.micro_rows
-    each = f"{machines.gpus} x {machines.gpu} ({MEMORY_GB[machines.gpu]} GB)"
+    each = f"{machines.number} x {machines.gpu.name} ({machines.gpu.memory} GB)"
     return [
         f"training: {machines.tokens / 1e9:g} B tokens, {named}, rows of {rows}, the uncut model as teacher, on {each} "
         f"at an assumed {UTILISATION:.0%} of the peak in bf16; memory of the stage that takes most, activation "

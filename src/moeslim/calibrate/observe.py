@@ -27,7 +27,7 @@ from moeslim.statistics import LayerStats, NormStats
 class Trial(Protocol):
     """A search at one live layer: it watches while the layer runs, and decides when its statistics are known."""
 
-    def watching(self) -> AbstractContextManager[None]:
+    def watching(self) -> AbstractContextManager[object]:
         """Look at what runs inside the block, observed rows and held-out ones."""
 
     def decide(self, stats: LayerStats | None) -> tuple[dict[str, Any] | None, nn.Module | None]:

@@ -8,10 +8,7 @@ from typing import Any
 
 from moeslim.distill.settings import TrainSettings
 from moeslim.errors import RecipeError
-from moeslim.families import table
-
-STACKED = {"trunk": "stacked", "mtp": "stacked"}
-"""How a live student holds its routed experts, whatever the layout of its files."""
+from moeslim.families import STACKED, table
 
 
 def parts_of(config: Mapping[str, Any], *, mtp: bool) -> dict[str, str]:

@@ -1,24 +1,36 @@
-"""How many operations a second a device can do at most, where its maker says so."""
+"""What a GPU can do and hold, where its maker says so: operations a second, and memory."""
 
-import torch
+from typing import NamedTuple
 
-_TERAFLOPS: tuple[tuple[str, float, float, float], ...] = (
-    # Words of the device's name, then dense bf16, TF32 and fp32 as NVIDIA's data sheets have them (which print the
-    # sparse figures of tensor cores, twice these). The first line whose words are all in the name counts.
-    ("H200 NVL", 835, 418, 60),  # H200 data sheet
-    ("H200", 989, 495, 67),
-    ("H100 NVL", 835, 418, 60),  # H100 data sheet
-    ("H100 PCIe", 756, 378, 51),
-    ("H100", 989, 495, 67),  # SXM: "H100 80GB HBM3"
-    ("GH200", 989, 495, 67),  # GH200 data sheet
-    ("GB200", 2500, 1250, 80),  # GB200 NVL72 data sheet, a 72nd
-    ("B200", 2250, 1125, 75),  # HGX B200 data sheet, an 8th
-    ("A100", 312, 156, 19.5),  # A100 data sheet, SXM and PCIe alike
-    ("L40S", 362, 183, 91.6),  # L40S data sheet
-    ("L4", 121, 60, 30.3),  # L4 data sheet
-    ("A40", 149.7, 74.8, 37.4),  # A40 data sheet
-    ("A10", 125, 62.5, 31.2),  # A10 data sheet
+
+class Gpu(NamedTuple):
+    """Dense TFLOP/s of matrix products in bf16, TF32 and fp32, and GB of memory."""
+
+    name: str
+    bf16: float
+    tf32: float
+    fp32: float
+    memory: int
+
+
+GPUS = (
+    # NVIDIA's data sheets, which print the sparse figures of tensor cores, twice these. Of several memories the larger
+    # A100's and the smaller GH200's.
+    Gpu("H200 NVL", 835, 418, 60, 141),
+    Gpu("H200", 989, 495, 67, 141),
+    Gpu("H100 NVL", 835, 418, 60, 94),
+    Gpu("H100 PCIe", 756, 378, 51, 80),
+    Gpu("H100", 989, 495, 67, 80),  # SXM: "H100 80GB HBM3"
+    Gpu("GH200", 989, 495, 67, 96),
+    Gpu("GB200", 2500, 1250, 80, 186),  # a 72nd of the GB200 NVL72
+    Gpu("B200", 2250, 1125, 75, 180),  # an 8th of the HGX B200
+    Gpu("A100", 312, 156, 19.5, 80),  # SXM and PCIe alike
+    Gpu("L40S", 362, 183, 91.6, 48),
+    Gpu("L4", 121, 60, 30.3, 24),
+    Gpu("A40", 149.7, 74.8, 37.4, 48),
+    Gpu("A10", 125, 62.5, 31.2, 24),
 )
+"""A device is the first of them whose words are all in its name."""
 
 
 def peak_of(name: str, *, bfloat16: bool, tf32: bool = False) -> float | None:
@@ -29,14 +41,16 @@ def peak_of(name: str, *, bfloat16: bool, tf32: bool = False) -> float | None:
     words = set(name.replace("-", " ").split())
     if "MIG" in words:
         return None
-    for listed, *teraflops in _TERAFLOPS:
-        if set(listed.replace("-", " ").split()) <= words:
-            return 1e12 * teraflops[0 if bfloat16 else 1 if tf32 else 2]
+    for gpu in GPUS:
+        if set(gpu.name.split()) <= words:
+            return 1e12 * (gpu.bf16 if bfloat16 else gpu.tf32 if tf32 else gpu.fp32)
     return None
 
 
 def device_peak(device: str, *, precision: str) -> float | None:
     """`peak_of` the device that is trained on; None on a CPU, whose makers give no such figure."""
+    import torch  # a plan is priced without it
+
     if not device.startswith("cuda") or not torch.cuda.is_available():
         return None
     tf32 = torch.get_float32_matmul_precision() != "highest"

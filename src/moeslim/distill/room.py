@@ -18,11 +18,9 @@ import torch
 from moeslim.distill.parts import parts_of, trained_parts
 from moeslim.distill.settings import TrainSettings
 from moeslim.errors import ResourceError
-from moeslim.families import Shape, table
+from moeslim.families import STACKED, Shape, table
 from moeslim.losses.fused import CHUNK_BYTES, LARGEST_CHUNK
 from moeslim.model.parallel import world
-
-_STACKED = {"trunk": "stacked", "mtp": "stacked"}
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,12 @@ def needed(case: Case, settings: TrainSettings, *, ranks: int = 1, shard: int = 
     """
     learning = trained_parts(settings, case.config, mtp=case.mtp)
     part = parts_of(case.config, mtp=case.mtp)
-    sizes = {name: row.parameters for name, row in table(case.config, _STACKED, mtp=case.mtp).items()}
+    sizes = {name: row.parameters for name, row in table(case.config, STACKED, mtp=case.mtp).items()}
     trained = sum(number for name, number in sizes.items() if part[name] in learning)
     width = 2 if settings.precision == "bfloat16" else 4
     teacher = 0
     if case.teacher is not None:
-        teacher = width * sum(row.parameters for row in table(case.teacher, _STACKED, mtp=False).values())
+        teacher = width * sum(row.parameters for row in table(case.teacher, STACKED, mtp=False).values())
     return Need(
         weights=4 * sum(sizes.values()) // shard,
         gradients=4 * trained // shard,

@@ -166,12 +166,15 @@ def _sums(records: Sequence[Record], metric: str) -> dict[str, Sums]:
     """Per domain and document (tops, bottoms), averaged over records that share their documents."""
     top, bottom = PAIRED[metric][:2]
     domains = records[0].documents["domain"]
-    columns = [
+    tops, bottoms = (
         [statistics.fmean(record.documents[name][index] for record in records) for index in range(len(domains))]
         for name in (top, bottom)
-    ]
+    )
     return {
-        name: tuple([column[i] for i, own in enumerate(domains) if own == name] for column in columns)  # type: ignore[misc]
+        name: (
+            [value for value, own in zip(tops, domains, strict=True) if own == name],
+            [value for value, own in zip(bottoms, domains, strict=True) if own == name],
+        )
         for name in dict.fromkeys(domains)
     }
 

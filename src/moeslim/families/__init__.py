@@ -6,12 +6,13 @@ from moeslim.families.operations import Forward, forward_operations, training_op
 from moeslim.families.registry import FAMILIES, family_of
 from moeslim.families.shape import Shape
 from moeslim.families.spec import Family, Tensor, names, positions, size
-from moeslim.families.table import PER_EXPERT, Row, expert_prefix, layer_prefix, table
+from moeslim.families.table import PER_EXPERT, STACKED, Row, expert_prefix, layer_prefix, table
 
 __all__ = [
     "EXPERT_LAYOUTS",
     "FAMILIES",
     "PER_EXPERT",
+    "STACKED",
     "Count",
     "Family",
     "Forward",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeslim.families.shape import Shape
-from moeslim.families.table import table
+from moeslim.families.table import STACKED, table
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,9 @@ def count(config: Mapping[str, Any] | Shape) -> Count:
     A config does not say whether the checkpoint has an MTP head, so its size always stands apart.
     """
     shape = config if isinstance(config, Shape) else Shape.from_config(config)
-    stacked = {"trunk": "stacked", "mtp": "stacked"}  # the layout changes no sum, and this table is the shortest
     components: dict[str, int] = {}
     sums = {"trunk": [0, 0], "mtp": [0, 0]}
-    for row in table(shape, stacked, mtp=True).values():
+    for row in table(shape, STACKED, mtp=True).values():
         active = row.parameters
         if row.component == "experts":
             active = row.parameters // shape["experts"] * shape["top_k"]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeslim.families.shape import Shape
-from moeslim.families.table import table
+from moeslim.families.table import STACKED, table
 
 Config = Mapping[str, Any] | Shape
 
@@ -41,7 +41,7 @@ def forward_operations(config: Config, *, length: int, subtree: str = "trunk") -
     """Per token in rows of `length`, without the head; `subtree` "mtp" is one pass through the MTP block."""
     shape = config if isinstance(config, Shape) else Shape.from_config(config)
     matrices: dict[str, float] = {}
-    for row in table(shape, {"trunk": "stacked", "mtp": "stacked"}, mtp=True).values():
+    for row in table(shape, STACKED, mtp=True).values():
         if row.subtree != subtree or row.component in ("embedding", "head") or len(row.shape) < 2:
             continue
         met = row.parameters // shape["experts"] * shape["top_k"] if row.component == "experts" else row.parameters

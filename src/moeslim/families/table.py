@@ -9,6 +9,8 @@ from moeslim.families.shape import Shape
 from moeslim.families.spec import Tensor, size
 
 PER_EXPERT: Layouts = {"trunk": "per_expert", "mtp": "per_expert"}
+STACKED: Layouts = {"trunk": "stacked", "mtp": "stacked"}
+"""As a live model holds them; and the shortest table, where only sums or sizes are wanted."""
 
 
 @dataclass(frozen=True)

@@ -75,11 +75,15 @@ class Wish:
         target: str | None = None,
         memory: str | None = None,
         speedup: str | None = None,
-        precision: str = "bf16",
+        precision: str | None = None,
     ) -> "Wish":
         """From an option's words: "23B-A2B" or "23B", "24GB", "2x". RecipeError for other words."""
-        if precision not in PRECISIONS:
+        if precision not in (None, *PRECISIONS):
             raise RecipeError(f"--precision: {precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
+        if precision is not None and memory is None:
+            raise RecipeError(
+                f"--precision: {precision} is that of weights which must fit; say into what with --memory"
+            )
         number = r"(\d+(?:\.\d+)?)"
         total = active = room = faster = None
         if target is not None:
@@ -97,7 +101,7 @@ class Wish:
             faster = float(_words("--speedup", speedup, form=rf"{number}x", such="2x or 1.5x")[1])
             if faster < 1:
                 raise RecipeError(f"--speedup: {speedup} is slower than the model itself; ask for 1x at least")
-        return cls(total, active, memory=room, speedup=faster, precision=precision)
+        return cls(total, active, memory=room, speedup=faster, precision=precision or "bf16")
 
     @property
     def empty(self) -> bool:

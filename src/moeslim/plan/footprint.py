@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moeslim.families import Shape, forward_operations, table
+from moeslim.families import STACKED, Shape, forward_operations, table
 
 PRECISIONS = ("bf16", "fp8", "int4")
 ROW = 2048
@@ -31,7 +31,6 @@ _LEFT = {"embedding", "head", "router", "mtp_fc"}
 """Components whose matrices stay in bf16 in fp8."""
 _INTEGER = {"experts", "shared", "dense"}
 _SIZES = ("hidden", "experts", "expert_size", "shared_size")
-_STACKED = {"trunk": "stacked", "mtp": "stacked"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Footprints:
         operations without the routed experts, and with one expert per token those of it."""
         alone = replace(shape, sizes={**shape.sizes, "top_k": 1})
         values = np.zeros(5)
-        for row in table(alone, _STACKED, mtp=self._mtp).values():
+        for row in table(alone, STACKED, mtp=self._mtp).values():
             trunk = row.subtree == "trunk"
             matrix = len(row.shape) > 1 and min(row.shape) > 1  # neither the convolution nor the shared expert's gate
             small = matrix and row.component not in _LEFT, matrix and row.component in _INTEGER

@@ -12,7 +12,7 @@ import numpy as np
 
 from moeslim.artifacts.fingerprint import fingerprint
 from moeslim.errors import PlanError
-from moeslim.families import Row, Shape, table
+from moeslim.families import STACKED, Row, Shape, table
 from moeslim.plan import experts, importance
 from moeslim.plan.grouping import Wanted, cut_layer
 from moeslim.plan.groups import check_groups
@@ -201,7 +201,7 @@ class _Maker:
 
 def hidden_norms(shape: Shape, *, mtp: bool) -> list[Row]:
     """The rows of the table that are norms over the hidden channels, the trunk's first."""
-    rows = table(shape, {"trunk": "stacked", "mtp": "stacked"}, mtp=mtp).values()
+    rows = table(shape, STACKED, mtp=mtp).values()
     return [row for row in rows if row.tensor.norm is not None and row.axes == ("hidden",)]
 
 

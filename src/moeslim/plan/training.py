@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeslim.families import Shape, count, table, training_operations
+from moeslim.families import STACKED, Shape, count, table, training_operations
 
 UTILISATION = 0.4
 """Share of the peak that a GPU is taken to reach: an assumption, not a measurement."""
@@ -93,6 +93,6 @@ def _parameters(shape: Shape, *, mtp: bool) -> int:
 
 def _largest_layer(shape: Shape) -> int:
     sums: Counter[str | None] = Counter()
-    for row in table(shape, {"trunk": "stacked", "mtp": "stacked"}, mtp=False).values():
+    for row in table(shape, STACKED, mtp=False).values():
         sums[row.layer] += row.parameters if row.layer is not None else 0
     return max(sums.values())

@@ -147,13 +147,13 @@ class _Trial:
         if search.holds_out:
             self.held_out = BlockSample(visit, observed + spread(held_out, SAMPLE_TOKENS))
 
-    def watching(self) -> AbstractContextManager[None]:
+    def watching(self) -> AbstractContextManager[object]:
         """Take the samples while the layer runs."""
         stack = ExitStack()
         for sample in (self.observed, self.held_out):
             if sample is not None:
                 stack.enter_context(sample.watching())
-        return stack  # type: ignore[return-value]  # what it yields is not looked at
+        return stack
 
     def decide(self, stats: LayerStats | None) -> tuple[dict[str, Any] | None, nn.Module | None]:
         """The layer's cut with facts on how it was found, and in sequence what runs from here on."""

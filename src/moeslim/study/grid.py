@@ -10,8 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moeslim.errors import RecipeError
 from moeslim.inputs import BUNDLED
-from moeslim.recipe import Recipe
-from moeslim.recipe_text import explain, read_yaml
+from moeslim.recipe import Recipe, explain, read_yaml
 
 SEED_MEANS = (
     "a seed decides which calibration rows are seen, the order of the training text, and all random values (random "

@@ -5,7 +5,7 @@ order. The bytes do not depend on how many they are.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +110,9 @@ def _fill(cache: CacheFolder, teacher: Path, *, tokens: Path, ask: Ask) -> None:
                 deque(coded, maxlen=0)
 
 
-def _read(model: Student, tokens: TokenSet, *, rows: range, ask: Ask, advance: object) -> Iterator[bytes]:
+def _read(
+    model: Student, tokens: TokenSet, *, rows: range, ask: Ask, advance: Callable[[float], None]
+) -> Iterator[bytes]:
     """The words of `rows` as `coding.encode` says them; round by round a batch of every process.
 
     Batches begin with the shard, so that a resumed run has the same ones.
@@ -124,7 +126,7 @@ def _read(model: Student, tokens: TokenSet, *, rows: range, ask: Ask, advance: o
             own = _coded(model, tokens, rows=range(start, min(start + ask.rows_per_batch, rows.stop)), ask=ask)
         for coded in parallel.gather(own):
             yield from coded
-            advance(len(coded) * tokens.sequence_length)  # type: ignore[operator]
+            advance(len(coded) * tokens.sequence_length)
 
 
 def _coded(model: Student, tokens: TokenSet, *, rows: range, ask: Ask) -> list[bytes]:

@@ -35,7 +35,7 @@ def read_yaml(path: Path | str) -> tuple[Any, Lines]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         lines = dict(_lines(yaml.compose(text, Loader=_Loader), ()))
-        return yaml.load(text, Loader=_Loader), lines  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader), lines  # a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecipeError) as problem:
         raise RecipeError(f"{path}: cannot be read as a YAML recipe: {problem}") from None
 
@@ -66,7 +66,7 @@ def override(tree: dict[str, Any], text: str) -> Place:
     path: list[str | int] = []
     here: Any = tree
     try:
-        value = yaml.load(written, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(written, Loader=_Loader)  # a SafeLoader
         for depth, part in enumerate(parts):
             path.append(int(part) if isinstance(here, list) else part)
             if depth == len(parts) - 1:

@@ -1,0 +1,22 @@
+"""A recipe: frozen, strict pydantic; the words of the YAML files in recipes/."""
+
+from moeslim.recipe.recipe import Recipe
+from moeslim.recipe.sections import OWN_IMPORTANCE, Data, Keep, Methods, Source, Stage, parse_kept
+from moeslim.recipe.text import explain, read_yaml
+from moeslim.recipe.training import Distill, Part, PartSettings
+
+__all__ = [
+    "OWN_IMPORTANCE",
+    "Data",
+    "Distill",
+    "Keep",
+    "Methods",
+    "Part",
+    "PartSettings",
+    "Recipe",
+    "Source",
+    "Stage",
+    "explain",
+    "parse_kept",
+    "read_yaml",
+]

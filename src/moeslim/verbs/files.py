@@ -1,0 +1,163 @@
+"""Verbs on a model's files: calibrate, plan, cut, verify, and what each expert count would cost."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeslim.artifacts.commit import check_vacant, write_json
+from moeslim.artifacts.fingerprint import folder_fingerprint
+from moeslim.artifacts.run import open_run
+from moeslim.checkpoint.config_json import read_config
+from moeslim.checkpoint.structure import check_structure, read_structure
+from moeslim.describe import amount, sizes
+from moeslim.errors import PlanError, RecipeError
+from moeslim.families import Shape
+from moeslim.inputs import (
+    advice,
+    has_mtp,
+    model_folder,
+    options_recipe,
+    text_parts,
+    walk_settings,
+)
+from moeslim.plan.schedule import resolve
+from moeslim.recipe import Keep
+
+
+def calibrate(
+    model: str, out: Path | str, *, data: Sequence[str] | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Statistics of `model` over calibration text, in `out`; a killed calibration goes on at its layer."""
+    from moeslim.calibrate.run import calibrate as observe
+    from moeslim.data.tokens import pack
+    from moeslim.statistics import coverage_lines
+
+    recipe = options_recipe(model, keep={}, overrides=overrides, data=data)
+    folder, out = model_folder(model, revision=recipe.revision), Path(out)
+    check_structure(read_structure(folder))
+    if not (out / "stats.json").is_file():
+        check_vacant(out)
+    text = text_parts(recipe.data)["calibration"]
+    length, beside = recipe.data.sequence_length, out.with_name(out.name + ".tokens")
+    tokens = pack(text, folder, out_folder=beside, sequence_length=length, seed=recipe.seed)
+    sequences = min(recipe.calibrate.sequences, len(tokens))
+    stats = observe(folder, tokens, out=out, sequences=sequences, settings=walk_settings(recipe))
+    lines = [f"{out}: {stats.tokens:,} tokens in {stats.sequences} sequences of text {tokens.fingerprint}"]
+    lines += coverage_lines(stats.coverage())
+    return {"stats": str(out), "tokens": stats.tokens, "text": tokens.fingerprint, "lines": [*lines, *advice(data)]}
+
+
+def plan(
+    model: str,
+    out: Path | str,
+    *,
+    stats: Path | str | None = None,
+    keep: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The decisions for cutting `model` to `keep`, written to `out`; warnings of what engines object to."""
+    from moeslim.plan.check import check_plan
+    from moeslim.plan.make import make_plan
+    from moeslim.plan.steps import write_plan
+    from moeslim.statistics import Stats
+
+    recipe = options_recipe(model, keep=keep, overrides=overrides)
+    folder = model_folder(model, revision=recipe.revision, config_only=True)
+    config, mtp = read_config(folder), has_mtp(folder) is not False
+    target = resolve(Shape.from_config(config), recipe.keep, methods=recipe.methods)
+    known = Stats.load(stats) if stats is not None else None
+    if known is not None and has_mtp(folder) is not None and known.model != folder_fingerprint(folder):
+        raise PlanError(
+            f"{stats}: statistics of model {known.model}, but {folder} is {folder_fingerprint(folder)}; "
+            "give the statistics of this model, or calibrate it"
+        )
+    made = make_plan(config, stats=known, target=target, methods=recipe.methods, mtp=mtp, seed=recipe.seed)
+    warnings = check_plan(made, config, mtp=mtp)
+    write_plan(out, made)
+    steps = ", ".join(step.step for step in made.steps) or "nothing to cut"
+    return {"plan": str(out), "warnings": warnings, "lines": [f"{out}: {steps}", *warnings]}
+
+
+def cut(model: str, plan_file: Path | str, *, out: Path | str) -> dict[str, Any]:
+    """Carry out a plan; the smaller checkpoint appears in `out` whole, verified, or not at all."""
+    from moeslim.plan.steps import read_plan
+    from moeslim.surgery.apply import cut as carry_out
+
+    folder = model_folder(model)
+    before = sizes(read_config(folder), has_mtp(folder))
+    receipt = carry_out(folder, read_plan(plan_file), out_folder=out, beside=Path(plan_file).parent)
+    after = sizes(read_config(out), has_mtp(Path(out)))
+    line = f"{out}: {amount(before['parameters'])} -> {amount(after['parameters'])} parameters"
+    return {"model": str(out), "receipt": receipt, "lines": [line]}
+
+
+def verify(model: str) -> dict[str, Any]:
+    """Whether a checkpoint is whole: names, shapes, dtypes, values, index, side files, hashes of its receipt."""
+    from moeslim.checkpoint.verify import verify as prove
+
+    folder = model_folder(model)
+    proof = prove(folder)
+    extent = "hashes of the receipt too" if proof.hashed else "no receipt: structure and values only"
+    state = "good" if proof.ok else "BROKEN"
+    head = f"{folder}: {state}, {proof.tensors} tensors, {proof.bytes / 1e9:.3f} GB ({extent})"
+    return {
+        "model": str(folder),
+        "ok": proof.ok,
+        "problems": list(proof.problems),
+        "tensors": proof.tensors,
+        "bytes": proof.bytes,
+        "hashed": proof.hashed,
+        "lines": [head, *proof.problems],
+    }
+
+
+def probe(
+    model: str,
+    out: Path | str = "probe",
+    *,
+    data: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+    tolerance: float | None = None,
+    redo: bool = False,
+) -> dict[str, Any]:
+    """What each expert count would cost, from one calibration: OUT/probe.json, OUT/probe.html, and OUT/stats.
+
+    `tolerance`: how many nats per token the loss may rise and be called safe (None: `search.knee.TOLERANCE`).
+    """
+    from moeslim.data.tokens import pack
+    from moeslim.report.probe import write_probe_page
+    from moeslim.search.knee import TOLERANCE
+    from moeslim.search.probe import Ask
+    from moeslim.search.probe import probe as predict
+    from moeslim.search.verdict import verdict
+
+    recipe, out = options_recipe(model, keep={}, overrides=overrides, data=data), Path(out)
+    if recipe.keep != Keep():
+        raise RecipeError("a probe tries every number of experts on the model as it is; leave keep out")
+    folder = model_folder(model, revision=recipe.revision)
+    check_structure(read_structure(folder))
+    length, methods = recipe.data.sequence_length, recipe.methods
+    ask = Ask(methods, seed=recipe.seed, sequences=recipe.calibrate.sequences)
+    with open_run(out, redo=redo) as run:
+        text = text_parts(recipe.data)["calibration"]
+        tokens = pack(text, folder, out_folder=out / "tokens", sequence_length=length, seed=recipe.seed, redo=redo)
+        made_from = {
+            "model": folder_fingerprint(folder),
+            "text": tokens.fingerprint,
+            "calibrate": recipe.calibrate.model_dump(mode="json"),
+            "methods": methods.model_dump(mode="json"),
+            "seed": recipe.seed,
+            "precision": recipe.precision,
+        }
+        # Statistics without a record (a kill came between) are not cleared: the probe knows whether they are right.
+        stands = run.stands("probe", made_from, outputs=["stats"] if redo else [])
+        found = predict(folder, tokens, out=out / "stats", ask=ask, settings=walk_settings(recipe), redo=redo)
+        if not stands:
+            run.finish("probe", made_from, outputs=["stats"])
+        record: dict[str, Any] = {"model": model, "fingerprint": made_from["model"], "text": tokens.fingerprint}
+        allowed = TOLERANCE if tolerance is None else tolerance
+        record |= verdict(found, read_config(folder), methods=methods, tolerance=allowed)
+        write_json(out / "probe.json", record)
+        page = write_probe_page(record, out / "probe.html")
+    cut = f"to cut by these statistics: moeslim plan {model} plan.json --stats {out / 'stats'} --experts COUNT"
+    return {**record, "page": str(page), "lines": [*record["lines"], *advice(data), f"page: {page}", cut]}

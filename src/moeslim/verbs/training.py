@@ -1,0 +1,110 @@
+"""Verbs that train, or prepare it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moeslim.artifacts.commit import check_vacant
+from moeslim.artifacts.lock import run_lock
+from moeslim.checkpoint.structure import check_structure, read_structure
+from moeslim.errors import RecipeError
+from moeslim.inputs import (
+    cache_settings,
+    check_disk,
+    check_training,
+    model_folder,
+    options_recipe,
+    teaching_folder,
+    text_parts,
+    train_settings,
+)
+from moeslim.recipe import Recipe
+
+
+def cache_teacher(
+    model: str,
+    data: Path | str,
+    *,
+    out: Path | str,
+    overrides: Sequence[str] = (),
+    k: int = 50,
+    samples: int = 8,
+) -> dict[str, Any]:
+    """What the teacher `model` says on training text, kept in `out`; goes on behind its last whole shard.
+
+    `data` is text, `demo`, or a recipe (YAML) whose training text is meant, with its row length and seed.
+    """
+    from moeslim.data.tokens import pack
+    from moeslim.distill.cache import make_cache
+    from moeslim.distill.cache.make import estimated_bytes
+
+    if Path(data).suffix in (".yaml", ".yml"):
+        recipe = Recipe.load(data, overrides)
+    else:
+        recipe = options_recipe(model, keep={}, overrides=overrides, data=None if data == "demo" else [str(data)])
+    folder, out = model_folder(model), Path(out)
+    check_structure(read_structure(folder))
+    if not (out / "tokens").is_dir():
+        check_vacant(out)
+    text, words = text_parts(recipe.data)["train"], model_folder(recipe.model, revision=recipe.revision)
+    length, ask = recipe.data.sequence_length, cache_settings(recipe, k=k, samples=samples)
+    tokens = pack(text, words, out_folder=out / "tokens", sequence_length=length, seed=recipe.seed)
+    standing = sum(path.stat().st_size for path in out.glob("shard-*.bin"))
+    check_disk(out, max(0, estimated_bytes(tokens, ask) - standing))
+    cache = make_cache(folder, tokens, out=out, ask=ask)
+    kept, size = f"top {k} and {samples} samples", f"{cache.bytes_per_token:.1f} bytes per token"
+    line = f"{out}: {kept} on {len(tokens) * length:,} tokens of text {tokens.fingerprint}, {size}"
+    return {"cache": str(out), "bytes_per_token": cache.bytes_per_token, "text": tokens.fingerprint, "lines": [line]}
+
+
+def distill(
+    student: str,
+    out: Path | str,
+    *,
+    teacher: str | None = None,
+    teacher_cache: Path | str | None = None,
+    data: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Train `student` on text, from `teacher`, a cache of it, or by language modelling alone.
+
+    Without `data` a cached teacher's own text is read. States and curve stand in `out`.work. Where bits per byte are
+    measured on the way (distill.measure_every), some of the text is held out for that, or data.heldout is read.
+    """
+    from moeslim.data.tokens import TokenSet, pack
+    from moeslim.distill.run import Place
+    from moeslim.distill.run import distill as train
+
+    section: dict[str, Any] = {} if teacher_cache is None else {"teacher_cache": str(teacher_cache)}
+    named = teacher_cache is not None or any(text.startswith("distill.teacher_cache=") for text in overrides)
+    section["lm_only"] = teacher is None and not named
+    recipe = options_recipe(student, keep={}, overrides=overrides, data=data, distill=section)
+    folder, out = model_folder(student), Path(out)
+    work = out.with_name(out.name + ".work")
+    master = None if teacher is None else model_folder(teacher)
+    for model in filter(None, (folder, master)):
+        check_structure(read_structure(model))
+    check_vacant(out)
+    check_training(recipe, folder)
+    settings, cached = train_settings(recipe, recipe.distill.tokens), recipe.distill.teacher_cache if not data else None
+    if cached and settings.measure_every and not any(text.startswith("data.heldout=") for text in overrides):
+        raise RecipeError(
+            "distill.measure_every measures on held-out text, and a cache holds none; give the text that the cache was "
+            "made from with --data, or some that it has not seen with --set data.heldout=..."
+        )
+    text = {} if cached and not settings.measure_every else text_parts(recipe.data)
+    length, seed = recipe.data.sequence_length, recipe.seed
+    with run_lock(work):
+        if cached:
+            tokens = TokenSet.open(Path(cached) / "tokens")
+        else:
+            tokens = pack(text["train"], folder, out_folder=work / "tokens", sequence_length=length, seed=seed)
+        heldout = None
+        if settings.measure_every:
+            beside = work / "heldout"
+            heldout = pack(text["heldout"], folder, out_folder=beside, sequence_length=length, seed=seed)
+        word = teaching_folder(recipe, master, student=folder, tokens=tokens)
+        place = Place(work, heldout=heldout)
+        record = train(folder, word, tokens=tokens, out=out, settings=settings, place=place)
+    line = f"{out}: {record['steps']:,} steps, loss {record['first']['total']:.3f} -> {record['last']['total']:.3f}"
+    return {**record, "model": str(out), "lines": [line]}
