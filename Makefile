@@ -8,14 +8,14 @@ SERVE := .venv-serve
 BENCH := $(VENV)/bench
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: demo test check format serve-check study-smoke clean
-.PHONY: bench-calibrate bench-experts bench-loss bench-cache bench-train
+.PHONY: demo test check format serve-check study-smoke soak fuzz clean
+.PHONY: bench-calibrate bench-stream bench-experts bench-loss bench-cache bench-train
 
 demo: $(INSTALLED)  ## a trained model gets smaller, end to end, on two CPU cores
 	$(BIN)/moeslim demo $(ARGS)
 
-test: $(INSTALLED)  ## all tests that need neither a GPU nor minutes
-	$(BIN)/python -m pytest -q $(ARGS)
+test: $(INSTALLED)  ## all tests that need neither a GPU nor minutes, two files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 check: $(INSTALLED)  ## style, types and the house's rules
 	$(BIN)/ruff check src tests benchmarks
@@ -33,8 +33,17 @@ serve-check: $(SERVE)/.installed  ## stock vLLM on a CPU loads the demo's output
 study-smoke: $(INSTALLED)  ## a whole study, four runs of a model of a few thousand parameters, in a minute or two
 	$(BIN)/python tests/study_smoke.py $(ARGS)
 
+soak: $(INSTALLED)  ## 200 runs killed at every rename and at random moments, each gone on from; by hand, half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(ARGS)
+
+fuzz: $(INSTALLED)  ## 600 corrupted inputs, each refused in one message, soon and cheaply; by hand, half an hour
+	$(BIN)/python tests/fuzz.py $(ARGS)
+
 bench-calibrate: $(INSTALLED)  ## what calibration costs beside a plain forward; minutes, on an idle machine
 	$(BIN)/python benchmarks/calibrate.py $(ARGS)
+
+bench-stream: $(INSTALLED)  ## a 14 GB model cut and calibrated: memory, speed beside cp; an hour and 19 GB of disk, idle
+	$(BIN)/python benchmarks/stream.py $(ARGS)
 
 bench-experts: $(INSTALLED)  ## every way to cut experts on the bundled teacher, and docs/experts.md; half an hour
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'

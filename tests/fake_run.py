@@ -6,6 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import moeslim.demo
+
 LABELS = ("teacher", "cut", "distilled", "random-init")
 DOMAINS = ("speeches", "python")
 _SIZES = {"teacher": (4_312_064, 2_310_000, 431_000), "cut": (1_652_992, 1_101_000, 231_000)}
@@ -75,6 +77,67 @@ def plans() -> list[dict[str, Any]]:
     ]
 
 
+def config(*, layers: int, hidden: int, experts: int, top_k: int) -> dict[str, Any]:
+    """The bundled teacher's config, cut."""
+    value: dict[str, Any] = json.loads((moeslim.demo.teacher_path() / "config.json").read_text(encoding="utf-8"))
+    changed = {"num_hidden_layers": layers, "layer_types": value["layer_types"][:layers], "hidden_size": hidden}
+    return {**value, **changed, "num_experts": experts, "num_experts_per_tok": top_k}
+
+
+def write_stages(folder: Path) -> None:
+    """What a run's stages leave beside plans and logs: statistics, config and receipt of the cut models."""
+    shapes = [dict(layers=7, hidden=128, experts=32, top_k=4), dict(layers=6, hidden=96, experts=16, top_k=3)]
+    for number, shape in enumerate(shapes, start=1):
+        stage, seen = folder / f"stage-{number}", record("teacher")["model"]
+        facts = {"schema": 2, "model": seen if number == 1 else "b7" * 8, "tokens": 24_576 * number, "sequences": 96}
+        write_json(stage / "stats" / "stats.json", facts)
+        write_json(stage / "cut" / "config.json", config(**shape))
+        files = {"model.safetensors": {"bytes": 8_841_000 // number}, "config.json": {"bytes": 1441}}
+        write_json(stage / "cut" / "receipt.json", {"schema": 1, "kind": "cut", "parents": {}, "files": files})
+
+
+def write_tasks(folder: Path) -> None:
+    """Scores of two models on two tasks, one with a chance level, and what is kept of the teacher's."""
+    right = {"arc_easy": {"teacher": 142, "distilled": 120}, "lambada": {"teacher": 90, "distilled": 61}}
+    sizes = {"arc_easy": 200, "lambada": 120}
+    told: dict[str, Any] = {"teacher": "teacher", "models": list(right["arc_easy"]), "tasks": {}}
+    scores: dict[str, dict[str, Any]] = {label: {} for label in told["models"]}
+    for task, n in sizes.items():
+        known = task == "arc_easy"
+        row: dict[str, Any] = {"metric": "acc,none", "n": n, "chance": 0.25 if known else None, "scores": {}}
+        for label, count in right[task].items():
+            items, share = [1.0] * count + [0.0] * (n - count), count / n
+            scores[label][task] = {
+                "task": task, "inputs": "i", "questions": f"of {task}", "output_type": "multiple_choice", "fewshot": 0,
+                "version": "1", "n": n, "main": "acc,none", "metrics": {"acc,none": {"value": share, "stderr": 0.0341}},
+                "items": items, "chance": [0.25] * n if known else None,
+            }  # fmt: skip
+            row["scores"][label] = {**figure(share, 0.0341, n, unit="share"), "per": "question"}
+        row["against"] = {"distilled": _kept(n, known=known)}
+        told["tasks"][task] = row
+    mean = {label: {**figure(value, 0.0211, 320, unit="share"), "per": "question"}
+            for label, value in (("teacher", 0.7312), ("distilled", 0.5543))}  # fmt: skip
+    kept = {key: value for key, value in _kept(320, known=True).items() if key != "paired"}
+    told["mean"] = {"tasks": list(sizes), "tasks_with_chance": ["arc_easy"], "against": {"distilled": kept}}
+    told["mean"]["scores"] = mean
+    for label in scores:
+        value = {"schema": 1, "label": label, "model": "ab" * 8, "environment": {}, "tasks": scores[label]}
+        write_json(folder / f"{label}.json", value)
+    write_json(folder / "retention" / "teacher.json", told)
+
+
+def _kept(n: int, *, known: bool) -> dict[str, Any]:
+    """What a retention record says of one model and task."""
+    facts: dict[str, Any] = {
+        "retention": {**figure(0.8123 + n / 1e4, 0.0278, n, unit="share"), "per": "question"},
+        "difference": {**figure(-0.1321 - n / 1e4, 0.0296, n, unit="share"), "per": "question"},
+        "paired": {"better": 13, "worse": 35 + n // 100, "p": 0.0021},
+    }
+    if known:
+        facts["above_chance"] = {**figure(0.7214 + n / 1e4, 0.0415, n, unit="share"), "per": "question"}
+    return facts
+
+
 def curve(*, steps: int, start: float, end: float, before: int = 0) -> list[dict[str, float]]:
     draw = random.Random(steps)
     lines = []
@@ -114,6 +177,7 @@ def fake_run(folder: Path, *, log_every: int = 1) -> Path:
     write_lines(
         folder / "random-init" / "curve.jsonl", curve(steps=450, start=7.6, end=3.3)[log_every - 1 :: log_every]
     )
+    write_stages(folder)
     texts = {label: f"and the people of the {label} Union, who have <script>alert(1)</script> been" for label in LABELS}
     code = {label: f"        if self.{label.replace('-', '_')} is None:\n            return None\n" for label in LABELS}
     write_json(folder / "samples.json", {"samples": [

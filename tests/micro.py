@@ -179,18 +179,37 @@ def carry_out_until(recipe: Path, out: Path, place: str) -> None:
     carry_out(recipe, out)
 
 
+def run_until_full(recipe: Path, out: Path, said: Path, moment: tuple[str, int]) -> None:
+    """`moeslim run` on a disk of its own that has so many bytes left after a rename; what it says goes to `said`."""
+    place, left = moment
+    _at_rename(out, lambda name: name == place, act=lambda: fill(out.parent, left), after=True)
+    command_line_said(str(said), "run", str(recipe), str(out))
+
+
+def fill(disk: Path, left: int = 0) -> None:
+    """Take the room that a disk has, but for `left` bytes, with the file `filler`."""
+    free = os.statvfs(disk)
+    with (disk / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - left)
+
+
 def _die_at_rename(out: Path, chosen: Callable[[str], bool], *, after: bool) -> None:
+    _at_rename(out, chosen, act=lambda: os.kill(os.getpid(), signal.SIGKILL), after=after)
+
+
+def _at_rename(out: Path, chosen: Callable[[str], bool], *, act: Callable[[], None], after: bool) -> None:
     rename = os.rename
 
-    def dying(source: Path, target: Path) -> None:
+    def watched(source: Path, target: Path) -> None:
         place = _place(Path(source), Path(target), out)
         hit = place is not None and chosen(place)
-        if not hit or after:
-            rename(source, target)
-        if hit:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if hit and not after:
+            act()
+        rename(source, target)
+        if hit and after:
+            act()
 
-    os.rename = dying  # what everything that commits or discards goes through
+    os.rename = watched  # what everything that commits or discards goes through
 
 
 def carry_out_until_tensor(recipe: Path, out: Path, name: str, tensor: int) -> None:

@@ -21,7 +21,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 
 
-class _Wide(ModuleType):
+class Wide(ModuleType):
     """torch, except that its float32 is float64."""
 
     float32 = torch.float64
@@ -35,7 +35,7 @@ class _Wide(ModuleType):
 def in_float64() -> Iterator[None]:
     """Inside, norms, softmax, rotary and DeltaNet of the modeling file compute in float64."""
     with (
-        patch.object(modeling, "torch", _Wide("torch")),
+        patch.object(modeling, "torch", Wide("torch")),
         patch.object(torch.Tensor, "float", torch.Tensor.double),
         torch.no_grad(),
     ):
@@ -56,7 +56,7 @@ class Oracle(nn.Module):
             weights |= {name: tensor.double() for name, tensor in load_file(file).items()}
         config = Qwen3NextConfig.from_dict({k: v for k, v in raw.items() if k not in ("architectures", "torch_dtype")})
         config._attn_implementation, config._experts_implementation, config.use_cache = "eager", "eager", False
-        weights = _stacked(weights, config.num_experts)
+        weights = stacked(weights, config.num_experts)
         block = {name.removeprefix("mtp."): weights.pop(name) for name in list(weights) if name.startswith("mtp.")}
         self.trunk = modeling.Qwen3NextForCausalLM(config).double().eval()
         if config.tie_word_embeddings:
@@ -98,7 +98,7 @@ class Oracle(nn.Module):
             gate = self.layer(key).mlp.gate
             gone = torch.ones(gate.num_experts, dtype=torch.bool)
             gone[list(ids)] = False
-            gate.forward = _masked_router(gate, gone)
+            gate.forward = masked_router(gate, gone)
 
     def set_top_k(self, top_k: int) -> None:
         """Every router selects `top_k`."""
@@ -177,7 +177,9 @@ class _MtpOracle(nn.Module):
         return self.norm(x)
 
 
-def _masked_router(gate: nn.Module, gone: torch.Tensor) -> Any:
+def masked_router(gate: nn.Module, gone: torch.Tensor) -> Any:
+    """A softmax router's forward with the logits of `gone` at -inf."""
+
     def forward(hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logits = nn.functional.linear(hidden_states.reshape(-1, gate.hidden_dim), gate.weight)
         logits = logits.masked_fill(gone, float("-inf"))
@@ -189,7 +191,7 @@ def _masked_router(gate: nn.Module, gone: torch.Tensor) -> Any:
     return forward
 
 
-def _stacked(weights: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:
+def stacked(weights: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:
     """Weights with every per-expert file tensor joined: gate_up_proj [gate; up] and down_proj, along a first axis."""
     found = dict(weights)
     first = ".0.gate_proj.weight"

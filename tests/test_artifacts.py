@@ -1,26 +1,31 @@
 """Laws of the files that must survive: equal contents equal names, all or nothing, one process, skip what stands."""
 
+import errno
+import io
 import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeslim.artifacts import commit, fingerprint
+from moeslim.artifacts import commit, fingerprint, lock
 from moeslim.artifacts.commit import committed_folder, discard, read_json, replace_file, write_json
 from moeslim.artifacts.fingerprint import file_fingerprint, folder_fingerprint, hash_file
 from moeslim.artifacts.lock import run_lock
 from moeslim.artifacts.run import Run, open_run
-from moeslim.errors import CheckpointError, RunError
+from moeslim.errors import CheckpointError, ResourceError, RunError
 
+FLOATS = st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False)  # a test before may have flushed them
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | FLOATS | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=10,
 )
@@ -29,6 +34,12 @@ values = st.recursive(
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below `folder`, dot files too, so that nothing left behind goes unseen."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def enter(final: Path) -> None:
+    """Begin to write a folder, and leave it."""
+    with committed_folder(final):
+        raise Killed
 
 
 class Killed(BaseException):
@@ -158,9 +169,126 @@ def test_what_sigkill_leaves_is_no_model_and_is_cleared(tmp_path: Path) -> None:
 def test_a_living_writer_is_not_robbed(tmp_path: Path) -> None:
     with committed_folder(tmp_path / "model") as folder:
         (folder / "x").write_text("x")
-        with pytest.raises(RunError, match="another process"), committed_folder(tmp_path / "model"):
-            pass
+        with pytest.raises(RunError, match=f"model: in use by process {os.getpid()} on "):
+            enter(tmp_path / "model")
     assert contents(tmp_path) == {"model/x": b"x"}
+
+
+def test_who_clears_what_a_kill_left_is_not_robbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes find the same half-written folder: the second comes while the first one clears it."""
+    left = tmp_path / ".model.partial" / "deep"
+    left.mkdir(parents=True)
+    clear, refused = commit.shutil.rmtree, []
+
+    def clearing(folder: Path, **how: bool) -> None:
+        if Path(folder).name in ("deep", ".model.partial") and not refused:
+            with pytest.raises(RunError, match="in use by process") as caught:
+                enter(tmp_path / "model")
+            refused.append(caught.value)
+        clear(folder, **how)
+
+    monkeypatch.setattr(commit.shutil, "rmtree", clearing)
+    with committed_folder(tmp_path / "model") as folder:
+        (folder / "x").write_text("x")
+    assert refused
+    assert contents(tmp_path) == {"model/x": b"x"}
+
+
+def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    with replace_file(path) as temporary:
+        temporary.write_bytes(b"half")
+        other = threading.Thread(target=commit.write_bytes, args=(path, b"the other one's"))
+        other.start()
+        other.join(0.3)
+        assert contents(tmp_path) == {".record.json.partial": b"half"}
+        temporary.write_bytes(b"whole")
+    other.join()
+    assert contents(tmp_path) == {"record.json": b"the other one's"}
+
+
+def test_who_waited_for_a_lock_holds_the_file_that_stands_then(tmp_path: Path) -> None:
+    path, got = tmp_path / "file", list[int]()
+    before = lock.hold(path, place=path)
+    other = threading.Thread(target=lambda: got.append(lock.hold(path, place=path, wait=True)))
+    other.start()
+    other.join(0.3)
+    assert not got
+    path.write_text("committed")
+    path.rename(tmp_path / "final")
+    os.close(before)
+    other.join()
+    assert os.path.samestat(os.fstat(got[0]), path.stat())
+    assert (tmp_path / "final").read_text() == "committed"
+    os.close(got[0])
+
+
+def refuse(problem: OSError) -> None:
+    raise problem
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+FAILS = OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize(
+    ("problem", "says"),
+    [
+        (FULL, r"the disk is full \(\d+\.\d+ GB free\).*Make room"),
+        (FAILS, r"could not be written \(Input/output error\).*Look at the disk"),
+    ],
+)
+def test_what_the_disk_says_is_told_with_the_place(tmp_path: Path, problem: OSError, says: str) -> None:
+    with pytest.raises(ResourceError, match=f"{tmp_path}/model: {says}"), committed_folder(tmp_path / "model"):
+        refuse(problem)
+    with pytest.raises(ResourceError, match=f"{tmp_path}/a.json: {says}"), replace_file(tmp_path / "a.json"):
+        refuse(problem)
+    with (
+        pytest.raises(ResourceError, match=f"{tmp_path}/model/a.json: {says}"),
+        committed_folder(tmp_path / "model") as folder,
+        replace_file(folder / "a.json"),
+    ):
+        refuse(problem)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_read_error_has_the_name_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(io.BytesIO):
+        def read(self, *_: object) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fingerprint, "open", lambda *_: Failing(), raising=False)
+    with pytest.raises(OSError, match=rf"Input/output error: '{tmp_path}/w'"):
+        hash_file(tmp_path / "w")
+
+
+def test_errors_about_other_files_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="elsewhere"), committed_folder(tmp_path / "model"):
+        (tmp_path / "elsewhere").read_bytes()
+    with pytest.raises(OSError, match="^a tokenizer that cannot be had$"), committed_folder(tmp_path / "model"):
+        refuse(OSError("a tokenizer that cannot be had"))
+
+
+def test_a_file_that_may_not_grow_is_told_whoever_writes_it(tmp_path: Path) -> None:
+    """numpy and statistics under a real limit of the kernel, where numpy's error has no number."""
+    program = (
+        "import resource, sys\n"
+        "import numpy as np\n"
+        "from moeslim.artifacts.commit import committed_folder, read_json\n"
+        "from moeslim.errors import ResourceError\n"
+        "from moeslim.statistics import NormStats, Stats\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "stats = Stats('m', ('t',), 1, 1, norms={'n': NormStats(abs_sum=np.zeros(9000))})\n"
+        "for write in (lambda folder: np.save(folder / 'x.npy', np.zeros(9000)), stats.save):\n"
+        "    try:\n"
+        "        with committed_folder(sys.argv[1]) as folder:\n"
+        "            write(folder)\n"
+        "    except ResourceError as problem:\n"
+        "        print(problem)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.stdout.count("the disk is full") == 2, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_in_use_is_refused_untouched(tmp_path: Path) -> None:
@@ -211,14 +339,30 @@ def test_replace_file_and_discard(tmp_path: Path) -> None:
 # locks and stages
 
 
-def test_a_second_process_is_told_who_holds_the_lock(tmp_path: Path) -> None:
+def test_a_second_process_is_told_who_holds_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/moeslim", "run", "my recipe.yaml"])
     program = "import sys; from moeslim.artifacts.lock import run_lock\nwith run_lock(sys.argv[1]): print('got it')"
     command = [sys.executable, "-c", program, str(tmp_path)]
     with run_lock(tmp_path):
         refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert f"in use by process {os.getpid()} on " in refused.stderr
+    assert f"in use by process {os.getpid()} on {socket.gethostname()} since 20" in refused.stderr
+    assert "(moeslim run 'my recipe.yaml')" in refused.stderr
     assert refused.returncode == 1
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "got it\n"
+
+
+def test_a_lock_holds_on_a_full_disk_and_not_where_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock.os, "pwrite", lambda *_: refuse(FULL))
+    with run_lock(tmp_path), pytest.raises(RunError, match="in use by another process"), run_lock(tmp_path):
+        pass
+    monkeypatch.setattr(lock.fcntl, "flock", lambda *_: refuse(OSError(errno.ENOLCK, "No locks available")))
+    with (
+        pytest.raises(RunError, match=r"keeps no locks \(No locks available\).*choose another disk"),
+        run_lock(tmp_path),
+    ):
+        pass
 
 
 def finished(run: Run, inputs: dict[str, object]) -> None:
@@ -262,6 +406,18 @@ def test_edited_outputs_are_kept_and_lost_ones_made_again(tmp_path: Path) -> Non
         assert not run.stands("cut", {}, outputs=["cut"])
         finished(run, {})
         assert run.stands("cut", {})
+
+
+def test_an_output_outside_is_removed_for_who_names_it_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    with open_run(tmp_path / "run", redo=True) as run:
+        run.finish("cut", {}, outputs=["../mine"])
+        with pytest.raises(RunError, match=r"cut.json: the output '../mine' lies outside the run folder"):
+            run.stands("cut", {"seed": 1})
+        assert mine.exists()
+        assert not run.stands("cut", {"seed": 1}, outputs=["../mine"])
+    assert not mine.exists()
 
 
 def test_a_kill_between_output_and_record_does_the_stage_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What users do wrong ends in one clear message on stderr, a non-zero exit code, and nothing in the final place."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import bad_models
 import bad_requests
 from bad_input import CASES, Given, poison
-from command import SMALL, Command, moeslim, write_model, write_text
+from command import SMALL, Command, moeslim, settings, write_model, write_text
 from moeslim.artifacts.lock import run_lock
 
 __all__ = ["bad_models", "bad_requests", "moeslim"]  # cases, and a fixture
@@ -78,17 +79,30 @@ def test_output_that_is_not_empty(moeslim: Command, given: Given, verb: str) -> 
     assert not list(given.home.glob("out.*"))  # refused before anything was made
 
 
-@pytest.mark.parametrize("verb", ["prune", "run", "distill"])
+BESIDE = {"prune": "out.work", "distill": "out.work", "calibrate": ".out.calibrating", "cut": ".out.partial"}
+"""Where the lock of a verb is, if not in OUT itself."""
+
+
+@pytest.mark.parametrize("verb", [*BESIDE, "run", "evaluate", "probe", "cache-teacher"])
 def test_run_folder_in_use(moeslim: Command, given: Given, verb: str) -> None:
-    lines = {"prune": given.keep("--experts", "4"), "run": given.run("keep: {experts: 4}\n")}
-    lines["distill"] = given.train(given.model)
-    folder = given.out if verb == "run" else given.home / "out.work"
+    text = ["--data", given.text, *settings(*SMALL)]
+    lines = {
+        "prune": given.keep("--experts", "4"),
+        "run": given.run("keep: {experts: 4}\n"),
+        "distill": given.train(given.model),
+        "calibrate": ["calibrate", given.model, given.out, *text],
+        "cut": given.cut(given.model),
+        "evaluate": ["evaluate", given.model, "--out", given.out, *text],
+        "probe": ["probe", given.model, given.out, *text],
+        "cache-teacher": ["cache-teacher", given.model, given.text, given.out, *settings(*SMALL)],
+    }
+    folder = given.home / BESIDE.get(verb, "out")
     with run_lock(folder):
         answer = moeslim.fails(*lines[verb])
     assert answer.code == 1
-    assert f"{folder}: in use by process " in answer.err
+    assert f"{given.out if verb == 'cut' else folder}: in use by process {os.getpid()} on " in answer.err
     assert "wait until it ends" in answer.err
-    assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert {path.name for path in folder.iterdir()} <= {".lock", "tokens"}
 
 
 def test_prune_never_takes_a_folder_for_its_own(moeslim: Command, given: Given) -> None:
@@ -153,7 +167,8 @@ def test_what_the_machine_refuses_is_told_in_its_words(moeslim: Command, given: 
     given.patch.setattr("moeslim.surgery.apply.write_config", full)
     answer = moeslim.fails(*given.cut(given.model))
     assert answer.code == 1
-    assert "model.safetensors: No space left on device" in answer.err
+    assert f"{given.out}: the disk is full" in answer.err
+    assert "Make room" in answer.err
     assert not given.out.exists()
     assert not list(given.home.glob(".out*"))
 

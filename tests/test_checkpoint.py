@@ -159,10 +159,14 @@ def test_links_may_not_leave_the_folder(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="a link that leaves the folder"):
         read_index(copy)
     shard.unlink()
-    blobs = tmp_path / "models--some--model" / "blobs"  # as huggingface_hub keeps a download
-    blobs.mkdir(parents=True)
-    outside.rename(blobs / "0123")
-    shard.symlink_to(blobs / "0123")
+    home = tmp_path / "models--some--model"  # as huggingface_hub keeps a download
+    (home / "blobs").mkdir(parents=True)
+    outside.rename(home / "blobs" / "0123")
+    shard.symlink_to(home / "blobs" / "0123")
+    with pytest.raises(CheckpointError, match="a link that leaves the folder"):
+        read_index(copy)  # a folder elsewhere that helps itself from what somebody downloaded
+    (home / "snapshots").mkdir()
+    copy = copy.rename(home / "snapshots" / "commit")
     assert Reader(copy).tensor("model.norm.weight").shape == (16,)
     (copy / "tokenizer.json").unlink()
     (copy / "tokenizer.json").symlink_to("/etc/hostname")

@@ -226,6 +226,7 @@ SETTINGS = Settings(
     prompts=4,
     prompt_tokens=8,
     new_tokens=10,
+    sampling_prompts=2,
     samples=1,
     sample_tokens=6,
     speed_prompt_tokens=12,
@@ -274,7 +275,8 @@ class TestEvaluate:
         records, _ = done
         assert list(records) == ["teacher", "cut", "bare"]
         cut = records["cut"]
-        for metric in ("bits_per_byte", "kl", "top1", "acc_0", "acc_4", "accepted_length", "accepted_drafts"):
+        drafted = ("acc_0", "acc_4", "accepted_length", "accepted_drafts", "sampled_acc_4", "drawn_accepted_length")
+        for metric in ("bits_per_byte", "kl", "top1", *drafted):
             assert list(cut.figures[metric]) == ["prose", "code"], metric
             assert all(figure.se is not None and figure.n > 1 for figure in cut.figures[metric].values()), metric
         for metric in (
@@ -290,7 +292,7 @@ class TestEvaluate:
         assert cut.figures["bits_per_byte"]["prose"].n == 3
         assert cut.figures["acc_0"]["prose"].n == 4
         assert "kl" not in records["teacher"].figures
-        assert "acc_0" not in records["bare"].figures
+        assert not any("acc" in metric for metric in records["bare"].figures)
         assert "mtp_parameters" not in records["bare"].figures
         assert set(records["teacher"].load) == {"0", "1", "2", "3", "mtp.0"}
 
@@ -328,7 +330,7 @@ class TestEvaluate:
         (record,) = evaluate(one, text_documents(), **{**arguments, "settings": small, "out": tmp_path}).values()
         assert record.inputs != done[0]["bare"].inputs
         assert record.figures["kl"] == done[0]["bare"].figures["kl"]
-        assert not {"prefill", "peak_memory", "acc_0"} & record.figures.keys()
+        assert not {"prefill", "peak_memory", "acc_0", "sampled_acc_0"} & record.figures.keys()
 
     def test_paired_differences_and_side_by_side(self, done: tuple) -> None:
         records, _ = done
@@ -376,7 +378,7 @@ class TestEvaluate:
             Record.read(tmp_path / "x.json")
 
 
-def _cut_small(at_once: int, batch_tokens: int) -> None:
+def cut_small(at_once: int, batch_tokens: int) -> None:
     """Prompts and windows in batches so small that there are several."""
     measure._PROMPTS_AT_ONCE = at_once
     measure.Layout = partial(Layout, batch_tokens=batch_tokens)
@@ -384,14 +386,14 @@ def _cut_small(at_once: int, batch_tokens: int) -> None:
 
 def _evaluate_small(folders: dict[str, Path], **arguments: object) -> dict[str, dict[str, Record]]:
     """With the teacher among the models, and with one that gets no record."""
-    parallel.together(_cut_small, 3, 64)
+    parallel.together(cut_small, 3, 64)
     try:
         out = arguments["out"]
         all_of_them = evaluate(folders, text_documents(), **arguments)
         rest = {label: folder for label, folder in folders.items() if label != "teacher"}
         return {"all": all_of_them, "rest": evaluate(rest, text_documents(), **{**arguments, "out": out / "rest"})}
     finally:
-        parallel.together(_cut_small, 32, 8192)
+        parallel.together(cut_small, 32, 8192)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ FLOORS = [
     {"report", "search"},
     {"inputs"},
     {"describe"},
+    {"forecast"},
     {"verbs", "propose"},
     {"pipeline"},
     {"demo", "study"},
@@ -31,6 +32,7 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_POSITIONAL = 400, 60, 6, 2
 ENTRANCES = {
     "lm_eval": {"evaluate/harness.py"},
+    "vllm": {"evaluate/engine_process.py"},
     "huggingface_hub": {"checkpoint/source.py"},
     "matplotlib": {"report/page.py"},
     "datasets": {"data/formats.py"},

@@ -12,6 +12,7 @@ from moeslim.artifacts import commit
 from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.verify import verify
 from moeslim.errors import FamilyError, RunError
+from moeslim.families import FAMILIES as SPECS
 from moeslim.families import Shape, table
 from moeslim.model.init import write_random
 from moeslim.model.load import layer_state, load_student, stacked_experts
@@ -48,7 +49,7 @@ def _same_files(left: Path, right: Path) -> None:
         assert (left / name).read_bytes() == (right / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if SPECS[family].live])
 @pytest.mark.parametrize("case", _CASES)
 def test_open_in_transformers_and_save_back(tmp_path: Path, family: str, case: str) -> None:
     """No key is missing or unexpected, the logits are equal to the last bit, and save(load(x)) is x."""

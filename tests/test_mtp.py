@@ -89,21 +89,6 @@ def test_block_is_causal_in_both_back_ends(folder: Path) -> None:
             assert float((one[m - 1][:, same] - two[m - 1][:, same]).abs().max()) > 1e-3
 
 
-def test_drafting_with_a_cache_equals_the_whole_sequence(student: Student) -> None:
-    assert student.mtp is not None
-    rows = _rows(2, 9)
-    rotary, embed = student.trunk.model.rotary_emb, student.trunk.model.embed_tokens
-    cache = DynamicCache(config=student.mtp.config)
-    with torch.no_grad():
-        hidden = student.hidden(rows[:, :-1])
-        whole = student.mtp_states(hidden, rows, depths=1)[0]
-        parts = []
-        for start, stop in ((0, 4), (4, 5), (5, 7)):
-            part = embed(rows[:, start + 1 : stop + 1])
-            parts.append(student.mtp(hidden[:, start:stop], part, rotary=rotary, cache=cache))
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
-
-
 def test_depths_follow_the_recursion(student: Student) -> None:
     """Depth m at i reads depth m-1 at i and the embedding of t_{i+m}; written out with the block alone."""
     assert student.mtp is not None

@@ -357,7 +357,7 @@ def test_page_and_table_say_what_the_record_says(folder: Path, found: Found) -> 
     assert page == probe_page(json.loads(json.dumps(record)))
     assert "a &lt;b&gt;" in page
     assert "a <b>" not in page
-    assert "http" not in page
+    assert "://" not in page
     assert page.count("<svg") == 2
     assert "prefers-color-scheme: dark" in page
     table = probe_table(record)

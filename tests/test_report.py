@@ -4,14 +4,13 @@ import json
 import random
 import re
 import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
 
-from fake_run import DOMAINS, LABELS, curve, fake_run, plans, write_json, write_lines
+from fake_run import DOMAINS, LABELS, fake_run, plans, write_json
+from html_page import Document, shown
 from moeslim.errors import RunError
 from moeslim.report.card import card, write_card
 from moeslim.report.collect import collect
@@ -19,61 +18,6 @@ from moeslim.report.cuts import replay
 from moeslim.report.draw import thinned, ticks
 from moeslim.report.figures import Figure, bytes_text, count_text, figure_text, number_text
 from moeslim.report.page import page, write_page
-
-VOID = {"meta", "link", "br"}
-
-
-class Document(HTMLParser):
-    """Checks that every element is closed in order; keeps text, attributes and the rows of all tables."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.words: list[str] = []
-        self.rows: list[list[str]] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        self.ids += [value or "" for name, value in attrs if name == "id"]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            return
-        self.words.append(data)
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    def row(self, label: str) -> list[str]:
-        return next(row[1:] for row in self.rows if row and row[0] == label)
-
-
-def shown(folder: Path) -> Document:
-    return Document(page(collect(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +133,7 @@ def test_the_numbers_of_the_records_are_on_the_page(folder: Path) -> None:
     assert document.row("acc_0") == ["66.0 ± 3.4", "35.0 ± 3.4", "57.5 ± 3.6", "30.5 ± 3.3", "48"]
     assert document.row("hidden channels") == ["128", "128", "96"]
     assert document.row("layers") == ["8", "7", "6"]
-    assert document.ids == ["results", "cut", "training", "drafts", "sizes", "load", "samples", "run"]
+    assert document.ids == ["results", "stages", "cut", "training", "drafts", "sizes", "load", "samples", "run"]
     for words in ("4.31 M → 1.65 M parameters", "32 → 16 experts per layer", "38.3 %", "1.84 M tokens"):
         assert words in document.text
 
@@ -200,6 +144,18 @@ def test_a_new_measurement_shows_up(folder: Path) -> None:
     value["figures"]["gsm8k_accuracy"] = {"": {"value": 0.4321, "se": 0.021, "n": 500, "unit": "share"}}
     write_json(path, value)
     assert shown(folder).row("gsm8k accuracy %") == ["–", "–", "43.2 ± 2.1", "–", "500"]
+
+
+def test_drafts_under_sampling_and_notes_are_shown(folder: Path) -> None:
+    path = folder / "records" / "distilled.json"
+    value = json.loads(path.read_text())
+    entry = {"value": 0.6543, "se": 0.021, "n": 48, "unit": "share"}
+    value["figures"] |= {"sampled_acc_0": {"speeches": entry}, "drawn_acc_0": {"speeches": {**entry, "value": 0.5432}}}
+    write_json(path, {**value, "notes": ["no speed: <walked> layer by layer"]})
+    document = shown(folder)
+    assert document.row("drafts greedy") == ["–", "–", "65.4 ± 2.1", "–", "48"]
+    assert document.row("drafts drawn") == ["–", "–", "54.3 ± 2.1", "–", "48"]
+    assert "Distilled: no speed: <walked> layer by layer" in document.text
 
 
 def test_deleting_a_record_removes_what_it_said(folder: Path) -> None:
@@ -286,9 +242,6 @@ def test_curves_of_stages_follow_each_other(folder: Path) -> None:
     assert [round(step["tokens"] / 4096) for step in distilled.steps] == list(range(9, 451, 9))
     assert distilled.starts == (45 * 4096,)
     assert beside.starts == ()
-    counted_over_all = [{**step, "tokens": step["tokens"] + 45 * 4096} for step in curve(steps=5, start=4, end=3)]
-    write_lines(folder / "stage-2" / "curve.jsonl", counted_over_all)
-    assert [step["tokens"] / 4096 for step in collect(folder).curves[0].steps[-5:]] == [46, 47, 48, 49, 50]
 
 
 def test_a_resumed_log_keeps_the_last_of_a_repeated_step_and_drops_a_torn_line(folder: Path) -> None:
@@ -379,17 +332,3 @@ def test_a_card_without_mtp_and_of_a_local_source(folder: Path) -> None:
 def test_a_card_needs_its_model(folder: Path) -> None:
     with pytest.raises(RunError, match="no such model folder"):
         write_card(collect(folder), folder / "model")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_no_sideways_scrolling(folder: Path, tmp_path: Path, width: int) -> None:
-    path = write_page(collect(folder), folder / "report.html")
-    probe = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script></body>"
-    path.write_text(path.read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    place = [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom", path.as_uri()]
-    done = subprocess.run(["chromium", *flags, *place], capture_output=True, text=True, timeout=120, check=True)
-    scroll, inner = map(int, re.findall(r"<title>(\d+) (\d+)</title>", done.stdout)[0])
-    assert scroll <= inner

@@ -3,7 +3,10 @@
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import torch
 from safetensors.numpy import load_file
 
 import micro
-from moeslim.artifacts.fingerprint import hash_file
+from aftermath import Watch, differences, results, where
 from moeslim.checkpoint.verify import verify
 from moeslim.distill.stored import Stored
 from moeslim.errors import CheckpointError
@@ -40,62 +43,14 @@ def seconds(whole: Path) -> float:
     return (whole / "report.html").stat().st_mtime - (whole / "run.json").stat().st_mtime
 
 
-def results(run: Path) -> dict[str, object]:
-    """What must not depend on interruptions: the bytes of every file but times, and all curves without their times."""
-    found: dict[str, object] = {}
-    for path in sorted(run.rglob("*")):
-        name = path.relative_to(run).as_posix()
-        if path.name == "curve.jsonl":
-            found[name] = [{**json.loads(line), "seconds": 0} for line in path.read_text().splitlines()]
-        elif path.is_file() and not name.startswith(("records/", "report.html", ".lock")):
-            found[name] = hash_file(path)
-    return found
-
-
 def assert_same(run: Path, whole: Path) -> None:
     """Equal results, nothing left behind that an undisturbed run would not leave, and equal figures."""
-    ours, theirs = results(run), results(whole)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if ours[name] != theirs[name]] == []
-    for path in (whole / "records").iterdir():
-        one, other = (json.loads((folder / "records" / path.name).read_text()) for folder in (run, whole))
-        assert {**one, "figures": 0} == {**other, "figures": 0}
-        for metric in ("bits_per_byte", "kl", "top1"):
-            assert one["figures"].get(metric) == other["figures"].get(metric)
-
-
-class Watch:
-    """Looks at a run folder after each kill: what stands under a final name must be whole."""
-
-    def __init__(self, run: Path) -> None:
-        self.run, self.seen = run, set[tuple[str, int]]()
-
-    def look(self) -> None:
-        for config in self.run.rglob("config.json"):
-            folder = config.parent
-            place = (str(folder), config.stat().st_ino)
-            if place in self.seen or any(part.startswith(".") for part in folder.relative_to(self.run).parts):
-                continue
-            assert verify(folder).problems == []
-            self.seen.add(place)
-        if not (self.run / "model").exists():
-            with pytest.raises(CheckpointError, match="no such folder"):
-                verify(self.run / "model")
+    assert differences(run, whole) == []
 
 
 def told(capsys: pytest.CaptureFixture[str], what: str, places: list[str]) -> None:
     with capsys.disabled():
         print(f"\n{what}: {', '.join(places)}")
-
-
-def where(run: Path) -> str:
-    """The stage that a killed run was in: the first without a record."""
-    names = [f"stage-{n}-{part}" for n in (1, 2) for part in ("calibrate", "plan", "cut", "distill")]
-    order = [*names, "random-init", "random-init-distill"]
-    missing = [name for name in order if not (run / "stages" / f"{name}.json").exists()]
-    if len(missing) == len(order) and not (run / "tokens" / "heldout").exists():
-        return "tokens"
-    return missing[0] if missing else "report" if (run / "records" / "random-init.json").exists() else "evaluate"
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -122,6 +77,13 @@ PLACES = ["stage-2/states/step-0000004", "stage-1/.stats.calibrating/walk.json 2
 PLACES += ["stages/stage-2-distill.json", "model", "random-init/start", "records/cut.json"]
 
 
+def test_all_weights_under_a_working_name_are_no_model(whole: Path, tmp_path: Path) -> None:
+    """Killed between the weights and the tokenizer, or right before the rename."""
+    working = shutil.copytree(whole / "model", tmp_path / ".model.partial")
+    assert micro.finish(micro.command_line_said, str(tmp_path / "said"), "verify", str(working)) == 1
+    assert "is a working name" in (tmp_path / "said").read_text()
+
+
 @pytest.mark.parametrize("place", [PLACES[0], *(pytest.param(place, marks=pytest.mark.slow) for place in PLACES[1:])])
 def test_killed_once(recipe: Path, whole: Path, tmp_path: Path, place: str) -> None:
     """A single kill, so that nothing done over later hides what it broke."""
@@ -138,20 +100,22 @@ def test_killed_while_a_model_is_written(recipe: Path, whole: Path, tmp_path: Pa
     assert micro.finish(micro.carry_out_until_tensor, recipe, out, "model", 12) == -signal.SIGKILL
     assert not verify(out / ".model.partial").ok
     Watch(out).look()
+    with pytest.raises(CheckpointError, match="no such folder"):
+        verify(out / "model")
     assert micro.finish(micro.command_line, "verify", str(out / "model")) == 1
     assert micro.finish(micro.command_line, "verify", str(out / ".model.partial")) == 1
     assert micro.finish(micro.carry_out, recipe, out) == 0
     assert_same(out, whole)
 
 
-def killed_at_random(recipe: Path, out: Path, *, wait: float) -> str | None:
+def killed_at_random(recipe: Path, whole: Path, *, out: Path, wait: float) -> str | None:
     """Start (or go on with) a run and kill it after `wait` seconds; the stage hit, None if it was done by then."""
     process = micro.start(micro.carry_out, recipe, out)
     process.join(wait)
     process.kill()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
-    return where(out) if process.exitcode else None
+    return where(out, whole) if process.exitcode else None
 
 
 def test_killed_ten_times_at_random_moments(
@@ -160,7 +124,7 @@ def test_killed_ten_times_at_random_moments(
     out, rng, hit = tmp_path / "run", random.Random(1), []
     watch = Watch(out)
     for _ in range(KILLS):
-        hit.append(killed_at_random(recipe, out, wait=rng.uniform(0, seconds / 5)))
+        hit.append(killed_at_random(recipe, whole, out=out, wait=rng.uniform(0, seconds / 5)))
         watch.look()
     assert micro.finish(micro.carry_out, recipe, out) == 0
     assert_same(out, whole)
@@ -174,7 +138,7 @@ def test_ten_runs_killed_once_each_at_a_random_moment(
     rng, hit = random.Random(2), []
     for number in range(KILLS):
         out = tmp_path / str(number) / "run"
-        hit.append(killed_at_random(recipe, out, wait=rng.uniform(0, seconds)))
+        hit.append(killed_at_random(recipe, whole, out=out, wait=rng.uniform(0, seconds)))
         Watch(out).look()
         assert micro.finish(micro.carry_out, recipe, out) == 0
         assert_same(out, whole)
@@ -196,23 +160,41 @@ def test_signals_in_training_save_and_say_so(recipe: Path, whole: Path, tmp_path
     assert micro.finish(micro.carry_out, recipe, out) == 0
     last = [run / "stage-2" / "states" / "step-0000006" for run in (out, whole)]
     assert results(last[0]) == results(last[1])
-    assert_same_but_states(out, whole)
+    assert differences(out, whole, states=False) == []  # the signals saved states at steps of their own
 
 
-def assert_same_but_states(run: Path, whole: Path) -> None:
-    """Equal results where a signal saved a state at a step of its own."""
-    ours, theirs = ({k: v for k, v in results(r).items() if "/states/" not in k} for r in (run, whole))
-    assert ours == theirs
-
-
-def test_ctrl_c_outside_of_training(recipe: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_signals_outside_of_training(recipe: Path, whole: Path, tmp_path: Path, number: signal.Signals) -> None:
     out, said = tmp_path / "run", tmp_path / "said"
-    assert micro.finish(micro.run_until_signal, recipe, out, said, ("stats", 0, int(signal.SIGINT))) == 130
+    assert micro.finish(micro.run_until_signal, recipe, out, said, ("stats", 0, int(number))) == 130
     assert "stopped" in said.read_text()
     assert "Traceback" not in said.read_text()
-    assert where(out) == "stage-1-calibrate"
+    assert where(out, whole) == "stage-1-calibrate"
     assert micro.finish(micro.carry_out, recipe, out) == 0
     assert_same(out, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_an_object_is_destroyed_is_not_lost(number: signal.Signals) -> None:
+    """Python drops what is raised in `__del__`, where a signal's handler runs if it came during garbage collection."""
+    program = (
+        "import os, signal, sys, time\n"
+        "from moeslim.display import ended, stoppable\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Thing:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), int(sys.argv[1]))\n"
+        "def work():\n"
+        "    Thing()\n"
+        "    time.sleep(30)\n"
+        "with stoppable():\n"
+        "    sys.exit(ended(work))\n"
+    )
+    command = [sys.executable, "-c", program, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=25)
+    assert done.returncode == 130
+    assert "stopped" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_run_again_says_what_stands_and_does_nothing(recipe: Path, whole: Path, tmp_path: Path) -> None:

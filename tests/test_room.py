@@ -18,10 +18,12 @@ from command import write_model, write_text
 from moeslim.checkpoint.config_json import read_config
 from moeslim.demo import recipe_path, teacher_path
 from moeslim.distill import room
-from moeslim.distill.room import Case, check_room, free_memory, needed, room_named
+from moeslim.distill.room import Case, check_room, needed, room_named
 from moeslim.distill.settings import TrainSettings
 from moeslim.errors import ResourceError, TrainingError
 from moeslim.losses import LossWeights, coefficients, term_counts
+from moeslim.model import memory
+from moeslim.model.memory import free_memory
 from moeslim.model.parallel import World
 from moeslim.model.sorted_experts import NAME as SORTED
 from moeslim.model.student import Student
@@ -51,6 +53,13 @@ def test_bytes_by_hand() -> None:
     logits = 256 * 64 * 4 * 3  # of the backbone, MTP depth 1 and the teacher, for all 256 targets
     assert found.activations == 256 * 4 * layers + logits
     assert found.total == found.weights + found.gradients + found.moments + found.teacher + found.activations
+    # Two further depths keep as much each, and the serving form 4 heads' scores of 64 x 64 in each of 4 rows.
+    deep = replace(SETTINGS, depths=3)
+    block = 2 * 16 + 2 * (16 + 36) + 30 + 3 * 32 + 2 * 8
+    further = needed(CASE, deep).activations - needed(CASE, SETTINGS).activations
+    assert further == 2 * 256 * 4 * (block + 64)
+    served = needed(CASE, replace(deep, mtp_train="serving")).activations
+    assert served - needed(CASE, deep).activations == 4 * 4 * 4 * 64 * 64
     once = needed(CASE, replace(SETTINGS, micro_rows=8))
     assert once.total == once.weights + once.moments + max(once.gradients, once.activations)
     bf16 = needed(replace(CASE, teacher=teacher), replace(SETTINGS, precision="bfloat16"))
@@ -73,12 +82,16 @@ def test_what_is_frozen_has_no_gradient_and_no_moments() -> None:
 
 @pytest.mark.parametrize("form", [{}, {"layer_types": ["linear_attention"] * 4}, {"mlp_only_layers": [0, 1]}])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_activations_are_a_lower_bound_of_what_autograd_keeps(form: dict[str, Any], precision: Any) -> None:
+@pytest.mark.parametrize(("depths", "how"), [(1, "parallel"), (3, "parallel"), (3, "serving")])
+def test_activations_are_a_lower_bound_of_what_autograd_keeps(
+    form: dict[str, Any], precision: Any, depths: int, how: Any
+) -> None:
     """Every tensor that the graph holds, weights and what two share counted once: more than said, not ten times it."""
     config = tiny_config(hidden_size=64, moe_intermediate_size=16, **form)
-    settings = replace(SETTINGS, precision=precision)
+    settings = replace(SETTINGS, precision=precision, depths=depths, mtp_train=how)
     torch.manual_seed(0)
     student = Student.from_config(config, mtp=True, experts=SORTED)
+    student.serving = how == "serving"
     rows, mask = torch.randint(0, 64, (4, LENGTH + 1)), torch.ones(4, LENGTH, dtype=torch.bool)
     weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
     kept: dict[int, Any] = {}
@@ -87,13 +100,13 @@ def test_activations_are_a_lower_bound_of_what_autograd_keeps(form: dict[str, An
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no place is used twice
         return tensor
 
-    factors = coefficients(LossWeights(beta=0.3), counts=term_counts(mask, 1), tokens=mask.numel())
+    factors = coefficients(LossWeights(beta=0.3), counts=term_counts(mask, depths), tokens=mask.numel())
     narrow = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     with narrow, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         student(rows, mask, coefficients=factors)
     held = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
     case = Case(config, True, teacher=None, length=LENGTH)
-    logits = 256 * 64 * 4 * 2  # gone by the time the forward ends
+    logits = 256 * 64 * 4 * (1 + depths)  # gone by the time the forward ends
     counted = room.activations(case, settings, whole=True) - logits
     assert counted <= held <= 10 * counted
 
@@ -205,12 +218,12 @@ def test_limits_of_control_groups_by_hand(tmp_path: Path) -> None:
     _group(tmp_path / "a/b", {"memory.max": "1000\n", "memory.current": "400\n", "memory.stat": stat})
     _group(tmp_path / "a", {"memory.max": "max\n", "memory.current": "900\n", "memory.stat": stat})
     _group(tmp_path, {"memory.max": "700\n", "memory.current": "500\n", "memory.stat": stat})
-    assert list(room._group_limits(tmp_path, ["0::/a/b"])) == [650, 250]
-    assert list(room._group_limits(tmp_path, ["0::/gone"])) == [250]
+    assert list(memory._group_limits(tmp_path, ["0::/a/b"])) == [650, 250]
+    assert list(memory._group_limits(tmp_path, ["0::/gone"])) == [250]
     old = {"memory.limit_in_bytes": "800", "memory.usage_in_bytes": "300"}
     _group(tmp_path / "memory/c", {**old, "memory.stat": "cache 9\ntotal_inactive_file 7\ntotal_active_file 3\n"})
-    assert list(room._group_limits(tmp_path, ["5:cpu:/", "4:memory:/c", "0::/a"])) == [250, 510]
-    assert list(room._group_limits(tmp_path / "none", ["4:memory:/c"])) == []
+    assert list(memory._group_limits(tmp_path, ["5:cpu:/", "4:memory:/c", "0::/a"])) == [250, 510]
+    assert list(memory._group_limits(tmp_path / "none", ["4:memory:/c"])) == []
 
 
 def _on_a_gpu() -> None:

@@ -20,7 +20,7 @@ from moeslim.distill.settings import (
     num_steps,
     weights_at,
 )
-from moeslim.errors import MoeslimError, RecipeError
+from moeslim.errors import RecipeError
 from moeslim.recipe import Distill, PartSettings
 
 
@@ -136,11 +136,6 @@ def test_number_of_steps() -> None:
 def test_impossible_settings_are_refused(changes: dict[str, int]) -> None:
     with pytest.raises(RecipeError):
         TrainSettings(**{"tokens": 100, **changes}).check()  # the point of the test
-
-
-def test_serving_form_says_that_it_is_not_built() -> None:
-    with pytest.raises(MoeslimError, match="not built yet"):
-        TrainSettings(tokens=1, mtp_train="serving").check()
 
 
 def test_rows_are_shared_out_over_processes() -> None:

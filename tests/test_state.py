@@ -201,7 +201,7 @@ def test_what_fails_in_the_background_is_said(folder: Path, tmp_path: Path, monk
     for background in (True, False):
         kept = states(tmp_path, async_save=background)
         fail(OSError(28, "No space left on device"))
-        with pytest.raises(ResourceError, match=r"No space left.*make room and run again"):
+        with pytest.raises(ResourceError, match=r"step-0000002: the disk is full .*Make room"):
             kept.save(at(2), pair[0], optimizer=pair[1]), kept.wait()
         fail(KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):

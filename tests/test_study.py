@@ -26,6 +26,7 @@ from moeslim.evaluate.pairs import Estimate, difference_over_seeds, over_seeds, 
 from moeslim.evaluate.record import Figure
 from moeslim.inputs import check_search, stage_targets
 from moeslim.recipe import Recipe
+from moeslim.report import figures
 from moeslim.report.study import markdown, study_page, study_table
 from moeslim.study.compare import compare
 from moeslim.study.grid import Grid
@@ -371,6 +372,10 @@ def test_compare_pairs_what_shares_its_text(
     head = found["table"][0]
     assert head == ["", "Teacher", "Cut", "kd-seed-1/distilled", "lm-seed-1/distilled"]
     assert moeslim("compare", *runs).out.count("minus kd-seed-1/distilled: ") == 3
+    page = Path(moeslim("compare", *runs, "--out", tmp_path / "page", "--json").json["page"]).read_text()
+    figure = apart["bits_per_byte"]["a"]
+    assert figures.difference_text(figures.Figure(figure["value"], figure["se"], unit=figure["unit"])) in page
+    assert page.count("<h3 class=") == 1
     cut = compare([runs[0] / "records", runs[1]], model="cut")
     assert cut["differences"]["lm-seed-1/cut"]["bits_per_byte"]["a"]["value"] == 0.0
 

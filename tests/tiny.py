@@ -54,13 +54,57 @@ _QWEN3_NEXT: dict[str, Any] = {
     "use_cache": True,
 }
 
-FAMILIES: dict[str, dict[str, Any]] = {"qwen3_next": _QWEN3_NEXT}
+_QWEN3_MOE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "initializer_range": 0.3,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 1,
+    "use_cache": True,
+}
+
+_GLM4_MOE: dict[str, Any] = {
+    **{k: v for k, v in _QWEN3_MOE.items() if k not in ("num_experts", "decoder_sparse_step", "mlp_only_layers")},
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "partial_rotary_factor": 0.5,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {"qwen3_next": _QWEN3_NEXT, "qwen3_moe": _QWEN3_MOE, "glm4_moe": _GLM4_MOE}
 
 
 def tiny_config(family: str = "qwen3_next", **changes: Any) -> dict[str, Any]:
     """A raw config.json of a few thousand parameters; a changed depth or interval gets its `layer_types`."""
     config = {**FAMILIES[family], **changes}
-    if "layer_types" not in changes and {"num_hidden_layers", "full_attention_interval"} & changes.keys():
+    hybrid = "full_attention_interval" in config
+    if hybrid and "layer_types" not in changes and {"num_hidden_layers", "full_attention_interval"} & changes.keys():
         interval = config["full_attention_interval"]
         config["layer_types"] = [
             "linear_attention" if (i + 1) % interval else "full_attention" for i in range(config["num_hidden_layers"])

@@ -1,8 +1,8 @@
 """moeslim makes a mixture-of-experts language model smaller and keeps what made it good.
 
-`moeslim.inspect, probe, calibrate, plan, cut, cache_teacher, distill, evaluate, verify` are the command line's verbs
-with its arguments; each returns a record. Importing the package loads nothing heavy: a verb's code is read when the
-verb is first asked for.
+`moeslim.inspect`, `calibrate`, `plan`, `cut`, `run` and the others below are the command line's verbs with its
+arguments; each returns a record (docs/python.md). Importing the package loads nothing heavy: a verb's code is read when
+the verb is first asked for.
 """
 
 import importlib
@@ -12,10 +12,17 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_VERBS = dict.fromkeys(
-    ("inspect", "probe", "calibrate", "plan", "cut", "cache_teacher", "distill", "evaluate", "verify"), "moeslim.verbs"
-)
-_ROOMS = ("calibrate", "plan", "distill", "evaluate")
+_VERBS = {
+    **dict.fromkeys(("inspect", "probe", "calibrate", "plan", "cut", "verify"), "moeslim.verbs"),
+    **dict.fromkeys(("cache_teacher", "distill", "evaluate", "evaluate_tasks", "report"), "moeslim.verbs"),
+    **dict.fromkeys(("preview", "preview_run"), "moeslim.verbs"),  # --dry-run of prune and of run
+    **dict.fromkeys(("prune", "run"), "moeslim.pipeline"),
+    "propose": "moeslim.propose",
+    "study": "moeslim.study.run",
+    "compare": "moeslim.study.compare",
+}
+"""Verb -> the module that has it."""
+_ROOMS = ("calibrate", "plan", "distill", "evaluate", "report", "propose", "study")
 """Verbs that are also rooms: `moeslim.plan` is the package with the planning code, and calling it runs the verb."""
 
 __all__ = ["__version__", *_VERBS]

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from moeslim import __version__, options
-from moeslim.display import complain, ended, out, show_progress, show_table
-from moeslim.options import AsJson, DataOption, DryRun, Kept, Model, Redo, Revision, Settings
+from moeslim.display import complain, ended, out, printable, show_progress, show_table, stoppable
+from moeslim.options import AsJson, DataOption, DryRun, Kept, MaxMemory, Model, Redo, Revision, Settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,7 +25,7 @@ def _emit(record: dict[str, Any], *, as_json: bool, lines: list[str]) -> None:
         sys.stdout.write(json.dumps(record, indent=1) + "\n")
     else:
         for line in lines:
-            out.print(line, highlight=False, soft_wrap=True)
+            out.print(printable(line), highlight=False, soft_wrap=True, markup=False)
 
 
 def _show(record: dict[str, Any], *, as_json: bool) -> None:
@@ -57,12 +57,13 @@ def calibrate(
     out_folder: Annotated[Path, typer.Argument(metavar="STATS", help="Where the statistics go.")],
     data: DataOption = None,
     settings: Settings = None,
+    max_memory: MaxMemory = None,
     as_json: AsJson = False,
 ) -> None:
     """Observe the model on calibration text, layer by layer; goes on where it was killed."""
     from moeslim import verbs
 
-    record = verbs.calibrate(model, out_folder, data=data, overrides=settings or [])
+    record = verbs.calibrate(model, out_folder, data=data, overrides=options.bounded(settings, max_memory))
     _emit(record, as_json=as_json, lines=record["lines"])
 
 
@@ -121,12 +122,13 @@ def cut(
     model: Model,
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where the smaller checkpoint goes.")],
+    max_memory: MaxMemory = None,
     as_json: AsJson = False,
 ) -> None:
     """Carry a plan out, one tensor at a time; the result appears whole or not at all."""
     from moeslim import verbs
 
-    record = verbs.cut(model, plan_file, out=out_folder)
+    record = verbs.cut(model, plan_file, out=out_folder, max_memory=max_memory)
     _emit(record, as_json=as_json, lines=record["lines"])
 
 
@@ -142,6 +144,7 @@ def prune(
     top_k: Kept = None,
     data: DataOption = None,
     settings: Settings = None,
+    max_memory: MaxMemory = None,
     dry_run: DryRun = False,
     redo: Redo = False,
     as_json: AsJson = False,
@@ -152,14 +155,15 @@ def prune(
     keep = options.kept(
         layers=layers, hidden=hidden, experts=experts, expert_size=expert_size, shared_size=shared_size, top_k=top_k
     )
-    preview = verbs.preview(model, keep=keep, overrides=settings or [])
+    settings = options.bounded(settings, max_memory)
+    preview = verbs.preview(model, keep=keep, overrides=settings)
     if not as_json:
         _emit(preview, as_json=False, lines=preview["lines"] if dry_run else preview["lines"][:1])
     if dry_run:
         if as_json:
             _emit(preview, as_json=True, lines=[])
         return
-    record = pipeline.prune(model, out_folder, keep=keep, data=data, overrides=settings or [], redo=redo)
+    record = pipeline.prune(model, out_folder, keep=keep, data=data, overrides=settings, redo=redo)
     record |= {size: preview[size] for size in ("before", "after")}
     _emit(record, as_json=as_json, lines=record["lines"])
     if not as_json and record["table"]:
@@ -217,12 +221,13 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
     data: DataOption = None,
     settings: Settings = None,
+    max_memory: MaxMemory = None,
     as_json: AsJson = False,
 ) -> None:
     """Bits per byte, agreement, drafting acceptance, speed; or tasks. Each with n and standard error."""
     from moeslim import verbs
 
-    given: dict[str, Any] = {"teacher": teacher, "overrides": settings or []}
+    given: dict[str, Any] = {"teacher": teacher, "overrides": options.bounded(settings, max_memory)}
     if tasks is None and limit is None:
         record = verbs.evaluate(models, out_folder, data=data, **given)
     elif tasks is None or data:
@@ -257,11 +262,11 @@ def probe(
 
 
 @app.command()
-def verify(model: Model, as_json: AsJson = False) -> None:
+def verify(model: Model, max_memory: MaxMemory = None, as_json: AsJson = False) -> None:
     """Prove a checkpoint: every tensor once, shapes, values, index, hashes of the receipt."""
     from moeslim import verbs
 
-    record = verbs.verify(model)
+    record = verbs.verify(model, max_memory=max_memory)
     _emit(record, as_json=as_json, lines=record["lines"][:1])
     for problem in record["problems"]:
         complain(problem)
@@ -329,12 +334,13 @@ def study(
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Run folders, or folders of records; the first is the baseline.")],
     model: Annotated[str | None, typer.Option(help="Compare this one, e.g. cut. Default: distilled, else cut.")] = None,
+    out_folder: Annotated[Path | None, typer.Option("--out", help="Put compare.html, a page, in this folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """The figures of several runs side by side, and their differences on the documents that they share."""
     from moeslim.study.compare import compare as side_by_side
 
-    _show(side_by_side(runs, model=model), as_json=as_json)
+    _show(side_by_side(runs, model=model, out=out_folder), as_json=as_json)
 
 
 @app.command()
@@ -358,7 +364,8 @@ def main() -> None:
     """
     show_progress()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        sys.exit(ended(app))
+        with stoppable():
+            sys.exit(ended(app))
     from moeslim.model.parallel import carry_out, serve
 
     sys.exit(ended(lambda: carry_out(lambda: ended(app), help_out=lambda: ended(serve))))

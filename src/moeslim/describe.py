@@ -6,8 +6,8 @@ from typing import Any
 
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure, refuse_quantised
-from moeslim.families import Shape, count, training_operations
-from moeslim.inputs import has_mtp, model_folder, options_recipe, stage_targets, target_config
+from moeslim.families import Shape, check_live, count
+from moeslim.inputs import has_mtp, has_weights, model_folder, options_recipe, target_config
 from moeslim.plan.engines import engine_warnings
 from moeslim.plan.schedule import StageTarget, resolve
 from moeslim.recipe import Recipe
@@ -21,6 +21,7 @@ _WORDS = {
     "shared_size": "neurons in the shared expert",
     "top_k": "experts per token",
 }
+_SIZES = ("hidden", "experts", "top_k", "expert_size", "shared_size", "vocab")
 
 
 def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
@@ -35,14 +36,15 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
         "model_type": shape.family.model_type,
         "layers": shape.layers,
         "layer_types": {kind: shape.layer_types.count(kind) for kind in dict.fromkeys(shape.layer_types)},
-        **{axis: shape[axis] for axis in ("hidden", "experts", "top_k", "expert_size", "shared_size", "vocab")},
+        **{axis: shape.sizes.get(axis) for axis in _SIZES},
         "components": dict(counted.components),
         "parameters": counted.total,
         "active": counted.active,
         "mtp_parameters": counted.mtp,
         "warnings": engine_warnings(shape),
     }
-    if has_mtp(folder) is not None:
+    record |= {} if shape.family.mtp_prefix is not None else {"mtp": False}
+    if has_weights(folder):
         structure = read_structure(folder)
         check_structure(structure)
         record |= {
@@ -63,6 +65,7 @@ def preview(model: str, *, keep: Mapping[str, Any], overrides: Sequence[str] = (
     recipe = options_recipe(model, keep=keep, overrides=overrides)
     folder = model_folder(model, revision=recipe.revision, config_only=True)
     config = read_config(folder)
+    check_live(config)
     refuse_quantised(config, folder)
     shape = Shape.from_config(config)
     target = resolve(shape, recipe.keep, methods=recipe.methods)
@@ -79,80 +82,12 @@ def preview(model: str, *, keep: Mapping[str, Any], overrides: Sequence[str] = (
     return {**record, "lines": [*lines, *record["warnings"]]}
 
 
-def preview_run(recipe_file: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Every stage's shape, parameters and tokens, before anything starts."""
-    recipe = Recipe.load(recipe_file, overrides)
-    source = model_folder(recipe.model, revision=recipe.revision, config_only=True)
-    config, mtp = read_config(source), has_mtp(source) is not False
-    found: list[dict[str, Any]] = []
-    before = sizes(config, mtp)
-    targets = stage_targets(recipe, source)
-    lines = [f"source: {amount(before['parameters'])} parameters, {amount(before['active'])} active"]
-    for number, target in enumerate(targets, start=1):
-        shaped = target_config(config, target, mtp=mtp)
-        after, each = sizes(shaped, mtp), _training_operations(recipe, shaped, teacher=config, mtp=mtp)
-        tokens = round(recipe.distill.tokens * float(target.token_share))
-        counts = {axis: value for axis, value in vars(target).items() if axis != "token_share"}
-        found.append({**counts, **after, "tokens": tokens, "operations": each})
-        shape = ", ".join(f"{axis} {value}" for axis, value in counts.items())
-        told = f"{amount(after['parameters'])} parameters, {amount(after['active'])} active"
-        lines.append(f"stage {number}: {shape}; {told}, {tokens:,} tokens")
-    disk = run_bytes(recipe, before["bytes_bf16"], stages=len(targets))
-    costs = training_costs(recipe, before, stages=found, disk=disk)
-    return {"before": before, "stages": found, "costs": costs, "lines": [*lines, *cost_lines(costs)]}
-
-
 def sizes(config: Mapping[str, Any], mtp: bool | None) -> dict[str, int]:
     """Parameters of the trunk, in all and active, those of the MTP head (0 where there is none), all bytes in bf16."""
     counted = count(config)
     head = counted.mtp if mtp is not False else 0
     whole = 2 * (counted.total + head)
     return {"parameters": counted.total, "active": counted.active, "mtp_parameters": head, "bytes_bf16": whole}
-
-
-def _training_operations(recipe: Recipe, config: Mapping[str, Any], *, teacher: Mapping[str, Any], mtp: bool) -> float:
-    """Operations per trained token of a student of `config`, as families/operations.py counts them."""
-    section = recipe.distill
-    return training_operations(
-        config,
-        length=recipe.data.sequence_length,
-        depths=section.depths if mtp else 0,
-        teacher=None if section.lm_only or section.teacher_cache else teacher,
-        trained=section.train_only or None,
-    )
-
-
-def training_costs(
-    recipe: Recipe, before: Mapping[str, int], *, stages: Sequence[Mapping[str, Any]], disk: int
-) -> dict[str, Any]:
-    """What training costs: TFLOP, bytes of memory (at the largest stage) and `disk` bytes.
-
-    A stage has its `operations` per token. A random-init model to compare with is the last stage's shape on all tokens.
-    Weights, gradients and two moments are fp32; the teacher beside them is in the recipe's precision.
-    """
-    twin = [{**stages[-1], "tokens": recipe.distill.tokens}] if recipe.compare_random_init else []
-    operations = sum(stage["tokens"] * stage["operations"] for stage in [*stages, *twin])
-    width = 4 if recipe.precision == "float32" else 2
-    largest = max(stage["parameters"] + stage["mtp_parameters"] for stage in stages)
-    memory = 16 * largest + width * (before["parameters"] + before["mtp_parameters"])
-    return {"training_teraflops": operations / 1e12, "memory_bytes": memory if operations else 0, "disk_bytes": disk}
-
-
-def cost_lines(costs: Mapping[str, Any]) -> list[str]:
-    """`training_costs` in words."""
-    training = [
-        f"time: training, {work(costs['training_teraflops'])}; calibration and evaluation come on top",
-        f"memory: {storage(costs['memory_bytes'])} to train (weights, gradients and two moments in float32, the "
-        "teacher) and the activations of a micro-batch",
-    ]
-    return [*(training if costs["training_teraflops"] else []), f"disk: at most {storage(costs['disk_bytes'])}"]
-
-
-def run_bytes(recipe: Recipe, size: int, *, stages: int) -> int:
-    """What a run leaves on the disk at most: per stage a cut, a trained model, and states with two moments in fp32."""
-    section = recipe.distill
-    kept = section.keep_last + (section.keep_best if section.measure_every else 0) + 1  # and the one being written
-    return 2 * stages * size + (6 * kept * size if section.tokens else 0)
 
 
 def cut_bytes(source: Path, target: StageTarget) -> int:
@@ -183,12 +118,17 @@ def storage(size: int) -> str:
 
 def work(teraflops: float) -> str:
     """An amount of computing, and how long a CPU and a GPU take for it."""
-    times = [f"{_time(teraflops / speed)} at {speed:g} TFLOP/s" for speed in (0.1, 200)]
-    told = f"{teraflops:,.1f} TFLOP" if teraflops < 1e6 else f"{teraflops / 1e6:,.1f} EFLOP"
-    return f"about {told} ({', '.join(times)})"
+    times = [f"{duration(teraflops / speed)} at {speed:g} TFLOP/s" for speed in (0.1, 200)]
+    return f"about {operations(teraflops)} ({', '.join(times)})"
 
 
-def _time(seconds: float) -> str:
+def operations(teraflops: float) -> str:
+    """An amount of computing as people say it: 8.4 TFLOP, 2,720.0 EFLOP."""
+    return f"{teraflops:,.1f} TFLOP" if teraflops < 1e6 else f"{teraflops / 1e6:,.1f} EFLOP"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 41.0 s, 3.5 min, 1.2 days."""
     for unit, length in (("years", 365.25 * 86400), ("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:,.1f} {unit}"
@@ -226,14 +166,15 @@ def _cost_lines(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
 def _inspect_lines(record: Mapping[str, Any]) -> list[str]:
     kinds = " + ".join(f"{number} {kind}" for kind, number in record["layer_types"].items())
     total, mtp = record["parameters"], record["mtp_parameters"]
+    shared = f"shared expert of {record['shared_size']}" if record["shared_size"] else "no shared expert"
     lines = [
         f"{record['model']}: {record['model_type']}, {record['layers']} layers ({kinds}), hidden {record['hidden']}",
         f"{record['experts']} routed experts of {record['expert_size']} per layer, {record['top_k']} per token, "
-        f"shared expert of {record['shared_size']}, vocabulary {record['vocab']}",
+        f"{shared}, vocabulary {record['vocab']}",
         f"parameters: {amount(total)}, active {amount(record['active'])} (embedding and head counted whole)",
     ]
     if record.get("mtp") is False:
-        lines.append("MTP head: none in these weights")
+        lines.append("MTP head: none")
     else:
         known = "MTP head" if record.get("mtp") else "an MTP head, if there is one (a bare config does not say)"
         lines.append(f"{known}: {amount(mtp)} more, {amount(total + mtp)} with it")

@@ -2,8 +2,12 @@
 
 import logging
 import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -12,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from moeslim.errors import MoeslimError
+from moeslim.errors import Interrupted, MoeslimError
 from moeslim.log import logger, set_sink
 
 out = Console()
@@ -101,7 +105,7 @@ class _Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
-        text = f"warning: {record.getMessage()}" if warning else record.getMessage()
+        text = printable(f"warning: {record.getMessage()}" if warning else record.getMessage())
         err.print(text, style="yellow" if warning else None, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -120,7 +124,15 @@ def complain(problem: object) -> None:
     """A user's mistake, on stderr; of several processes, which one says it, unless it is the first."""
     rank = os.environ.get("RANK", "0")
     who = "error" if rank == "0" else f"error in process {rank}"
-    err.print(f"{who}: {problem}", style="red", highlight=False, soft_wrap=True, markup=False)
+    err.print(printable(f"{who}: {problem}"), style="red", highlight=False, soft_wrap=True, markup=False)
+
+
+def printable(text: str) -> str:
+    """The text with control characters and what UTF-8 cannot spell written out: names in files may hold both.
+
+    So a tensor's name can neither steer the terminal nor stop the message about it.
+    """
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
 def show_table(rows: list[list[str]]) -> None:
@@ -135,6 +147,36 @@ def show_table(rows: list[list[str]]) -> None:
         table.add_row(*row, style=None if row[0].startswith(" ") else "bold")
     # Its own width: rich would cut cells where the terminal is narrower, a terminal only wraps the line.
     Console(width=200).print(table, soft_wrap=True)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: what is half-written is removed, and `ended` tells what stays.
+
+    Python drops what a signal raises while an object is destroyed (garbage collection takes seconds behind a training).
+    Neither signal may be lost so: it is sent again.
+    """
+
+    def leave(_number: int, _frame: object) -> None:
+        raise SystemExit(Interrupted.exit_code)
+
+    def dropped(what: Any) -> None:
+        if isinstance(what.exc_value, SystemExit | KeyboardInterrupt):
+            again.append(threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)))
+            again[-1].start()
+        else:
+            hook(what)
+
+    again: list[threading.Timer] = []
+    before, hook = signal.signal(signal.SIGTERM, leave), sys.unraisablehook
+    sys.unraisablehook = dropped
+    try:
+        yield
+    finally:
+        for timer in again:
+            timer.cancel()
+        sys.unraisablehook = hook
+        signal.signal(signal.SIGTERM, before)
 
 
 def ended(work: Callable[[], int | None]) -> int:

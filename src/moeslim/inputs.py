@@ -14,10 +14,10 @@ from moeslim.checkpoint.structure import read_structure
 from moeslim.data.corpus import Corpus, Document, check_disjoint, read_source
 from moeslim.data.split import hold_out
 from moeslim.errors import DataError, RecipeError, ResourceError, RunError
-from moeslim.families import Shape
+from moeslim.families import Shape, check_live, family_of
 from moeslim.plan.grouping import needs_search
 from moeslim.plan.schedule import AXES, StageTarget, Target, resolve, stages, units
-from moeslim.recipe import Data, Methods, Recipe, Source
+from moeslim.recipe import Data, Methods, Recipe, Source, parse_memory
 
 BUNDLED = Path(__file__).parent / "demo"
 """The bundled teacher, tokenizer and text; as files, since the code in demo/ stands above this room."""
@@ -45,11 +45,22 @@ def labels(models: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def live_folder(model: str, *, revision: str | None = None) -> Path:
+    """`model_folder` of a model that can be run here; FamilyError for another one, before its weights are fetched."""
+    check_live(read_config(model_folder(model, revision=revision, config_only=True)))
+    return model_folder(model, revision=revision)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there is more than a bare config."""
+    return folder.is_dir() and any(folder.glob("*.safetensors"))
+
+
 def has_mtp(folder: Path) -> bool | None:
-    """Whether the weights have an MTP head; None where there are no weights to tell."""
-    if folder.is_dir() and any(folder.glob("*.safetensors")):
+    """Whether the model has an MTP head; None where there are no weights to tell and its family may have one."""
+    if has_weights(folder):
         return read_structure(folder).has_mtp
-    return None
+    return None if family_of(read_config(folder)).mtp_prefix is not None else False
 
 
 def options_recipe(
@@ -110,8 +121,10 @@ def advice(data: Sequence[str] | None) -> list[str]:
 
 
 def stage_targets(recipe: Recipe, source: Path) -> list[StageTarget]:
-    """The shape after each stage and its share of the tokens."""
-    shape = Shape.from_config(read_config(source))
+    """The shape after each stage and its share of the tokens. FamilyError for a model that cannot be run here."""
+    config = read_config(source)
+    check_live(config)
+    shape = Shape.from_config(config)
     final = resolve(shape, recipe.keep, methods=recipe.methods)
     schedule = recipe.schedule if isinstance(recipe.schedule, str) else list(recipe.schedule)
     return stages(schedule, shape, target=final, unit=units(shape, recipe.methods))
@@ -181,7 +194,13 @@ def walk_settings(recipe: Recipe) -> Any:
     from moeslim.model.walk import WalkSettings
 
     dtype = getattr(torch, recipe.precision)
-    return WalkSettings(rows_per_batch=recipe.calibrate.rows_per_batch, dtype=dtype, device=device(recipe.device))
+    where, bound = device(recipe.device), memory_bound(recipe.max_memory)
+    return WalkSettings(recipe.calibrate.rows_per_batch, dtype=dtype, device=where, max_memory=bound)
+
+
+def memory_bound(written: str | None) -> int | None:
+    """The bytes of a max_memory, None for no bound."""
+    return None if written is None else parse_memory(written)
 
 
 def train_settings(recipe: Recipe, tokens: int) -> Any:
@@ -237,4 +256,5 @@ def evaluate_settings(recipe: Recipe) -> Any:
         seed=recipe.seed,
         device=device(recipe.device),
         dtype=recipe.precision,
+        max_memory=memory_bound(recipe.max_memory),
     )

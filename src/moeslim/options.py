@@ -16,6 +16,9 @@ Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a h
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a recipe key, e.g. --set distill.tokens=1000000.")
 ]
+MaxMemory = Annotated[
+    str | None, typer.Option(help="Take at most so much memory, e.g. 4GB, or say beforehand why that cannot be.")
+]
 Redo = Annotated[bool, typer.Option("--redo", help="Make stages anew whose inputs changed.")]
 
 PlanFile = Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="The plan.json to write.")]
@@ -31,6 +34,11 @@ Cost = Annotated[bool, typer.Option("--cost", help="Price the distillation into 
 Tokens = Annotated[str | None, typer.Option(help="For --cost: tokens, e.g. 120B.")]
 Gpus = Annotated[int | None, typer.Option(help="For --cost: how many GPUs.", show_default="8")]
 Gpu = Annotated[str | None, typer.Option(help="For --cost: their kind.", show_default="H100")]
+
+
+def bounded(settings: list[str] | None, max_memory: str | None) -> list[str]:
+    """The overrides of --set and --max-memory together."""
+    return [*(settings or []), *([] if max_memory is None else [f"max_memory={max_memory}"])]
 
 
 def kept(**given: str | None) -> dict[str, Any]:

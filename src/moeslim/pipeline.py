@@ -19,13 +19,14 @@ from typing import Any
 import yaml
 
 from moeslim import inputs, verbs
-from moeslim.artifacts.commit import check_vacant, read_json, write_bytes, write_json
+from moeslim.artifacts.commit import check_vacant, read_json, replace_file, write_bytes, write_json
 from moeslim.artifacts.fingerprint import file_fingerprint, folder_fingerprint
 from moeslim.artifacts.run import Run, open_run
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure
-from moeslim.describe import cut_bytes, run_bytes
+from moeslim.describe import cut_bytes
 from moeslim.errors import RecipeError
+from moeslim.forecast import left_out, run_bytes
 from moeslim.log import logger
 from moeslim.plan.schedule import StageTarget
 from moeslim.recipe import Methods, Recipe
@@ -57,7 +58,9 @@ def run(
     targets = inputs.stage_targets(recipe, source)
     inputs.check_search(recipe, source, targets=targets)
     check_settings(recipe, source, teacher=teacher)
-    check_room(recipe, source, folder=Path(out), stages=len(targets))
+    check_room(recipe, source, folder=Path(out), targets=targets)
+    for line in left_out(recipe, targets):
+        logger.warning("%s", line)
     with open_run(out, redo=redo) as folder:
         story = Story(recipe, folder, source, teacher)
         if not folder.path("recipe.yaml").exists():  # what stands there was made by it, until all is made anew
@@ -138,11 +141,11 @@ _LIGHT = {"documents_per_domain": 8, "prompts": 0, "samples": 0, "speed_repeats"
 
 def find_models(recipe: Recipe) -> tuple[Path, Path]:
     """The folders of source and teacher, both whole as far as headers tell."""
-    source = inputs.model_folder(recipe.model, revision=recipe.revision)
+    source = inputs.live_folder(recipe.model, revision=recipe.revision)
     check_structure(read_structure(source))
     teacher = source
     if recipe.teacher is not None:
-        teacher = inputs.model_folder(recipe.teacher)
+        teacher = inputs.live_folder(recipe.teacher)
         check_structure(read_structure(teacher))
     return source, teacher
 
@@ -162,11 +165,10 @@ def check_settings(recipe: Recipe, source: Path, *, teacher: Path) -> None:
         check_same_words(source, teacher)
 
 
-def check_room(recipe: Recipe, source: Path, *, folder: Path, stages: int) -> None:
+def check_room(recipe: Recipe, source: Path, *, folder: Path, targets: Sequence[StageTarget]) -> None:
     """Refuse a run that the disk cannot hold; what stands in its folder already is not asked for again."""
-    needed = run_bytes(recipe, read_structure(source).index.bytes, stages=stages)
     standing = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    inputs.check_disk(folder, max(0, needed - standing))
+    inputs.check_disk(folder, max(0, run_bytes(recipe, source, targets=targets) - standing))
 
 
 def check_output(story: Story, stage: str, *, out: Path) -> None:
@@ -263,7 +265,8 @@ def plan_stage(story: Story, stage: str, *, student: Path, target: StageTarget) 
         logger.warning("%s", warning)
     outputs = [output]
     if any(step.step == "set_routers" for step in plan.steps):
-        shutil.copyfile(story.path(f"{stage}/stats/routers.safetensors"), story.path(routers))
+        with replace_file(story.path(routers)) as temporary:
+            shutil.copyfile(story.path(f"{stage}/stats/routers.safetensors"), temporary)
         outputs.append(routers)
     write_plan(story.path(output), plan)
     story.run.finish(f"{stage}-plan", made_from, outputs=outputs)
@@ -283,7 +286,7 @@ def stage_methods(story: Story, stage: str) -> Methods:
 def cut_stage(story: Story, stage: str, *, student: Path, output: Path | None = None) -> None:
     """STAGE/cut: the smaller checkpoint, streamed tensor by tensor from the student."""
     from moeslim.plan.steps import read_plan
-    from moeslim.surgery.apply import cut
+    from moeslim.surgery import check_cut, cut
 
     name = f"{stage}/cut" if output is None else os.path.relpath(output, story.run.folder)
     if output is not None:
@@ -292,8 +295,8 @@ def cut_stage(story: Story, stage: str, *, student: Path, output: Path | None = 
     made_from = {"model": folder_fingerprint(student), "plan": file_fingerprint(plan_file)}
     if story.run.stands(f"{stage}-cut", made_from, outputs=[name]):
         return
-    plan, recipe = read_plan(plan_file), story.recipe.dump()
-    cut(student, plan, out_folder=story.path(name), recipe=recipe, beside=plan_file.parent)
+    plan = check_cut(student, read_plan(plan_file), bound=inputs.memory_bound(story.recipe.max_memory))
+    cut(student, plan, out_folder=story.path(name), recipe=story.recipe.dump(), beside=plan_file.parent)
     story.run.finish(f"{stage}-cut", made_from, outputs=[name])
 
 

@@ -14,7 +14,7 @@ from moeslim.describe import amount, storage
 from moeslim.distill.peak import GPUS, Gpu
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape
-from moeslim.inputs import has_mtp, model_folder, options_recipe
+from moeslim.inputs import has_mtp, has_weights, model_folder, options_recipe
 from moeslim.plan.budget import RULES, Proposal, Wish, proposals, read_number, resized
 from moeslim.plan.footprint import ROW, Footprint, Footprints
 from moeslim.plan.schedule import AXES, Target, resolve, stages, units
@@ -86,6 +86,7 @@ def propose(
         "model": model,
         "before": _sizes(before),
         "mtp": mtp,
+        "live": shape.family.live,
         "stats": None if stats is None else str(stats),
         "rules": list(RULES),
         "meeting": len(found),
@@ -114,7 +115,7 @@ def _carried(stats: Path | str, folder: Path, *, shape: Shape, recipe: Recipe) -
     from moeslim.statistics import Stats
 
     known = Stats.load(stats)
-    if has_mtp(folder) is not None and known.model != folder_fingerprint(folder):
+    if has_weights(folder) and known.model != folder_fingerprint(folder):
         raise PlanError(
             f"{stats}: statistics of model {known.model}, but {folder} is {folder_fingerprint(folder)}; "
             "give the statistics of this model, or calibrate it"
@@ -126,10 +127,11 @@ def _training(recipe: Recipe, shape: Shape, *, proposal: Proposal, machines: Mac
     from moeslim.plan.training import Course, Gpus, price
 
     schedule = recipe.schedule if isinstance(recipe.schedule, str) else list(recipe.schedule)
+    axes = proposal.counts
     steps = stages(schedule, shape, target=Target(**proposal.counts), unit=units(shape, recipe.methods))
     course = Course(
         [
-            (resized(shape, {axis: getattr(step, axis) for axis in AXES}), machines.tokens * float(step.token_share))
+            (resized(shape, {axis: getattr(step, axis) for axis in axes}), machines.tokens * float(step.token_share))
             for step in steps
         ],
         shape,
@@ -154,7 +156,7 @@ def _sizes(found: Footprint) -> dict[str, Any]:
 
 
 def _told(proposal: Proposal, before: Footprint, *, shape: Shape) -> dict[str, Any]:
-    there = {axis: shape.layers if axis == "layers" else shape[axis] for axis in AXES}
+    there = {axis: shape.layers if axis == "layers" else shape[axis] for axis in proposal.counts}
     return {
         "shape": proposal.counts,
         "keep": {axis: count for axis, count in proposal.counts.items() if count != there[axis]},
@@ -169,6 +171,7 @@ def _told(proposal: Proposal, before: Footprint, *, shape: Shape) -> dict[str, A
 def _table(told: Sequence[Mapping[str, Any]], before: Footprint) -> list[list[str]]:
     """One row per proposal; the first row is the head, the second the model as it is."""
     sizes = [axis for axis in ("expert_size", "shared_size") if any(axis in each["keep"] for each in told)]
+    idle = {"+ MTP head": not before.mtp, "state": not before.state}
     axes = ["layers", "hidden", "experts", "top_k", *sizes]
     head = ["", *(axis.replace("_", " ") for axis in axes), "total", "active", "+ MTP head", "bf16", "fp8 ~", "int4 ~"]
     head += ["cache/1k", "state", "GFLOP/token", "fewer", "cost"]
@@ -176,6 +179,8 @@ def _table(told: Sequence[Mapping[str, Any]], before: Footprint) -> list[list[st
     for number, each in enumerate(told, 1):
         row = [str(number), *(str(each["shape"][axis]) for axis in axes), *_cells(each)]
         rows.append([*row, f"{each['fewer_operations']:.2f}x", f"{each['cost']:.3f}"])
+    stay = [place for place, word in enumerate(head) if not idle.get(word)]
+    rows = [[row[place] for place in stay] for row in rows]
     if told and "training" in told[0]:
         rows[0] += ["training", "GPU-hours", "days", "per GPU"]
         rows[1] += [""] * 4
@@ -205,10 +210,12 @@ def _lines(record: Mapping[str, Any], *, recipe: Recipe, machines: Machines | No
     told = record["proposals"]
     found = f"{record['meeting']} shapes meet it" if record["meeting"] > 1 else "one shape meets it"
     known = "if there is one: a bare config does not say" if record["mtp"] is None else "as the weights have it"
+    head = f"with the MTP head ({known}); " if record["before"]["mtp_parameters"] else ""
+    state = "state: DeltaNet, per sequence; " if record["before"]["state_bytes"] else ""
     lines = [
         f"{found}, the best {len(told)} above; cost: what the cut takes away, by the rules",
-        f"bytes: with the MTP head ({known}); fp8 and int4 are estimates, moeslim writes bf16; cache: keys and values "
-        f"of {_CACHE_TOKENS} tokens; state: DeltaNet, per sequence; GFLOP: forward, in rows of {ROW}, with the head",
+        f"bytes: {head}fp8 and int4 are estimates, moeslim writes bf16; cache: keys and values of {_CACHE_TOKENS} "
+        f"tokens; {state}GFLOP: forward, in rows of {ROW}, with the head",
     ]
     lines += [f"  {rule}" for rule in record["rules"]]
     judged = "by what they carried in the calibration" if record["stats"] else "by count; --stats takes a calibration"
@@ -218,7 +225,7 @@ def _lines(record: Mapping[str, Any], *, recipe: Recipe, machines: Machines | No
     for number, each in enumerate(told, 1):
         lines += [f"{number}: {warning}" for warning in each["warnings"]]
     options = " ".join(f"{_OPTIONS[axis]} {count}" for axis, count in told[0]["keep"].items())
-    if options:
+    if options and record["live"]:
         lines.append(f"to cut to the first: moeslim prune {record['model']} OUT {options}")
     return lines
 

@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from moeslim import __version__
-from moeslim.artifacts.commit import read_json, replace_file, write_json
+from moeslim.artifacts.commit import read_json, write_bytes, write_json
 from moeslim.errors import RunError
 
 SCHEMA = 2
@@ -43,6 +43,8 @@ class _Sums:
     """Scalars and float64 arrays that add, field by field; those in `constant` are the weights' and must agree."""
 
     constant: ClassVar[frozenset[str]] = frozenset()
+    axes: ClassVar[Mapping[str, str]] = {}
+    """Field -> its axes, a letter of the legend each; a field that is not named is a scalar."""
 
     def add(self, other: Self) -> None:
         """Add the other's sums to these. ValueError if the shapes or the weights differ."""
@@ -68,10 +70,15 @@ class _Sums:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Array]) -> Self:
-        """The inverse of `state`. ValueError on a field that is not known."""
+        """The inverse of `state`. ValueError on a field that is not known, or of another shape."""
         unknown = set(state) - set(cls._names())
         if unknown:
             raise ValueError(f"unknown fields {sorted(unknown)}")
+        lengths: dict[str, int] = {}
+        for name, array in state.items():
+            own = zip(cls.axes.get(name, ""), array.shape, strict=False)
+            if array.ndim != len(cls.axes.get(name, "")) or any(lengths.setdefault(a, n) != n for a, n in own):
+                raise ValueError(f"{name} has shape {array.shape}, which fits none of the others")
         return cls(**{name: float(array) if array.ndim == 0 else array for name, array in state.items()})
 
     @classmethod
@@ -107,6 +114,14 @@ class LayerStats(_Sums):
     down_norm_shared: Array = field(default_factory=_nothing)  # (S)
 
     constant: ClassVar[frozenset[str]] = frozenset({"router_gram", "down_norm", "down_norm_shared"})
+    axes: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("x_sum", "y_sum"), "d"),
+        **dict.fromkeys(("routed", "gate_sum", "gate_norm_sum", "norm_sum", "softmax_norm_sum", "removal_sum"), "E"),
+        **dict.fromkeys(("logit_gram", "router_gram"), "EE"),
+        **dict.fromkeys(("mean_output_sum", "softmax_output_sum"), "Ed"),
+        **dict.fromkeys(("neuron_sum", "down_norm"), "EI"),
+        **dict.fromkeys(("neuron_shared_sum", "down_norm_shared"), "S"),
+    }
 
     @property
     def is_moe(self) -> bool:
@@ -150,6 +165,8 @@ class NormStats(_Sums):
     share_sum: Array = field(default_factory=_nothing)  # (d) sum over tokens of x_c^2 / sum_c' x_c'^2
     tokens: float = 0.0
     sequences: float = 0.0
+
+    axes: ClassVar[Mapping[str, str]] = dict.fromkeys(("abs_sum", "abs_row_sq_sum", "share_sum"), "d")
 
 
 @dataclass(eq=False)
@@ -235,6 +252,10 @@ class Stats:
         if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
             raise RunError(f"{folder}/stats.json: not statistics of schema {SCHEMA}; calibrate again with this version")
         try:
+            if type(facts["tokens"]) is not int or type(facts["sequences"]) is not int or facts["tokens"] < 1:
+                raise ValueError(f"{facts['tokens']!r} tokens in {facts['sequences']!r} sequences")
+            if not all(isinstance(facts[table], dict) for table in ("settings", "found")):
+                raise ValueError("settings and found must be objects")
             stats = cls(
                 model=facts["model"],
                 token_sets=tuple(facts["token_sets"]),
@@ -307,14 +328,17 @@ def _norms(names: Iterable[str], arrays: Mapping[str, Array]) -> dict[str, NormS
 
 
 def _write(path: Path, arrays: dict[str, Array]) -> None:
-    with replace_file(path) as temporary:
-        save_file(arrays, temporary)
+    write_bytes(path, save(arrays))  # not `save_file`, which tells a full disk as no OSError
 
 
 def _read(path: Path) -> dict[str, Array]:
     if not path.is_file():
         raise RunError(f"{path}: there is no such file; the statistics are not whole, calibrate again")
     try:
-        return load_file(path)
+        arrays = load_file(path)
     except SafetensorError as problem:
         raise ValueError(f"{path.name}: {problem}") from None
+    for name, array in arrays.items():
+        if array.dtype != np.float64 or not np.isfinite(array).all():
+            raise ValueError(f"{path.name}: {name} holds {array.dtype} that is not finite float64 throughout")
+    return arrays

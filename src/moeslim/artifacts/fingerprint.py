@@ -7,6 +7,9 @@ import hashlib
 import json
 from pathlib import Path
 
+from moeslim.artifacts import strict_json
+from moeslim.artifacts.commit import named
+
 _CHUNK = 1 << 20
 WHOLE_LIMIT = 16 << 20
 """Files up to this many bytes are hashed whole by `file_fingerprint`; larger ones are sampled."""
@@ -26,7 +29,7 @@ def fingerprint(value: object) -> str:
 def hash_file(path: Path | str) -> str:
     """The SHA-256 of the whole file, 64 hex digits; what receipts hold and `verify` compares."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with named(path), open(path, "rb") as file:
         while block := file.read(_CHUNK):
             digest.update(block)
     return digest.hexdigest()
@@ -77,15 +80,20 @@ def content_fingerprint(path: Path | str) -> str:
 
 
 def _standing_receipt(folder: Path) -> dict[str, str] | None:
-    """File name -> SHA-256 as the receipt tells it, or None where it is missing, unreadable or no longer true."""
+    """File name -> SHA-256 as the receipt tells it, or None where it is missing, unreadable or no longer true.
+
+    One that leaves out weights names no model.
+    """
     try:
-        files = json.loads((folder / "receipt.json").read_text(encoding="utf-8"))["files"]
+        files = strict_json.load(folder / "receipt.json")["files"]
         stated = {str(name): (str(facts["sha256"]), int(facts["bytes"])) for name, facts in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    if any(path.name not in stated for path in folder.glob("*.safetensors")):
+        return None
     for name, (sha256, size) in stated.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
+        if path.parent != folder or not path.is_file() or path.stat().st_size != size:
             return None
         if size <= WHOLE_LIMIT and hash_file(path) != sha256:
             return None

@@ -1,42 +1,97 @@
-"""One process per run folder."""
+"""One process per folder or file: the kernel's locks, which no killed process leaves behind, with a name in them.
 
+They hold between machines as far as the file system's `flock` does (NFS since Linux 2.6.12; Lustre if mounted with it).
+"""
+
+import contextlib
+import errno
 import fcntl
 import json
 import os
+import shlex
 import socket
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from moeslim.errors import RunError
 
+LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+
 
 @contextmanager
 def run_lock(folder: Path | str) -> Iterator[None]:
     """Hold `folder` (made if missing) for this process until the block ends, or until the process dies.
 
-    Raises RunError with the holder's process id and host where somebody else holds it. The file `.lock` stays: the
-    lock is the kernel's, so a file left by a killed run locks nothing.
+    Raises RunError where somebody else holds it, and says who. The file `.lock` stays: the lock is the kernel's, so a
+    file left by a killed run locks nothing.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _holder(folder / ".lock")
-            raise RunError(
-                f"{folder}: in use by {holder}; wait until it ends, stop it or choose another folder"
-            ) from None
-        file.truncate(0)
-        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
-        file.flush()
+    descriptor = hold(folder / LOCK, place=folder)
+    try:
         yield
+    finally:
+        os.close(descriptor)
+
+
+def hold(path: Path, *, place: Path, wait: bool = False) -> int:
+    """A descriptor of the file `path` (made if missing) that holds its lock until it is closed.
+
+    While somebody else holds it, RunError says who keeps `place`; with `wait` this waits instead, for what takes
+    milliseconds. FileNotFoundError where the folder of `path` is gone.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor, path, place=place, wait=wait)
+            if _leads_to(path, descriptor):
+                _sign(descriptor)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # who held it has renamed or removed the file meanwhile: look again
+
+
+def _lock(descriptor: int, path: Path, *, place: Path, wait: bool) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise RunError(f"{place}: in use by {_holder(path)}; wait until it ends, stop it or choose another") from None
+    except OSError as problem:
+        if problem.errno not in _NO_LOCKS:
+            raise
+        raise RunError(
+            f"{place}: its file system keeps no locks ({problem.strerror}), and two processes could write the same; "
+            "choose another disk, or mount it with locks (on Lustre: -o flock)"
+        ) from None
+
+
+def _leads_to(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _sign(descriptor: int) -> None:
+    """Write who holds the lock into its file; a full disk makes it nameless, not less of a lock."""
+    program = Path(sys.argv[0] if sys.argv else "")
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    command = shlex.join([name, *sys.argv[1:]])
+    facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    os.ftruncate(descriptor, 0)
+    with contextlib.suppress(OSError):
+        os.pwrite(descriptor, json.dumps({**facts, "command": command}).encode(), 0)
 
 
 def _holder(path: Path) -> str:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {facts['pid']} on {facts['host']}"
+        return f"process {facts['pid']} on {facts['host']} since {facts['since']} ({facts['command']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"  # it holds the lock and has not written its name yet

@@ -50,10 +50,11 @@ class Run:
         writing an output and recording it leaves one), so the stage can commit there. RunError, without `redo`,
         where the inputs differ from the recorded ones or an output was edited: silently doing it anew would destroy it.
         """
-        record = self._record(name)
+        record, outputs = self._record(name), list(outputs)
         if record is None:
             self._clear(outputs)
             return False
+        self._check_inside(name, [output for output in record["outputs"] if output not in outputs])
         gone = [output for output in record["outputs"] if not (self.folder / output).exists()]
         difference = f"its output {', '.join(gone)} is gone" if gone else self._difference(record, inputs)
         if difference is None:
@@ -99,11 +100,22 @@ class Run:
         record = read_json(path)
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise RunError(f"{path}: written by another version of moeslim (schema {SCHEMA} is wanted here)")
+        outputs = record.get("outputs")
+        if not isinstance(outputs, dict) or not isinstance(record.get("inputs"), dict):
+            raise RunError(f"{path}: no record of a stage (inputs, outputs); remove it to do the stage again")
         return record
+
+    def _check_inside(self, name: str, outputs: Iterable[str]) -> None:
+        """RunError where a record, which anyone may have written, names an output that is not ours to remove."""
+        for output in outputs:
+            if not output or Path(output).is_absolute() or ".." in Path(output).parts:
+                raise RunError(
+                    f"{self._record_path(name)}: the output {output!r} lies outside the run folder; remove the record"
+                )
 
     def _difference(self, record: dict[str, Any], inputs: Mapping[str, object]) -> str | None:
         """What keeps the record from standing, in words; None if it stands."""
-        if record["inputs_fingerprint"] != fingerprint(dict(inputs)):
+        if record.get("inputs_fingerprint") != fingerprint(dict(inputs)):
             changed = ", ".join(_changed(record["inputs"], dict(inputs)))
             return f"its output was made from other inputs ({changed})"
         for output, recorded in record["outputs"].items():

@@ -25,12 +25,14 @@ from moeslim.artifacts.commit import check_vacant, committed_folder, discard, re
 from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.artifacts.lock import run_lock
 from moeslim.calibrate.observe import LayerObserver, Observe, Trial
+from moeslim.calibrate.room import batch_of
 from moeslim.calibrate.sums import sample_positions
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import CheckpointError, DataError, RunError
 from moeslim.log import logger, progress
 from moeslim.model import parallel
 from moeslim.model.hidden import HiddenFiles
+from moeslim.model.room import with_room
 from moeslim.model.walk import LayerVisit, WalkSettings, check_standing, walk
 from moeslim.statistics import SCHEMA, Stats, coverage_lines, join, pool
 
@@ -106,6 +108,8 @@ def calibrate(
             discard(work)
             return standing
     check_vacant(out)
+    lengths = {"rows": len(rows), "length": rows.shape[1] - 1}
+    settings = with_room(reader, settings, batch=batch_of(reader, settings, removal=observe.removal, **lengths))
     with run_lock(work):
         places = _places(work, num_batches=-(-len(rows) // settings.rows_per_batch), searching=observe.search)
         _clear(work, places, job=job, redo=observe.redo)

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moeslim.artifacts import strict_json
+from moeslim.checkpoint.config_values import check_values
 from moeslim.checkpoint.index import path_inside
 from moeslim.errors import CheckpointError, PlanError
 from moeslim.families import Shape
@@ -29,19 +31,26 @@ SIDE_FILES = (
 )
 
 
+_LARGEST = 200_000_000  # bytes of a side file; the largest tokenizers have 33 MB
+
+
 def read_config(folder_or_file: Path | str) -> dict[str, Any]:
-    """The raw config of a folder, or of a bare config.json; CheckpointError when it is missing or not JSON."""
+    """The raw config of a folder, or of a bare config.json; CheckpointError when it is missing, not JSON or impossible.
+
+    What is looked at is in `config_values`; sizes are the shape's to check.
+    """
     path = Path(folder_or_file)
     if path.is_dir():
         path = path_inside(path, "config.json")
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file; a checkpoint folder holds config.json and *.safetensors")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as problem:
+        config = strict_json.load(path)
+    except ValueError as problem:
         raise CheckpointError(f"{path}: not valid JSON ({problem}); fetch the file again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, found {type(config).__name__}")
+    check_values(config, path)
     return config
 
 
@@ -53,17 +62,28 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 def side_files(folder: Path) -> list[str]:
     """Names of the files beside config and weights that make the model: tokenizer, templates, generation config."""
-    names = {name for name in SIDE_FILES if (folder / name).exists()}
+    names = {name for name in SIDE_FILES if (folder / name).exists() or (folder / name).is_symlink()}
     names |= {path.name for pattern in ("*.jinja", "*.tiktoken") for path in folder.glob(pattern)}
     return sorted(names)
 
 
 def copy_side_files(source: Path | str, target: Path | str) -> list[str]:
-    """Copy the side files, byte for byte; returns their names. Links that leave the source folder are refused."""
+    """Copy the side files, byte for byte; returns their names. Those of `check_side_files` are refused."""
     source, target = Path(source), Path(target)
+    check_side_files(source)
     for name in side_files(source):
         shutil.copyfile(path_inside(source, name), target / name)
     return side_files(target)
+
+
+def check_side_files(folder: Path) -> None:
+    """CheckpointError for a side file that is a folder, a pipe (it would be waited for), a link out, or too large."""
+    for name in side_files(folder):
+        path = path_inside(folder, name)
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: {name} is a folder, pipe or device and no file; fetch it again")
+        if path.stat().st_size > _LARGEST:
+            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes, at most {_LARGEST:,} belong to a tokenizer")
 
 
 def edit_config(
@@ -77,11 +97,11 @@ def edit_config(
     """A new config for a cut model: other sizes, fewer layers, every fact in both of its spellings.
 
     What changes is given as the shape `after`, or as `layers_kept` (layer numbers, ascending) and new sizes of axes
-    (hidden, experts, top_k, expert_size, shared_size; None: as before). `layer_types` is always written,
+    (hidden, experts, top_k, expert_size, shared_size; None: as before). In a hybrid `layer_types` is always written,
     `full_attention_interval` only where the pattern is `(i + 1) % interval == 0`, since an engine that reads it alone
-    would build another model. `mtp` says whether there is an MTP head (None: leave the key). Unknown keys and the
-    order of keys stay. Raises PlanError where layer 0 would be dense beside an MTP head, FamilyError for a result
-    that contradicts itself.
+    would build another model. A size whose default follows from others (head_dim) is always written. `mtp` says whether
+    there is an MTP head (None: leave the key). Unknown keys and the order of keys stay. Raises PlanError where layer 0
+    would be dense beside an MTP head that is built like it, FamilyError for a result that contradicts itself.
     """
     before = Shape.from_config(config)
     if after is None:
@@ -90,16 +110,17 @@ def edit_config(
         )
     edited = dict(config)
     for axis, where in before.family.sizes.items():
-        key = where if isinstance(where, str) else where[0]
-        if key in edited or after[axis] != before[axis]:
+        key, follows = before.family.key(axis), isinstance(where, tuple) and isinstance(where[1], str)
+        if key in edited or follows or after[axis] != before[axis]:
             edited[key] = after[axis]
+    edited |= {
+        other: edited.get(key, edited[other]) for other, key in before.family.spellings.items() if other in edited
+    }
     _write_layers(edited, after, before=before)
     _write_ropes(edited, before.family.rope_defaults)
-    if mtp:
-        edited["num_nextn_predict_layers"] = 1
-    elif mtp is not None:
-        edited.pop("num_nextn_predict_layers", None)
-    if edited.get("num_nextn_predict_layers") and 0 in after.dense_layers:
+    if mtp is not None:
+        edited = with_mtp(edited, mtp)
+    if edited.get("num_nextn_predict_layers") and 0 in after.dense_layers and after.family.first_dense is None:
         raise PlanError(
             "mlp_only_layers of the cut model would hold 0, which makes the MTP head's block dense as well; "
             "keep a layer with experts as the first one"
@@ -108,13 +129,19 @@ def edit_config(
     return edited
 
 
+def with_mtp(config: Mapping[str, Any], mtp: bool) -> dict[str, Any]:
+    """The config that says whether there is an MTP head; without one the key is only there where silence means one."""
+    family, key = Shape.from_config(config).family, "num_nextn_predict_layers"
+    said = {key: 1} if mtp and family.mtp_prefix is not None else {key: 0} if family.mtp_default else {}
+    return {**{name: value for name, value in config.items() if name != key or key in said}, **said}
+
+
 def _shape_after(before: Shape, layers_kept: Sequence[int] | None, *, sizes: Mapping[str, int]) -> Shape:
     unknown = sizes.keys() - before.sizes.keys()
     assert not unknown, f"no axes of this family: {unknown}"
     layers = range(before.layers) if layers_kept is None else layers_kept
     return replace(
-        before,
-        sizes={**before.sizes, **sizes},
+        before.resized(**sizes),
         layer_types=tuple(before.layer_types[layer] for layer in layers),
         dense_layers=frozenset(new for new, old in enumerate(layers) if old in before.dense_layers),
     )
@@ -122,21 +149,28 @@ def _shape_after(before: Shape, layers_kept: Sequence[int] | None, *, sizes: Map
 
 def _write_layers(edited: dict[str, Any], after: Shape, *, before: Shape) -> None:
     """Depth, `layer_types`, the interval, and the dense layers by their new numbers."""
-    types = list(after.layer_types)
+    types, family = list(after.layer_types), after.family
     edited["num_hidden_layers"] = len(types)
-    edited["layer_types"] = types
-    given = edited.get("full_attention_interval") or after.family.default_interval
-    for interval in (given, *range(1, len(types) + 1)):
-        if types == ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(len(types))]:
-            edited["full_attention_interval"] = interval
-            break
-    else:
-        edited.pop("full_attention_interval", None)
-    if (after.layers, after.dense_layers) != (before.layers, before.dense_layers):
+    if family.default_interval is not None or "layer_types" in edited:
+        edited["layer_types"] = types
+    if family.default_interval is not None:
+        _write_interval(edited, types, given=edited.get("full_attention_interval") or family.default_interval)
+    if family.first_dense is not None:
+        if family.first_dense[0] in edited or after.dense_layers != before.dense_layers:
+            edited[family.first_dense[0]] = len(after.dense_layers)
+    elif (after.layers, after.dense_layers) != (before.layers, before.dense_layers):
         # a sparse step counts from layer 0, so after a cut the dense layers are listed by number instead
         edited["mlp_only_layers"] = sorted(after.dense_layers)
         if "decoder_sparse_step" in edited:
             edited["decoder_sparse_step"] = 1
+
+
+def _write_interval(edited: dict[str, Any], types: list[str], *, given: int) -> None:
+    for interval in (given, *range(1, len(types) + 1)):
+        if types == ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(len(types))]:
+            edited["full_attention_interval"] = interval
+            return
+    edited.pop("full_attention_interval", None)
 
 
 def _write_ropes(edited: dict[str, Any], defaults: Mapping[str, float]) -> None:

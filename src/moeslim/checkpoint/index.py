@@ -4,18 +4,20 @@ A file is 8 bytes (little-endian length of the header), a JSON header {name: {dt
 data. Nothing of it is believed: a header that lies about lengths, places or its own file is refused by name.
 """
 
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeslim.artifacts import strict_json
 from moeslim.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-HEADER_LIMIT = 100_000_000  # bytes; the safetensors library has the same limit
+HEADER_LIMIT = strict_json.BYTES_LIMIT  # half of what the safetensors library allows
+_MOST_TENSORS = 1_000_000  # some ten times those of the largest models; an entry takes half a kilobyte
+_MOST_AXES, _LONGEST = 8, 1 << 48  # a product of more would take minutes to multiply, of longer ones no file holds
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 ITEM_BYTES |= {
     "I8": 1,
@@ -88,12 +90,15 @@ def read_index(folder: Path | str) -> Index:
     for name in wanted:
         path = path_inside(folder, name)
         if not path.is_file():
-            raise CheckpointError(f"{folder}: {INDEX_NAME} names {name}, which is not there; download it again")
+            what = "is a folder, pipe or device and no file" if path.exists() else "is not there"
+            raise CheckpointError(f"{folder}: {INDEX_NAME} names {name}, which {what}; download it again")
         files[name] = path.stat().st_size
         for tensor, entry in read_header(path, name).items():
             if tensor in tensors:
                 raise CheckpointError(f"{folder}: {tensor} is in {tensors[tensor].file} and again in {name}")
             tensors[tensor] = entry
+        if len(tensors) > _MOST_TENSORS:
+            raise CheckpointError(f"{folder}: more than {_MOST_TENSORS:,} tensors; no model that can be read has them")
     if weight_map is not None:
         _compare(weight_map, Index(folder, tensors, files))
     return Index(folder, tensors, files)
@@ -102,15 +107,19 @@ def read_index(folder: Path | str) -> Index:
 def path_inside(folder: Path, name: str) -> Path:
     """`folder/name`, after making sure that it is a plain name and no link leads out of the folder.
 
-    A link into the hub's cache (`models--*/blobs`) is how huggingface_hub lays out a download, so it may pass.
+    A download of huggingface_hub lies in `models--NAME/snapshots/COMMIT` and links to `models--NAME/blobs`: those pass.
     """
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CheckpointError(f"{folder}: {name!r} is not a plain file name; entries may not leave the folder")
     path = folder / name
     if path.is_symlink():
-        target = path.resolve()
-        in_hub_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-        if target.parent != folder.resolve() and not in_hub_cache:
+        try:
+            target = path.resolve()
+        except RuntimeError:
+            raise CheckpointError(f"{path}: a link that leads to itself; put a copy of the file there") from None
+        home = folder.resolve()
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+        if target.parent not in (home, blobs):
             raise CheckpointError(f"{path}: a link that leaves the folder (to {target}); put a copy of the file there")
     return path
 
@@ -122,17 +131,24 @@ def read_header(path: Path, name: str | None = None) -> dict[str, Entry]:
     with path.open("rb") as file:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
-        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+        if not 2 <= length <= size - 8:
             raise CheckpointError(
                 f"{path}: not a whole safetensors file ({size} bytes, header of {length}); fetch it again"
             )
+        if length > HEADER_LIMIT:
+            raise CheckpointError(
+                f"{path}: its header has {length:,} bytes, at most {HEADER_LIMIT:,} are read; split the file in several"
+            )
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as problem:
+        header = strict_json.parse(raw)
+    except ValueError as problem:
         raise CheckpointError(f"{path}: its header cannot be read ({problem}); fetch the file again") from None
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or raw[:1] != b"{":
         raise CheckpointError(f"{path}: its header is not a table of tensors; fetch the file again")
+    notes = header.get("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise CheckpointError(f"{path}: __metadata__ of its header must hold texts alone; fetch the file again")
     base = 8 + length
     entries = {
         tensor: _entry(f"{path}: {tensor}", facts, file=name, base=base, size=size)
@@ -146,7 +162,8 @@ def read_header(path: Path, name: str | None = None) -> dict[str, Entry]:
 def _entry(where: str, facts: Any, *, file: str, base: int, size: int) -> Entry:
     try:
         dtype, shape, (start, end) = facts["dtype"], facts["shape"], facts["data_offsets"]
-        good = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        good = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= _MOST_AXES
+        good = good and all(type(n) is int and 0 <= n < _LONGEST for n in (*shape, start, end))
     except (KeyError, TypeError, ValueError):
         good = False
     if not good:
@@ -186,9 +203,9 @@ def _tile(path: Path, entries: Mapping[str, Entry], *, base: int, size: int) -> 
 def _weight_map(folder: Path) -> dict[str, str]:
     path = path_inside(folder, INDEX_NAME)
     try:
-        weight_map = json.loads(path.read_bytes(), object_pairs_hook=_unique)["weight_map"]
+        weight_map = strict_json.load(path)["weight_map"]
         good = bool(weight_map) and all(isinstance(file, str) for file in weight_map.values())
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise CheckpointError(f"{path}: not a readable index ({problem}); fetch it again") from None
     if not good:
         raise CheckpointError(f"{path}: weight_map must give a file name for every tensor")
@@ -219,15 +236,3 @@ def _no_weights(folder: Path, found: list[str]) -> CheckpointError:
             "run code and a GGUF is quantised: use the safetensors release of this model, or convert it"
         )
     return CheckpointError(f"{folder}: no *.safetensors in it; give a folder with config.json and the weights")
-
-
-class _DuplicateError(ValueError):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateError(f"{next(name for name in names if names.count(name) > 1)} stands in it twice")
-    return table

@@ -1,18 +1,22 @@
-"""Reading single tensors and slices of a checkpoint, mapped from its files.
+"""Reading single tensors and slices of a checkpoint.
 
-Tensors are views of the file's pages: only what is touched is read, and the system can drop it again. They are for
-reading; clone before changing one.
+`tensor` maps: a view of the file's pages, of which only what is touched is read, and the system can drop it again. It
+is for reading; clone before changing one. `read` and `expert_pair` copy into memory of their own: faster for what is
+needed whole, and a file that cannot be read is then an error and not the end of the process.
 """
 
 import mmap
+import os
+from io import FileIO
 from pathlib import Path
 
 import torch
 
-from moeslim.checkpoint.index import ITEM_BYTES
+from moeslim.checkpoint.index import ITEM_BYTES, Entry
 from moeslim.checkpoint.structure import check_structure, read_structure
 from moeslim.errors import CheckpointError
 from moeslim.families import Row, expert_prefix, pieces
+from moeslim.families.layouts import Piece
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -35,6 +39,7 @@ class Reader:
         self.has_mtp = structure.has_mtp
         self.rows: dict[str, Row] = dict(structure.rows)
         self._maps: dict[str, mmap.mmap] = {}
+        self._files: dict[str, FileIO] = {}
         if check:
             self.check()
 
@@ -49,12 +54,8 @@ class Reader:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor in the file's dtype, as a view of the file."""
-        entry = self.index.tensors.get(name)
-        if entry is None:
-            raise CheckpointError(f"{self.folder}: there is no tensor {name}")
-        if entry.dtype not in TORCH_DTYPES:
-            raise CheckpointError(f"{self.folder}: {name} is {entry.dtype}, which is no float dtype")
-        dtype, width = TORCH_DTYPES[entry.dtype], ITEM_BYTES[entry.dtype]
+        entry, dtype = self._entry(name)
+        width = ITEM_BYTES[entry.dtype]
         count = entry.bytes // width
         if count == 0:
             return torch.empty(entry.shape, dtype=dtype)
@@ -66,18 +67,26 @@ class Reader:
         return flat.view(entry.shape)
 
     def rows_of(self, name: str, rows: slice) -> torch.Tensor:
-        """The entries `rows` along the first axis; nothing else of the tensor is read."""
+        """The entries `rows` along the first axis, mapped; nothing else of the tensor is read."""
         return self.tensor(name)[rows]
+
+    def read(self, name: str, start: int = 0, *, stop: int | None = None, stack: int | None = None) -> torch.Tensor:
+        """Entries [start, stop) along the first axis, or along the second one of entry `stack`, in the file's dtype."""
+        entry, dtype = self._entry(name)
+        shape = entry.shape if stack is None else entry.shape[1:]
+        stop = shape[0] if stop is None else stop
+        found = torch.empty(stop - start, *shape[1:], dtype=dtype)
+        self._fill(found, name, first=start + (stack or 0) * shape[0])
+        return found
 
     def dtype(self, name: str) -> str:
         """The tensor's dtype as safetensors spells it, for example "BF16"."""
         return self.index.tensors[name].dtype
 
     def expert(self, key: str, expert: int) -> dict[str, torch.Tensor]:
-        """One routed expert of layer `key`: "gate" and "up" (expert_size, hidden), "down" (hidden, expert_size)."""
-        layout = self.layouts["mtp" if key.startswith("mtp.") else "trunk"]
+        """One routed expert of `key`, mapped: "gate" and "up" (expert_size, hidden), "down" (hidden, expert_size)."""
         found = {}
-        for matrix, piece in pieces(layout, expert_prefix(self.shape, key), expert=expert).items():
+        for matrix, piece in self._pieces(key, expert).items():
             tensor = self.tensor(piece.name)
             if piece.stack is not None:
                 tensor = tensor[piece.stack]
@@ -87,10 +96,62 @@ class Reader:
             found[matrix] = tensor
         return found
 
+    def expert_pair(self, key: str, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in memory of its own: [gate; up] (2 expert_size, hidden) and down (hidden, expert_size)."""
+        size, hidden = self.shape["expert_size"], self.shape["hidden"]
+        places = self._pieces(key, expert)
+        dtypes = {matrix: self._entry(piece.name)[1] for matrix, piece in places.items()}
+        down = torch.empty(hidden, size, dtype=dtypes["down"])
+        both = torch.promote_types(dtypes["gate"], dtypes["up"])
+        gate_up = torch.empty(2 * size, hidden, dtype=both)
+        for matrix, rows in {"gate": gate_up[:size], "up": gate_up[size:], "down": down}.items():
+            piece = places[matrix]
+            part = rows if rows.dtype == dtypes[matrix] else torch.empty_like(rows, dtype=dtypes[matrix])
+            first = (piece.stack or 0) * rows.shape[0]
+            self._fill(part, piece.name, first=first if piece.half is None else 2 * first + piece.half * rows.shape[0])
+            if part is not rows:
+                rows.copy_(part)
+        return gate_up, down
+
     def release(self) -> None:
         """Let the system take back the pages read so far; tensors handed out stay valid and are read anew if used."""
         for file in self._maps.values():
             file.madvise(mmap.MADV_DONTNEED)
+
+    def _pieces(self, key: str, expert: int) -> dict[str, Piece]:
+        layout = self.layouts["mtp" if key.startswith("mtp.") else "trunk"]
+        return pieces(layout, expert_prefix(self.shape, key), expert=expert)
+
+    def _entry(self, name: str) -> tuple[Entry, torch.dtype]:
+        entry = self.index.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.folder}: there is no tensor {name}")
+        if entry.dtype not in TORCH_DTYPES:
+            raise CheckpointError(f"{self.folder}: {name} is {entry.dtype}, which is no float dtype")
+        return entry, TORCH_DTYPES[entry.dtype]
+
+    def _fill(self, rows: torch.Tensor, name: str, *, first: int) -> None:
+        """Fill contiguous `rows` from the tensor, as from its row `first` on, all axes before the rows' own flat."""
+        entry, _ = self._entry(name)
+        start = entry.start + first * (rows.nbytes // max(1, rows.shape[0]))
+        assert start + rows.nbytes <= entry.end, f"{name}: rows beyond its end"
+        free: memoryview = rows.flatten().view(torch.uint8).numpy().data
+        while free.nbytes:
+            try:
+                got = os.preadv(self._descriptor(entry.file), [free], start)
+            except OSError as problem:
+                raise CheckpointError(f"{self.folder / entry.file}: {name} cannot be read ({problem})") from None
+            if got == 0:
+                raise CheckpointError(
+                    f"{self.folder / entry.file}: ends within {name}; the file was changed since it was opened"
+                )
+            free, start = free[got:], start + got
+
+    def _descriptor(self, name: str) -> int:
+        """The open file, closed with this reader."""
+        if name not in self._files:
+            self._files[name] = (self.folder / name).open("rb", buffering=0)
+        return self._files[name].fileno()
 
     def _map(self, name: str) -> mmap.mmap:
         if name not in self._maps:

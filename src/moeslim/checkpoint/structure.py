@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeslim.checkpoint.config_json import read_config
+from moeslim.checkpoint.config_json import check_side_files, read_config
 from moeslim.checkpoint.index import Index, read_index
 from moeslim.errors import CheckpointError
 from moeslim.families import Row, Shape, detect, table
@@ -54,12 +54,14 @@ def read_structure(folder: Path | str) -> Structure:
     config = read_config(folder)
     shape = Shape.from_config(config)
     refuse_quantised(config, folder)
+    check_side_files(folder)
     index = read_index(folder)
     refuse_quantised_tensors(index)
     if not any(shape.is_moe(key) for key in shape.layer_keys):
         raise CheckpointError(f"{folder}: the config makes every layer dense; there are no experts to work on")
-    has_mtp = any(name.startswith("mtp.") for name in index.tensors)
-    found = detect(index.tensors, shape.family)
+    shape = shape.with_present(index.tensors)
+    has_mtp = shape.has_mtp(index.tensors)
+    found = detect(index.tensors, shape)
     layouts = {subtree: found.get(subtree, found.get("trunk", "per_expert")) for subtree in ("trunk", "mtp")}
     return Structure(folder, config, shape, index, layouts, has_mtp, table(shape, layouts, mtp=has_mtp))
 

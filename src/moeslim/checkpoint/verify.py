@@ -4,24 +4,22 @@ Every weight file is read once, in blocks, without torch: hashed, and looked thr
 """
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from moeslim.artifacts import strict_json
 from moeslim.artifacts.fingerprint import hash_file
+from moeslim.checkpoint.bound import TENSOR_BYTES, check_bound
 from moeslim.checkpoint.config_json import read_config, side_files
-from moeslim.checkpoint.index import INDEX_NAME, ITEM_BYTES, Entry, Index, path_inside
-from moeslim.checkpoint.structure import FLOATS, read_structure
+from moeslim.checkpoint.finite import not_finite
+from moeslim.checkpoint.index import INDEX_NAME, Entry, Index, path_inside
+from moeslim.checkpoint.structure import read_structure
 from moeslim.errors import CheckpointError, FamilyError
 from moeslim.log import progress
 
 _BLOCK = 1 << 24  # bytes; a multiple of every item size
-# All exponent bits set: the value is Inf or NaN. Unsigned words, because numpy has no bfloat16.
-_EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,13 @@ class VerifyRecord:
     hashed: bool
 
 
-def verify(folder: Path | str) -> VerifyRecord:
+def verify(
+    folder: Path | str, *, proven: Mapping[str, str] | None = None, max_memory: int | None = None
+) -> VerifyRecord:
     """Check a checkpoint folder in full; a bad model is a record with problems, not an exception.
 
-    Raises CheckpointError only for a path that is no folder.
+    `proven` are the SHA-256 of weight files that the writer has just read back and looked through: not read again.
+    Raises CheckpointError only for a path that is no folder, ResourceError where `max_memory` bytes do not suffice.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -48,10 +49,11 @@ def verify(folder: Path | str) -> VerifyRecord:
     try:
         structure = read_structure(folder)
         index = structure.index
+        check_bound(max_memory, 4 * _BLOCK + TENSOR_BYTES * len(index.tensors), what="verifying")
         problems += structure.problems()
     except (CheckpointError, FamilyError, OSError) as problem:
         problems.append(str(problem))
-    hashes: dict[str, str] = {}
+    hashes = dict(proven or {})
     if index is not None:
         problems += _scan_all(index, hashes)
     problems += _side_problems(folder)
@@ -59,15 +61,37 @@ def verify(folder: Path | str) -> VerifyRecord:
     problems += receipt_problems
     if stated is not None:
         problems += _hash_problems(folder, stated, hashes=hashes)
+        weights = {path.name for path in folder.glob("*.safetensors")}
+        problems += _unnamed(folder, stated, here={"config.json", INDEX_NAME, *side_files(folder), *weights})
     tensors = len(index.tensors) if index is not None else 0
     size = index.bytes if index is not None else 0
     return VerifyRecord(not problems, problems, tensors, size, stated is not None)
 
 
+def check_receipt(folder: Path) -> None:
+    """CheckpointError where a receipt stands beside weights that are not the ones it was written for.
+
+    Every weight file is hashed, so that no copy that a disk or a transfer has spoilt is worked on unseen. Config and
+    tokenizer may have been edited since.
+    """
+    stated, problems = _receipt_files(folder)
+    if stated is not None:
+        weights = {name: facts for name, facts in stated.items() if name.endswith(".safetensors")}
+        problems += _hash_problems(folder, weights, hashes={})
+        problems += _unnamed(folder, stated, here={path.name for path in folder.glob("*.safetensors")})
+    if problems:
+        raise CheckpointError(
+            f"{folder}: {problems[0]}; fetch or make the model again, or remove receipt.json if that is meant"
+        )
+
+
 def _scan_all(index: Index, hashes: dict[str, str]) -> Iterator[str]:
-    """Read every weight file once: yields a line per tensor with NaN or Inf, fills `hashes` by file name."""
+    """Read every weight file once: yields a line per tensor with NaN or Inf, fills `hashes` by file name.
+
+    Files whose hash is known are passed over.
+    """
     with progress("verify", sum(index.files.values()), unit="bytes") as advance:
-        for name in index.files:
+        for name in sorted(index.files.keys() - hashes.keys()):
             own = {tensor: entry for tensor, entry in index.tensors.items() if entry.file == name}
             digest = hashlib.sha256()
             with (index.folder / name).open("rb") as file:
@@ -77,7 +101,7 @@ def _scan_all(index: Index, hashes: dict[str, str]) -> Iterator[str]:
                     bad = 0
                     for block in _blocks(file, entry):
                         digest.update(block)
-                        bad += _not_finite(block, entry.dtype)
+                        bad += not_finite(block, entry.dtype)
                         advance(len(block))
                     if bad:
                         yield f"{name}: {tensor} has {bad} values that are NaN or Inf"
@@ -94,22 +118,14 @@ def _blocks(file: Any, entry: Entry) -> Iterator[bytes]:
         yield block
 
 
-def _not_finite(block: bytes, dtype: str) -> int:
-    if dtype not in FLOATS or len(block) % ITEM_BYTES[dtype]:
-        return 0
-    words = np.frombuffer(block, dtype=f"<u{ITEM_BYTES[dtype]}")
-    mask = words.dtype.type(_EXPONENT[dtype])
-    return int(np.count_nonzero((words & mask) == mask))
-
-
 def _side_problems(folder: Path) -> Iterator[str]:
     """Tokenizer and generation config must parse, and the tokenizer must fit the embedding."""
     for name in side_files(folder):
         if not name.endswith(".json"):
             continue
         try:
-            value = json.loads(path_inside(folder, name).read_text(encoding="utf-8"))
-        except (CheckpointError, OSError, ValueError, RecursionError) as problem:
+            value = strict_json.load(path_inside(folder, name), repeated_keys=True)
+        except (CheckpointError, OSError, ValueError) as problem:
             yield f"{name} cannot be read: {problem}"
             continue
         if not isinstance(value, dict) and name != "chat_template.json":
@@ -138,9 +154,9 @@ def _receipt_files(folder: Path) -> tuple[dict[str, dict[str, Any]] | None, list
     if not (folder / "receipt.json").exists():
         return None, []
     try:
-        files = json.loads((folder / "receipt.json").read_text(encoding="utf-8"))["files"]
+        files = strict_json.load(path_inside(folder, "receipt.json"))["files"]
         return {str(name): {"sha256": str(f["sha256"]), "bytes": int(f["bytes"])} for name, f in files.items()}, []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return None, [f"receipt.json cannot be read ({type(problem).__name__}: {problem})"]
 
 
@@ -156,7 +172,9 @@ def _hash_problems(folder: Path, stated: dict[str, dict[str, Any]], *, hashes: d
                 yield f"{name} was changed: its SHA-256 is not the receipt's"
         except (CheckpointError, OSError) as problem:
             yield str(problem)
-    here = {"config.json", INDEX_NAME, *side_files(folder), *(path.name for path in folder.glob("*.safetensors"))}
+
+
+def _unnamed(folder: Path, stated: Mapping[str, Any], *, here: set[str]) -> Iterator[str]:
     for name in sorted(here - stated.keys()):
         if (folder / name).exists():
             yield f"{name} makes part of the model and is not in the receipt"

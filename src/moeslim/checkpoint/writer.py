@@ -1,17 +1,17 @@
 """Writing a checkpoint tensor by tensor, and the receipt that names every file of it.
 
 The safetensors header stands before the data, so the writer is told all names, shapes and dtypes first; then no more
-than one tensor is in memory. Files appear under their final names, so write into `artifacts.commit.committed_folder`.
+than a part of a tensor need be in memory. Files appear under their final names, so write into
+`artifacts.commit.committed_folder`.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import numpy as np
 import torch
 
 from moeslim import __version__
@@ -19,11 +19,11 @@ from moeslim.artifacts.fingerprint import hash_file
 from moeslim.checkpoint.config_json import side_files
 from moeslim.checkpoint.index import INDEX_NAME, ITEM_BYTES, SINGLE_NAME
 from moeslim.checkpoint.reader import TORCH_DTYPES
+from moeslim.checkpoint.shard import Lanes, ShardFile
 from moeslim.errors import ResourceError
 
 SHARD_BYTES = 5_000_000_000
 RECEIPT_SCHEMA = 1
-_BLOCK = 1 << 24  # bytes hashed and written at a time
 
 Planned = tuple[str, tuple[int, ...], str]  # name, shape, dtype as safetensors spells it
 
@@ -46,8 +46,8 @@ class ShardWriter:
         self._shards = dict(zip(self._files, shards, strict=True))
         self._file_of = {name: file for file, shard in self._shards.items() for name, _, _ in shard}
         self._next = 0
-        self._open: tuple[str, BinaryIO, Any] | None = None
-        self._facts: dict[str, dict[str, Any]] = {}
+        self._lanes = Lanes()
+        self._made: list[ShardFile] = []
         free = shutil.disk_usage(self.folder).free
         if free < self.total_bytes:
             raise ResourceError(
@@ -60,26 +60,28 @@ class ShardWriter:
         """Bytes of tensor data in all files together."""
         return sum(_bytes(item) for item in self._planned)
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append a tensor: the next of `order`, in its planned shape and dtype."""
-        wanted, shape, dtype = self._planned[self._next]
+    def add(self, name: str, tensor: torch.Tensor | Iterable[torch.Tensor]) -> None:
+        """Append the next tensor of `order`, in its planned shape and dtype, whole or in parts along its first axis."""
+        wanted, shape, dtype = planned = self._planned[self._next]
         assert name == wanted, f"got {name}, the next planned tensor is {wanted}"
-        assert tuple(tensor.shape) == shape, f"{name}: shape {tuple(tensor.shape)}, planned {shape}"
-        assert tensor.dtype == TORCH_DTYPES[dtype], f"{name}: {tensor.dtype}, planned {dtype}"
-        self._enter(self._file_of[name])
-        assert self._open is not None
-        _, file, digest = self._open
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        for start in range(0, flat.size, _BLOCK):
-            block = flat[start : start + _BLOCK].data
-            digest.update(block)
-            file.write(block)
+        file = self._enter(self._file_of[name])
+        end = file.size + _bytes(planned)
+        if isinstance(tensor, torch.Tensor):
+            assert tuple(tensor.shape) == shape, f"{name}: shape {tuple(tensor.shape)}, planned {shape}"
+            tensor = [tensor]
+        for part in tensor:
+            assert part.dtype == TORCH_DTYPES[dtype], f"{name}: {part.dtype}, planned {dtype}"
+            flat = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            file.append(flat, tensor=name, dtype=dtype)
+        assert file.size == end, f"{name}: its parts have {file.size - end:+} bytes more than {shape} takes"
         self._next += 1
 
     def finish(self) -> dict[str, dict[str, Any]]:
         """Close the last file and write the index; returns {file: {"sha256", "bytes"}} of the weights and the index."""
         assert self._next == len(self._planned), f"{len(self._planned) - self._next} planned tensors were not given"
-        self._leave()
+        self._made[-1].close()
+        self._lanes.close()
+        facts = {file.path.name: file.facts for file in self._made}
         if len(self._files) > 1:
             index = {
                 "metadata": {"total_size": self.total_bytes},
@@ -87,28 +89,26 @@ class ShardWriter:
             }
             path = self.folder / INDEX_NAME
             path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            self._facts[INDEX_NAME] = file_facts(path)
-        return dict(self._facts)
+            facts[INDEX_NAME] = file_facts(path)
+        return facts
 
-    def _enter(self, name: str) -> None:
-        """Make file `name` the open one, header written."""
-        if self._open is not None and self._open[0] == name:
-            return
-        self._leave()
-        header = _header(self._shards[name])
-        file = (self.folder / name).open("wb")
-        file.write(header)
-        self._open = (name, file, hashlib.sha256(header))
+    @property
+    def problems(self) -> list[str]:
+        """After `finish`, a line per tensor with NaN or Inf."""
+        return [
+            f"{file.path.name}: {tensor} has {bad} values that are NaN or Inf"
+            for file in self._made
+            for tensor, bad in file.bad.items()
+        ]
 
-    def _leave(self) -> None:
-        if self._open is None:
-            return
-        name, file, digest = self._open
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
-        self._facts[name] = {"sha256": digest.hexdigest(), "bytes": (self.folder / name).stat().st_size}
-        self._open = None
+    def _enter(self, name: str) -> ShardFile:
+        """The open file, which is now file `name`, with its header."""
+        if not self._made or self._made[-1].path.name != name:
+            if self._made:
+                self._made[-1].close()
+            self._made.append(ShardFile(self.folder / name, self._lanes))
+            self._made[-1].append(np.frombuffer(_header(self._shards[name]), dtype=np.uint8))
+        return self._made[-1]
 
 
 def write_receipt(

@@ -11,6 +11,7 @@
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -24,6 +25,10 @@ CODE_SUFFIXES = frozenset(
 TEXT_SUFFIXES = PROSE_SUFFIXES | CODE_SUFFIXES
 TABLE_SUFFIXES = frozenset({".jsonl", ".gz", ".xz", ".parquet"})
 SUFFIXES = TEXT_SUFFIXES | TABLE_SUFFIXES
+
+
+LINE_LIMIT = 100_000_000
+"""Characters of a line: a few kilobytes of gzip can spell a line that no memory holds."""
 
 
 class Record(NamedTuple):
@@ -99,11 +104,15 @@ def _read_text(path: Path, name: str) -> list[Record]:
 
 def _read_json_lines(path: Path, *, name: str, text_key: str) -> Iterator[Record]:
     openers: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.open}
+    if path.suffix.lower() == ".gz" and _ends_in_zeros(path):
+        raise DataError(f"{path}: zeros behind the end of the archive; it was not written to its end, fetch it again")
     opener = openers.get(path.suffix.lower(), open)
     number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: lines.readline(LINE_LIMIT), ""), 1):
+                if len(line) == LINE_LIMIT:
+                    raise DataError(f"{path}:{number}: a line of {LINE_LIMIT:,} characters or more; split the document")
                 if line.strip():
                     yield _record(
                         _json(line, path=path, number=number),
@@ -111,8 +120,15 @@ def _read_json_lines(path: Path, *, name: str, text_key: str) -> Iterator[Record
                         text_key=text_key,
                         place=f"{path}:{number}",
                     )
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, lzma.LZMAError) as problem:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as problem:
         raise DataError(f"{path}: cannot be read after line {number} ({problem})") from None
+
+
+def _ends_in_zeros(path: Path) -> bool:
+    """Whether the last 8 bytes, an archive's checksum and length, are zeros; Python steps over those one by one."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 8))
+        return file.read() == bytes(8)
 
 
 def _json(line: str, *, path: Path, number: int) -> Mapping[str, Any]:
@@ -120,6 +136,8 @@ def _json(line: str, *, path: Path, number: int) -> Mapping[str, Any]:
         value = json.loads(line)
     except json.JSONDecodeError as problem:
         raise DataError(f"{path}:{number}: not valid JSON ({problem.msg} at column {problem.colno})") from None
+    except (ValueError, RecursionError) as problem:
+        raise DataError(f"{path}:{number}: not JSON that can be read ({problem})") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}:{number}: a line must be a JSON object, got {type(value).__name__}")
     return value
@@ -137,13 +155,21 @@ def _read_parquet(path: Path, *, name: str, text_key: str) -> Iterator[Record]:
             for row in batch.to_pylist():
                 yield _record(row, f"{name}[{number}]", text_key=text_key, place=f"{path}, row {number}")
                 number += 1
-    except ArrowException as problem:
+    except (ArrowException, OSError, UnicodeDecodeError) as problem:
         raise DataError(f"{path}: not a readable Parquet file ({problem})") from None
 
 
 def _record(row: Mapping[str, Any], source: str, *, text_key: str, place: str | None = None) -> Record:
     place = place or source
     domain, source = row.get("domain"), row.get("source") or source
+    for key, value in (("domain", domain), ("source", source)):
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{place}: `{key}` must be text, got {value!r:.40}")
+    try:
+        told = [domain, source, row.get(text_key), row.get("messages")]
+        json.dumps(told, ensure_ascii=False, default=str).encode()
+    except (UnicodeEncodeError, RecursionError) as problem:
+        raise DataError(f"{place}: no text that a file can hold ({problem}); mend it") from None
     if row.get("messages") is not None and row.get(text_key) is None:
         messages = row["messages"]
         if not isinstance(messages, list) or not messages:

@@ -5,16 +5,17 @@ so neighbouring rows share one token and every token but the first is a target e
 is EOS with mask False. `mask[r, j]` belongs to target j, i.e. to token j+1 of the row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from moeslim.artifacts.commit import committed_folder, discard, read_json, write_json
-from moeslim.artifacts.fingerprint import fingerprint, hash_file
+from moeslim.artifacts.fingerprint import file_fingerprint, fingerprint, hash_file
 from moeslim.data.chat import render
 from moeslim.data.corpus import Corpus, Document
 from moeslim.errors import DataError, RunError
@@ -22,6 +23,8 @@ from moeslim.log import logger, progress
 
 SCHEMA = 1
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_ARRAYS = ("tokens.npy", "mask.npy", "documents.npy")
+_READ_THROUGH = 1 << 28  # tokens; more are not looked through for ids that no word has
 _ENCODED_AT_ONCE = 32  # documents; bounds the memory that encodings take
 
 
@@ -59,11 +62,35 @@ class TokenSet:
         if not (folder / "meta.json").is_file():
             raise DataError(f"{folder}: no packed tokens here (meta.json is missing); pack the text again")
         meta = read_json(folder / "meta.json", error=DataError)
-        if meta.get("schema") != SCHEMA:
-            raise DataError(
-                f"{folder}: packed tokens of schema {meta.get('schema')}, this version reads {SCHEMA}; pack again"
-            )
-        return cls(folder, meta)
+        schema = meta.get("schema") if isinstance(meta, dict) else None
+        if schema != SCHEMA:
+            raise DataError(f"{folder}: packed tokens of schema {schema}, this version reads {SCHEMA}; pack again")
+        try:
+            found = cls(folder, meta)
+            sound = found._fits(meta.get("files"))
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError, OSError):
+            sound = False
+        if not sound:
+            raise DataError(f"{folder}: the files of the packed tokens do not fit each other; pack the text again")
+        return found
+
+    def _fits(self, files: Mapping[str, str] | None) -> bool:
+        """Whether the arrays are those that were packed; `files` are their fingerprints (older folders have none)."""
+        numbers = (self.sequence_length, self.vocab_size, self.num_tokens, self.num_targets)
+        stream, mask, places = self._stream, self.mask, self._places
+        return (
+            all(type(number) is int and number >= 0 for number in numbers)
+            and self.sequence_length > 0
+            and stream.dtype in (np.uint16, np.uint32)
+            and stream.shape == (mask.size + 1,)
+            and (mask.dtype, mask.shape) == (bool, (len(mask), self.sequence_length))
+            and (places.dtype, places.shape) == (np.int64, (len(self._sources), 4))
+            and all(isinstance(word, str) for word in (self.fingerprint, *self.domains, *self._sources))
+            and bool((places[:, :3] >= 0).all() and (places[:, :2].sum(1) <= len(stream)).all())
+            and bool(((places[:, 3] >= 0) & (places[:, 3] < len(self.domains))).all())
+            and (len(stream) > _READ_THROUGH or int(stream.max(initial=0)) < max(self.vocab_size, self.eos + 1))
+            and all(file_fingerprint(self.folder / name) == found for name, found in (files or {}).items())
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -160,6 +187,7 @@ def pack(
             {
                 "schema": SCHEMA,
                 "fingerprint": identity,
+                "files": {name: file_fingerprint(folder / name) for name in _ARRAYS},
                 "sequence_length": sequence_length,
                 "seed": seed,
                 "eos": tokenizer.eos_token_id,
@@ -182,13 +210,33 @@ def load_tokenizer(folder: Path | str) -> Any:
     if not names:  # for some model types transformers then makes up a tokenizer without words
         raise DataError(f"{folder}: there is no tokenizer; put the model's {_TOKENIZERS[0]} and its config there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as problem:
+        with _RustErrors(folder):
+            # left out, trust_remote_code asks on the terminal whether code of the folder or the hub may run
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as problem:
         reason = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise DataError(f"{folder}: the tokenizer cannot be loaded ({reason}); fetch its files again") from None
     if tokenizer.eos_token_id is None:
         raise DataError(f"{folder}: the tokenizer has no eos_token, which joins documents; set it in its config")
     return tokenizer
+
+
+class _RustErrors:
+    """Turns what `tokenizers` raises for broken files, a bare Exception or a panic, into DataError."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and (kind is Exception or kind.__name__ == "PanicException"):
+            raise DataError(
+                f"{self.folder}: the tokenizer cannot be loaded or used ({problem}); fetch its files again"
+            ) from None
 
 
 def _identity(corpus: Corpus, tokenizer_folder: Path, *, length: int, seed: int) -> str:
@@ -238,7 +286,8 @@ def _encode(documents: Sequence[Document], tokenizer: Any) -> Iterator[tuple[lis
         own = _pieces(document, tokenizer)
         pieces += own
         owners += [owner] * len(own)
-    encoded = tokenizer([text for text, _ in pieces], add_special_tokens=False, verbose=False)["input_ids"]
+    with _RustErrors(tokenizer.name_or_path):
+        encoded = tokenizer([text for text, _ in pieces], add_special_tokens=False, verbose=False)["input_ids"]
     ids: list[list[int]] = [[] for _ in documents]
     counted: list[list[bool]] = [[] for _ in documents]
     num_bytes = [0] * len(documents)
@@ -265,6 +314,8 @@ def _pieces(document: Document, tokenizer: Any) -> list[tuple[str, bool]]:
 
 def _load(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as problem:
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, TypeError, SyntaxError, OverflowError, MemoryError) as problem:
         raise DataError(f"{path}: packed tokens cannot be read ({problem}); pack the text again") from None

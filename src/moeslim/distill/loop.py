@@ -196,7 +196,7 @@ def begin(
     settings.check(ranks=parallel.world().size)
     freeze(student, settings)
     student.train()
-    student.detach_trunk = settings.detach_trunk
+    student.detach_trunk, student.serving = settings.detach_trunk, settings.mtp_train == "serving"
     if settings.activation_checkpointing:
         student.checkpoint_activations()
     optimizer = make_optimizer(student, settings)

@@ -1,5 +1,6 @@
 """What a GPU can do and hold, where its maker says so: operations a second, and memory."""
 
+import time
 from typing import NamedTuple
 
 
@@ -55,3 +56,17 @@ def device_peak(device: str, *, precision: str) -> float | None:
         return None
     tf32 = torch.get_float32_matmul_precision() != "highest"
     return peak_of(torch.cuda.get_device_name(device), bfloat16=precision == "bfloat16", tf32=tf32)
+
+
+def measured_rate(device: str, *, precision: str) -> float:
+    """Operations per second of a product of two square matrices on `device`, the best of five, as busy as it is now."""
+    import torch
+
+    size = 8192 if device.startswith("cuda") else 1024
+    x = torch.ones(size, size, dtype=getattr(torch, precision), device=device)
+    seconds = []
+    for _ in range(6):  # the first is not counted
+        start = time.perf_counter()
+        float((x @ x)[0, 0])  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])

@@ -6,11 +6,9 @@ the count beforehand is the only word there.)
 """
 
 import re
-import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,8 @@ from moeslim.distill.settings import TrainSettings
 from moeslim.errors import ResourceError
 from moeslim.families import STACKED, Shape, table
 from moeslim.losses.fused import CHUNK_BYTES, LARGEST_CHUNK
+from moeslim.model.chain import SCORE_BYTES
+from moeslim.model.memory import free_memory
 from moeslim.model.parallel import world
 
 
@@ -81,13 +81,13 @@ def activations(case: Case, settings: TrainSettings, *, whole: bool) -> int:
 
     Per layer and token: with checkpointing, or where not all parts are trained, the layer's input (where only the MTP
     head is trained, not even that); else what enters its matrix products and its activation functions. Norms and
-    DeltaNet's states come on top.
+    DeltaNet's states come on top. In the serving form, the scores of one further depth, or of a part of them.
     """
     shape = Shape.from_config(case.config)
     tokens = settings.micro_rows * case.length
     width = 2 if settings.precision == "bfloat16" else 4
     depths = settings.depths if case.mtp else 0
-    keys = [*shape.layer_keys, *["mtp.0"] * min(depths, 1)]
+    keys = [*shape.layer_keys, *["mtp.0"] * depths]
     if set(settings.train_only) == {"mtp"}:
         kept = 0
     elif settings.activation_checkpointing or not whole:
@@ -95,7 +95,10 @@ def activations(case: Case, settings: TrainSettings, *, whole: bool) -> int:
     else:
         kept = sum(_kept(shape, key) for key in keys)
     logits = min(tokens, LARGEST_CHUNK) * shape["vocab"] * 4 * (1 + depths + (case.teacher is not None))
-    return tokens * width * kept + min(CHUNK_BYTES, logits)
+    scores = 0
+    if settings.mtp_train == "serving" and depths > 1:
+        scores = min(SCORE_BYTES, 4 * tokens * case.length * shape["heads"])
+    return tokens * width * kept + min(CHUNK_BYTES, logits) + scores
 
 
 def _kept(shape: Shape, key: str) -> int:
@@ -170,63 +173,6 @@ def _remedy(case: Case, settings: TrainSettings, *, free: int) -> str:
                 "distill.micro_rows: 1 and distill.activation_checkpointing: true"
             )
     return "No setting makes room for it here: train a smaller student, on shorter rows, or on a larger machine"
-
-
-def free_memory(device: str, *, processes: int = 1) -> int | None:
-    """Bytes that a process may still take on `device`: of a GPU, or of a machine that `processes` share; None where
-    nobody says.
-
-    Of a machine's memory, what the kernel calls available, with the swap, within the limits of control groups and of
-    the process (ulimit -v). What a process has taken and freed again counts as free; how much of its memory that is
-    nobody knows (host.py has the allocator keep it), so all of it counts.
-    """
-    if device.startswith("cuda"):
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device != "cpu" or not Path("/proc/meminfo").is_file():
-        return None
-    sizes = _sizes(Path("/proc/meminfo")) | _sizes(Path("/proc/self/status"))
-    swap = sizes.get("SwapFree", 0)
-    own = Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").is_file() else []
-    limits = _group_limits(Path("/sys/fs/cgroup"), own)
-    found = (min([sizes["MemAvailable"], *limits]) + swap) // processes
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        found = min(found, limit - sizes["VmSize"])
-    return max(0, found) + sizes["RssAnon"]
-
-
-def _sizes(file: Path) -> dict[str, int]:
-    """The lines `name: N kB` of a file of the kernel's, in bytes."""
-    found = re.findall(r"^(\w+):\s+(\d+) kB$", file.read_text(), re.MULTILINE)
-    return {name: 1024 * int(number) for name, number in found}
-
-
-_GROUPS = (  # per version of control groups: whether a line of /proc/self/cgroup is its, its place, and its files
-    (re.compile(r"0::(.*)"), "", ("memory.max", "memory.current"), ("inactive_file", "active_file")),
-    (
-        re.compile(r"\d+:(?:.*,)?memory(?:,.*)?:(.*)"),
-        "memory",
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ("total_inactive_file", "total_active_file"),
-    ),
-)
-
-
-def _group_limits(root: Path, lines: Sequence[str]) -> Iterator[int]:
-    """Free bytes under each memory limit on the groups in `lines` and above them; file pages can be given back."""
-    for pattern, place, names, given_back in _GROUPS:
-        found = next(filter(None, map(pattern.fullmatch, lines)), None)
-        top = root / place
-        group = top / (found[1].strip("/") if found else "")
-        for folder in (group, *group.parents):
-            files = [folder / name for name in (*names, "memory.stat")]
-            if not folder.is_relative_to(top) or not all(file.is_file() for file in files):
-                continue
-            most, now, stat = (file.read_text() for file in files)
-            if most.strip() != "max":
-                kinds = dict(line.split() for line in stat.splitlines())
-                yield int(most) - int(now) + sum(int(kinds.get(kind, 0)) for kind in given_back)
 
 
 _FULL = re.compile(r"can.?t allocate memory|cannot allocate memory|out of memory|alloc_failed|bad_alloc", re.IGNORECASE)

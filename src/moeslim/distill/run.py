@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moeslim.artifacts.commit import check_vacant, read_json
+from moeslim.artifacts.commit import check_vacant
 from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import read_structure
@@ -21,11 +21,12 @@ from moeslim.distill.loop import Material, train
 from moeslim.distill.parts import trained_parts
 from moeslim.distill.room import check_room
 from moeslim.distill.settings import Stage, TrainSettings, num_steps
-from moeslim.distill.state import FACTS, forget_others, ranking, step_folders
+from moeslim.distill.state import forget_others, ranking, read_facts, step_folders
 from moeslim.distill.teacher import OnlineTeacher, Teacher
 from moeslim.distill.trackers import check_trackers
 from moeslim.distill.words import check_knows, check_same_words
 from moeslim.errors import RecipeError
+from moeslim.log import logger
 from moeslim.model import parallel
 from moeslim.model.load import load_student
 from moeslim.model.save import save_student
@@ -80,6 +81,8 @@ def check(
         raise RecipeError(f"distill.lm_only is on, but there is a teacher ({teacher}); leave one of them out")
     if not settings.lm_only and teacher is None:
         raise RecipeError("distillation needs a teacher; name one, or set distill.lm_only to train without")
+    if settings.mtp_train == "serving" and settings.depths == 1:
+        logger.warning("distill.mtp_train: serving is parallel at depths: 1; they differ from the second draft on")
     check_trackers(settings.watch)
     config, mtp = read_config(student), read_structure(student).has_mtp
     check_knows(student, config["vocab_size"], tokens=tokens)
@@ -116,12 +119,12 @@ def _teaching(teacher: Path | None) -> dict[str, str]:
 
 def last_state(work: Path) -> Path | None:
     """The state that a stage's model is made of: the newest, or the best with `final: best`; None before the first."""
-    found = {folder: read_json(folder / FACTS) for folder in step_folders(work / "states")}
+    found = {folder: read_facts(folder) for folder in step_folders(work / "states")}
     if not found:
         return None
     newest = next(reversed(found))
     bits = {folder: facts["bits_per_byte"] for folder, facts in found.items()}
-    return next(iter(ranking(bits)), newest) if found[newest]["settings"]["final"] == "best" else newest
+    return next(iter(ranking(bits)), newest) if found[newest]["settings"].get("final") == "best" else newest
 
 
 def distill(

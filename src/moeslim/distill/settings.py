@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeslim.distill.schedules import SCHEDULES, learning_rate, rewarm
-from moeslim.errors import MoeslimError, RecipeError
+from moeslim.errors import RecipeError
 from moeslim.losses import LossWeights
 from moeslim.recipe import Distill, Part, PartSettings
 
@@ -75,12 +75,7 @@ class TrainSettings:
         return cls(tokens=tokens, **values, **rest)
 
     def check(self, *, ranks: int = 1) -> None:
-        """Raise RecipeError (MoeslimError for what is not built) before anything expensive begins.
-
-        `ranks` is the number of processes that train together.
-        """
-        if self.mtp_train == "serving":
-            raise MoeslimError('mtp_train: "serving" is not built yet; use "parallel"')
+        """Raise RecipeError before anything expensive begins; `ranks` processes train together."""
         if self.rows_per_step < 1 or self.micro_rows < 1 or self.rows_per_step % (ranks * self.micro_rows):
             processes = f" and there are {ranks} processes" if ranks > 1 else ""
             times = f"{ranks} x {self.micro_rows} = {ranks * self.micro_rows}" if ranks > 1 else "micro_rows"

@@ -26,7 +26,7 @@ from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.writer import ShardWriter
 from moeslim.data.cursor import Cursor
 from moeslim.distill.settings import MAY_CHANGE, TrainSettings, differences
-from moeslim.distill.stored import Stored, Writing, write
+from moeslim.distill.stored import Stored, Writing, seal, write
 from moeslim.errors import MoeslimError, RunError
 from moeslim.log import logger
 from moeslim.model import parallel
@@ -69,8 +69,41 @@ def ranking(bits: Mapping[Path, float | None]) -> list[Path]:
 def forget_others(root: Path, fingerprint: str) -> None:
     """Remove the states under `root` that were made with other settings, models or data than `fingerprint` names."""
     for folder in step_folders(root):
-        if read_json(folder / FACTS)["fingerprint"] != fingerprint:
+        if read_facts(folder)["fingerprint"] != fingerprint:
             discard(folder)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What state.json of a state says; RunError where it is no such file, or of another version."""
+    facts = read_json(folder / FACTS)
+    schema = facts.get("schema") if isinstance(facts, dict) else None
+    if schema != SCHEMA:
+        raise RunError(
+            f"{folder}: a training state of schema {schema}, this version reads {SCHEMA}; "
+            f"go on with the version that wrote it, or remove {folder.parent} to start again"
+        )
+    _adam_steps(facts, folder)
+    try:
+        Cursor(**facts["cursor"])
+        sound = len(bytes.fromhex(facts["random"])) == torch.get_rng_state().numel() and facts["step"] >= 0
+        kinds = {"step": int, "cursor": dict, "fingerprint": str, "settings": dict, "config": dict, "random": str}
+        sound = sound and all(type(facts[key]) is kind for key, kind in kinds.items())
+        bits = facts["bits_per_byte"]
+        sound = sound and (bits is None or isinstance(bits, int | float))
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise RunError(
+            f"{folder / FACTS}: not the facts of a training state; remove {folder} to go on from the one before"
+        )
+    return facts
+
+
+def _adam_steps(facts: Any, folder: Path) -> dict[str, int]:
+    steps = facts.get("adam_steps") if isinstance(facts, dict) else None
+    if not isinstance(steps, dict) or not all(type(count) is int and count >= 0 for count in steps.values()):
+        raise RunError(f"{folder / FACTS}: adam_steps must give a number of steps per tensor; remove {folder}")
+    return steps
 
 
 class States:
@@ -87,7 +120,7 @@ class States:
         self._background = torch.device(settings.device).type == "cuda" if asked is None else asked
         # A group of its own: a save in the background must not come between the collectives of the steps.
         self._group = None if self._alone else dist.new_group(backend="gloo", timeout=_PATIENCE)
-        self._open: tuple[ExitStack, Writing] | None = None
+        self._open: tuple[ExitStack, Path, Writing] | None = None
 
     def __enter__(self) -> "States":
         return self
@@ -121,22 +154,24 @@ class States:
             temporary = parallel.gather(temporary)[0]  # nobody writes there before it is cleared
             assert temporary is not None
             writing = write(tensors, temporary / TENSORS, group=self._group, background=self._background)
-            self._open = place.pop_all(), writing
+            self._open = place.pop_all(), temporary / TENSORS, writing
         if not self._background:
             self.wait()
 
     def poll(self) -> None:
         """Commit the save in the background if it has ended; raises what went wrong in it."""
-        if self._open is not None and self._open[1].done():
+        if self._open is not None and self._open[-1].done():
             self.wait()
 
     def wait(self) -> None:
         """Wait for the save that is under way and commit it; raises what went wrong in it."""
         if self._open is None:
             return
-        (place, writing), self._open = self._open, None
+        (place, folder, writing), self._open = self._open, None
         with place:  # by its end the folder is renamed, or gone after an exception
             writing.wait()
+            if self._leads:  # for whom the wait is over when every process has written
+                seal(folder)
         self._tidy()
 
     def best(self) -> Path | None:
@@ -159,7 +194,7 @@ class States:
         folder = parallel.gather(folder)[0]
         if folder is None:
             return None
-        facts = read_json(folder / FACTS)
+        facts = read_facts(folder)
         self._check(folder, facts)
         tensors = _weights(student)
         for name, parameter in parameters_by_disk_name(student).items():
@@ -190,11 +225,6 @@ class States:
 
     def _check(self, folder: Path, facts: Mapping[str, Any]) -> None:
         again = f"or remove {self.root} to start again"
-        if facts.get("schema") != SCHEMA:
-            raise RunError(
-                f"{folder}: a training state of schema {facts.get('schema')}, this version reads {SCHEMA}; "
-                f"go on with the version that wrote it, {again}"
-            )
         if facts["fingerprint"] == self.fingerprint:
             return
         changed = differences(facts["settings"], self.settings.facts())
@@ -203,7 +233,7 @@ class States:
         raise RunError(f"{folder}: this training state was made with {others}; restore them to go on{rule}, {again}")
 
     def _bits(self) -> dict[Path, float | None]:
-        return {folder: read_json(folder / FACTS).get("bits_per_byte") for folder in step_folders(self.root)}
+        return {folder: read_facts(folder)["bits_per_byte"] for folder in step_folders(self.root)}
 
     def _tidy(self) -> None:
         """Remove all states but the newest `keep_last`, of which one stays in any case, and the best `keep_best`."""
@@ -225,7 +255,7 @@ def load_moments(folder: Path, student: Student, *, optimizer: torch.optim.Optim
 
     A moment whose shape is not its weight's means that a cut was not applied to it: RunError.
     """
-    steps = read_json(folder / FACTS)["adam_steps"]
+    steps = _adam_steps(read_json(folder / FACTS), folder)
     readers = {moment: Reader(folder / moment) for moment in MOMENTS}
     for name, parameter in parameters_by_disk_name(student).items():
         if not steps.get(name) or not parameter.requires_grad:
@@ -251,7 +281,7 @@ def slice_moments(folder: Path, out: Path, *, cut: Callable[[Path, Path], object
     rescale of the norms (a moment is no weight). So moments are sliced as weights are. Layers may have been renumbered,
     so all tensors get the largest step count; they differ only for weights that no gradient reached.
     """
-    facts = read_json(folder / FACTS)
+    facts = read_facts(folder)
     steps = max(facts["adam_steps"].values(), default=0)
     with committed_folder(out) as temporary:
         for moment in MOMENTS:

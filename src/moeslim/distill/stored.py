@@ -2,9 +2,11 @@
 checkpoint.
 
 Every process writes the parts that it holds and reads those that it needs. `.metadata`, written when all parts are
-durable, says which part lies where; torch reads it with pickle, so open no such folder from a stranger.
+durable, says which part lies where. It is a pickle, and is read with the few classes alone that describe tensors: one
+that names anything else is refused before that is looked up, so a state from a stranger runs no code.
 """
 
+import json
 import pickle
 import warnings
 from collections.abc import Callable
@@ -19,7 +21,26 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
-from moeslim.errors import ResourceError, RunError
+from moeslim.artifacts import strict_json
+from moeslim.artifacts.commit import unwritten
+from moeslim.artifacts.fingerprint import file_fingerprint
+from moeslim.errors import RunError
+
+_METADATA = "Metadata MetadataIndex TensorStorageMetadata TensorProperties ChunkStorageMetadata _MEM_FORMAT_ENCODING"
+_CLASSES = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.metadata": tuple(_METADATA.split()),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+}
+"""What `.metadata` may name, besides torch's dtypes."""
+_BROKEN_PICKLE = (
+    pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, MemoryError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What reading one raises when its bytes are not what was written."""
+
+SEAL = "files.json"
 
 
 @dataclass(frozen=True)
@@ -47,17 +68,34 @@ def write(
     return Writing(future.done, lambda: _say(folder, future.result))
 
 
+def seal(folder: Path) -> None:
+    """Note the fingerprints of all files of a finished `write`; an opened folder is compared with them."""
+    files = {path.name: file_fingerprint(path) for path in sorted(folder.iterdir())}
+    (folder / SEAL).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")  # the folder is not committed yet
+
+
+def _check_seal(folder: Path) -> None:
+    """ValueError where a file is gone or another one; folders of older versions have no seal."""
+    if not (folder / SEAL).exists():
+        return
+    for name, found in strict_json.load(folder / SEAL).items():
+        path = folder / Path(name).name
+        if not path.is_file() or file_fingerprint(path) != found:
+            raise ValueError(f"{name} is torn, altered or gone")
+
+
 class Stored:
     """An opened folder of `write`: `sizes` by name. RunError where it cannot be read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
+            _check_seal(folder)
             self._reader = _Reader(folder)
-        except (OSError, EOFError, pickle.UnpicklingError) as problem:
-            raise self._unreadable(str(problem)) from problem
-        known = self._reader.metadata.state_dict_metadata
-        self.sizes = {name: found.size for name, found in known.items() if isinstance(found, TensorStorageMetadata)}
+            known = self._reader.metadata.state_dict_metadata
+            self.sizes = {name: found.size for name, found in known.items() if isinstance(found, TensorStorageMetadata)}
+        except (OSError, *_BROKEN_PICKLE) as problem:
+            raise self._unreadable(str(problem) or type(problem).__name__) from problem
 
     def fill(self, tensors: dict[str, torch.Tensor]) -> None:
         """Read into the tensors given, each process its own parts of them, without the others' help."""
@@ -93,16 +131,55 @@ class _Writer(dcp.FileSystemWriter):
     def storage_meta(self) -> None:
         return None
 
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """As the class does, but what the disk said is not hidden by torch.save.
+
+        Its archive is closed while the disk's error flies, and complains that it is not whole.
+        """
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as problem:
+            said: BaseException | None = problem
+            while said is not None and not isinstance(said, OSError):
+                said = said.__context__
+            raise said or problem from None
+
 
 class _Reader(dcp.FileSystemReader):
     """Finds out once what lies where, however many loads ask for it."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.metadata = super().read_metadata()
+        self.metadata = _metadata(folder)
 
     def read_metadata(self, *_args: Any, **_more: Any) -> dcp.Metadata:
         return self.metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads descriptions of tensors, and no other class or function."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not dtype and name not in _CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which describes no tensor")
+        return super().find_class(module, name)
+
+
+def _metadata(folder: Path) -> dcp.Metadata:
+    """What lies where, all of it in files of the folder itself."""
+    path = folder / ".metadata"
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise OSError(f"{path} is no file")
+    with path.open("rb") as file:
+        metadata = _Unpickler(file).load()
+    if not isinstance(metadata, dcp.Metadata):
+        raise TypeError(".metadata describes no tensors")
+    for info in {info.relative_path for info in metadata.storage_data.values()}:
+        if Path(info).name != info or ((folder / info).exists() and not (folder / info).is_file()):
+            raise ValueError(f"{info!r} is no file of the folder")
+    metadata.storage_meta = dcp.metadata.StorageMeta()
+    return metadata
 
 
 class _Copies(BlockingAsyncStager):
@@ -118,13 +195,10 @@ def _say(folder: Path, finish: Callable[[], object]) -> None:
         finish()
     except dcp.CheckpointException as problem:
         causes = [cause for cause, _ in problem.failures.values()]
-        others = [cause for cause in causes if not isinstance(cause, OSError)]
-        if others:
-            raise others[0] from problem
-        raise ResourceError(
-            f"{folder.parent.parent}: a training state could not be written ({_reason(problem)}); make room and run "
-            "again, it goes on from the state before"
-        ) from problem
+        for cause in causes:
+            if not isinstance(cause, OSError):
+                raise cause from problem
+        raise unwritten(folder.parent, next(cause for cause in causes if isinstance(cause, OSError))) from problem
 
 
 def _reason(problem: dcp.CheckpointException) -> str:

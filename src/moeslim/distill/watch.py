@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 
-from moeslim.artifacts.commit import read_json, write_bytes, write_json
+from moeslim.artifacts.commit import disk_told, read_json, read_text, write_bytes, write_json
 from moeslim.distill.peak import device_peak
 from moeslim.distill.settings import TrainSettings
 from moeslim.distill.trackers import Told, Trackers
@@ -33,11 +33,13 @@ _TERM = re.compile(r"lm|kd\w*|mtp_(lm|kd\w*)\.\d+|balance")  # not the mean over
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a training log, [] where there is none."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in read_text(path).splitlines() if path.is_file() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue  # the last line of a killed process
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 
@@ -129,7 +131,7 @@ class Watch:
         if "bits_per_byte" in record:
             self._newest = (record["bits_per_byte"], record["step"])
             self._best = min(filter(None, (self._best, self._newest)))
-        with self.path.open("a", encoding="utf-8") as file:
+        with disk_told(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         pace = self._pace()
         if self._trackers is not None:
@@ -140,7 +142,7 @@ class Watch:
     def sync(self) -> None:
         """Make all lines so far durable: a state must not outlive the log of its steps."""
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+            with disk_told(self.path), self.path.open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
 
     def _pace(self) -> dict[str, float]:

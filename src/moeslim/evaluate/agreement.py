@@ -1,7 +1,9 @@
 """How near a model's predictions are to its teacher's, position by position."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +12,33 @@ from moeslim.evaluate.record import Figure, ratio
 
 
 @dataclass(frozen=True)
+class Head:
+    """What makes logits (n, V) of final states (n, d); `vocab` is V."""
+
+    vocab: int
+    logits: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def of(cls, weight_Vd: torch.Tensor) -> "Head":
+        """The head that stands in memory."""
+        return cls(weight_Vd.shape[0], partial(F.linear, weight=weight_Vd))
+
+
+class Windows(Protocol):
+    """Final states (n, d) of the scored positions of a window, by the window's number."""
+
+    def __getitem__(self, index: int, /) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
 class TeacherStates:
-    """The teacher's word at every scored position: final states per window (n, d), and the head (V, d) that reads them.
+    """The teacher's word at every scored position: final states per window, and the head that reads them.
 
     States are V/d times smaller than logits, so that they can be kept while one student after the other is loaded.
     """
 
-    head: torch.Tensor
-    windows: Sequence[torch.Tensor]
+    head: Head
+    windows: Windows
 
 
 def kl_and_top1(student_NV: torch.Tensor, teacher_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

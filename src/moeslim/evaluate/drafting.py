@@ -1,54 +1,26 @@
 """Acceptance: how many tokens that the MTP block drafts are those that the trunk itself goes on to write.
 
-The serving form (method section 4). The block's slot i holds the pair (h_i, t_{i+1}) at rotary position i, as in
-training, and predicts t_{i+2}. A draft that starts at i reads slots 0..i with true pairs (what an engine holds after
-verifying); its j-th step adds slot i+j with the block's own state of the step before and the token drafted there.
+The serving form: a draft that starts at i sees what an engine's cache holds after verifying up to i, and its own chain
+(model/chain.py); each step's word is the one drafted before. All starts are drafted at once.
 
-Every start has the same prefix of true pairs, cut at its own i, so all starts are drafted at once: the true pairs'
-keys are computed once per prompt, and each chain carries only its own few.
-
-Shapes: B prompts, S tokens, d hidden size, X starts, D drafts; heads: G key-value heads, R query heads per key-value
-head, K head dimension; L slots of true pairs, M keys of a chain.
+Shapes: B prompts, S tokens, d hidden size, X starts, D drafts.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import DynamicCache
-from transformers.models.qwen3_next.modeling_qwen3_next import apply_rotary_pos_emb
 
 from moeslim.data.tokens import TokenDocument
 from moeslim.errors import DataError
 from moeslim.evaluate.generate import Continuation
 from moeslim.evaluate.record import Figure, ratio
 from moeslim.log import logger
+from moeslim.model.chain import Chain
 from moeslim.model.student import Student
 
 DRAFTS = 5
-
-
-class Prefix(NamedTuple):
-    """Rotated keys and values of the true pairs (B, G, L, K), and which of them each start sees, (X, L) bool."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    seen: torch.Tensor
-
-
-class Chain(NamedTuple):
-    """Rotated keys and values that the drafts of each start have added so far (B, X, M, G, K)."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def grown(self, keys: torch.Tensor, values: torch.Tensor) -> "Chain":
-        """With one more slot, keys and values (B, X, G, K)."""
-        return Chain(
-            torch.cat([self.keys, keys[:, :, None]], dim=2), torch.cat([self.values, values[:, :, None]], dim=2)
-        )
 
 
 @torch.inference_mode()
@@ -57,67 +29,40 @@ def draft(student: Student, text: Continuation, *, first: int, drafts: int = DRA
 
     Starts too near the end to compare all their drafts are left out, so X = S - 1 - drafts - first.
     """
+    words: list[torch.Tensor] = []
+
+    def say(_: int, state_BXd: torch.Tensor) -> torch.Tensor:
+        words.append(F.linear(state_BXd, student.head).argmax(-1))
+        return words[-1]
+
+    follow(student, text, first=first, drafts=drafts, say=say)
+    return torch.stack(words, dim=-1)
+
+
+def follow(
+    student: Student,
+    text: Continuation,
+    *,
+    first: int,
+    drafts: int,
+    say: Callable[[int, torch.Tensor], torch.Tensor],
+) -> None:
+    """Go along the chains of all starts: `say` gets draft j's states (B, X, d), gives the tokens (B, X) to go on with.
+
+    Starts are those of `draft`. DataError where there is none, or no MTP block.
+    """
     if student.mtp is None:
         raise DataError("this model has no MTP block, so it drafts nothing")
     last = text.tokens.shape[1] - 2 - drafts
     if not 0 <= first <= last:
         raise DataError(f"no start has {drafts} tokens to compare with; generate more than {drafts} tokens")
     embed, rotary = student.trunk.model.embed_tokens, student.trunk.model.rotary_emb
-    starts = torch.arange(first, last + 1, device=text.tokens.device)
-    cache = DynamicCache(config=student.mtp.config)
-    state = student.mtp(text.hidden[:, : last + 1], embed(text.tokens[:, 1 : last + 2]), rotary=rotary, cache=cache)
-    keys, values = cache.layers[0].keys, cache.layers[0].values
-    slots = torch.arange(last + 1, device=starts.device)
-    prefix = Prefix(keys, values, slots <= starts[:, None])
+    pairs = text.hidden[:, : last + 1], embed(text.tokens[:, 1 : last + 2])
+    state, chain = student.mtp(*pairs, rotary=rotary, chain=Chain())
     state = state[:, first:]
-    none = keys.new_zeros(keys.shape[0], len(starts), 0, keys.shape[1], keys.shape[3])
-    chain = Chain(none, none)
-    words = [F.linear(state, student.head).argmax(-1)]
-    for j in range(1, drafts):
-        joined = student.mtp.join(state, embed(words[-1]))
-        state, chain = _step(student, joined, positions_X=starts + j, prefix=prefix, chain=chain)
-        words.append(F.linear(state, student.head).argmax(-1))
-    return torch.stack(words, dim=-1)
-
-
-def _step(
-    student: Student, x_BXd: torch.Tensor, *, positions_X: torch.Tensor, prefix: Prefix, chain: Chain
-) -> tuple[torch.Tensor, Chain]:
-    """The block's next states (B, X, d) for one further slot of every chain, and the chains with it."""
-    assert student.mtp is not None
-    layer: Any = student.mtp.layers[0]
-    rotary = student.trunk.model.rotary_emb(x_BXd, positions_X[None])
-    mixed_BXd, chain = _attend(layer.self_attn, layer.input_layernorm(x_BXd), rotary=rotary, prefix=prefix, chain=chain)
-    x_BXd = x_BXd + mixed_BXd
-    x_BXd = x_BXd + layer.mlp(layer.post_attention_layernorm(x_BXd))
-    return student.mtp.norm(x_BXd), chain
-
-
-def _attend(
-    attention: Any,
-    x_BXd: torch.Tensor,
-    *,
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    prefix: Prefix,
-    chain: Chain,
-) -> tuple[torch.Tensor, Chain]:
-    """Qwen3NextAttention's forward, but each position sees the true pairs up to its start and its own chain."""
-    B, X, _ = x_BXd.shape
-    K, G = attention.head_dim, prefix.keys.shape[1]
-    query, gate = attention.q_proj(x_BXd).view(B, X, -1, 2 * K).chunk(2, dim=-1)
-    key = attention.k_norm(attention.k_proj(x_BXd).view(B, X, G, K))
-    query, key = apply_rotary_pos_emb(attention.q_norm(query), key, *rotary, unsqueeze_dim=2)
-    chain = chain.grown(key, attention.v_proj(x_BXd).view(B, X, G, K))
-    query_BXGRK = query.reshape(B, X, G, -1, K)
-    far = torch.einsum("bxgrk,bglk->bxgrl", query_BXGRK, prefix.keys) * attention.scaling
-    far = far.masked_fill(~prefix.seen[None, :, None, None], float("-inf"))
-    near = torch.einsum("bxgrk,bxmgk->bxgrm", query_BXGRK, chain.keys) * attention.scaling
-    # fp32 here as in transformers' eager attention; both parts share one softmax.
-    weights = torch.softmax(torch.cat([far, near], dim=-1).float(), dim=-1).to(query.dtype)
-    far, near = weights[..., : far.shape[-1]], weights[..., far.shape[-1] :]
-    mixed = torch.einsum("bxgrl,bglk->bxgrk", far, prefix.values)
-    mixed = mixed + torch.einsum("bxgrm,bxmgk->bxgrk", near, chain.values)
-    return attention.o_proj(mixed.reshape(B, X, -1) * torch.sigmoid(gate.reshape(B, X, -1))), chain
+    for j in range(drafts - 1):
+        state, chain = student.mtp(state, embed(say(j, state)), rotary=rotary, chain=chain, first=first)
+    say(drafts - 1, state)
 
 
 def accepted(tokens: torch.Tensor, drafted: torch.Tensor, *, first: int) -> torch.Tensor:

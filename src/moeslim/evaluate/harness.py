@@ -145,7 +145,12 @@ def _language_model(folder: Path, running: Running) -> Any:
     tokenizer = load_tokenizer(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=getattr(torch, running.dtype), output_loading_info=True, local_files_only=True
+            str(folder),
+            dtype=getattr(torch, running.dtype),
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,  # left out, it asks on the terminal whether code of the folder may run
+            use_safetensors=True,  # a pickle can run code
         )
     except (OSError, ValueError, RuntimeError, KeyError) as problem:
         raise CheckpointError(f"{folder}: transformers cannot open it ({_reason(problem)})") from None

@@ -5,21 +5,25 @@ All processes do this together. What is timed, and the samples, are the first on
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from moeslim import __version__
 from moeslim.artifacts.fingerprint import fingerprint
+from moeslim.checkpoint.structure import read_structure
 from moeslim.data.tokens import TokenDocument, load_tokenizer
 from moeslim.errors import CheckpointError
-from moeslim.evaluate import drafting
+from moeslim.evaluate import drafting, sampling
 from moeslim.evaluate.agreement import TeacherStates
+from moeslim.evaluate.engine import DRAFTS as ENGINE_DRAFTS
+from moeslim.evaluate.engine import engine_figures
 from moeslim.evaluate.generate import generate, sampler
 from moeslim.evaluate.language import Decode, choose
 from moeslim.evaluate.record import Figure, Record
@@ -27,14 +31,18 @@ from moeslim.evaluate.score import Layout, Scores, score
 from moeslim.evaluate.settings import Settings
 from moeslim.evaluate.share import own
 from moeslim.evaluate.speed import peak_figure, restart_peak, size_figures, speed_figures
+from moeslim.evaluate.walking import Walked, score_walking
 from moeslim.log import logger, progress
 from moeslim.model import parallel
 from moeslim.model.load import load_student
 from moeslim.model.student import Student
+from moeslim.model.walk import WalkSettings
 
 Figures = dict[str, dict[str, Figure]]
 
 _PROMPTS_AT_ONCE = 32
+LAYER_BY_LAYER = ", layer by layer over its files"
+WALKED = "walked layer by layer over its files: accepted drafts, speed, memory and samples need the whole model"
 
 
 @dataclass(frozen=True)
@@ -69,27 +77,33 @@ class Ground:
 
 @dataclass(frozen=True)
 class Job:
-    """One model to measure: its folder and the fingerprints of all that its figures depend on."""
+    """One model to measure: its folder and the fingerprints of all that its figures depend on.
+
+    `walk`: layer by layer over its files, not whole in memory.
+    """
 
     label: str
     folder: Path
     model: str
     teacher: str | None
     inputs: str
+    walk: bool
+
+    def walked(self, settings: Settings, out: Path) -> Walked:
+        """How the model is walked; the work stands hidden in `out`."""
+        how = WalkSettings(
+            dtype=getattr(torch, settings.dtype),
+            device=settings.device,
+            attn=settings.attn,
+            max_memory=settings.max_memory,
+        )
+        return Walked(self.folder, self.model, out / f".{self.model}.walking", how)
 
 
 def load(folder: Path, settings: Settings) -> Student:
     """The model in `folder`, ready to be measured."""
     dtype = getattr(torch, settings.dtype)
     return load_student(folder, dtype=dtype, device=settings.device, attn=settings.attn).eval()
-
-
-def teacher_states(folder: Path, ground: Ground) -> TeacherStates:
-    """What the model in `folder` says at every scored position."""
-    scores = score(load(folder, ground.settings), ground.documents, layout=ground.layout, keep_states=True)
-    _check_finite(folder, scores)
-    assert scores.states is not None
-    return scores.states
 
 
 def _check_finite(folder: Path, scores: Scores) -> None:
@@ -102,15 +116,18 @@ def _check_finite(folder: Path, scores: Scores) -> None:
         )
 
 
-def measure_all(jobs: Sequence[Job], ground: Ground, *, silent: Path | None, out: Path) -> dict[str, Record]:
+def measure_all(jobs: Sequence[Job], ground: Ground, *, silent: Job | None, out: Path) -> dict[str, Record]:
     """The records of `jobs` by label, each written to `out` when it is made.
 
     Whoever the others are compared with comes first, or is `silent`: a teacher that gets no record.
     """
-    records, states = {}, None if silent is None else teacher_states(silent, ground)
+    records, states = {}, None
+    if silent is not None:
+        logger.info("evaluate: the teacher%s", LAYER_BY_LAYER if silent.walk else "")
+        states = _score(silent, ground, student=None, teacher=None, keep_states=True, out=out).states
     for job in jobs:
         keep = any(other.teacher == job.model for other in jobs)
-        record, kept = measure(job, ground, teacher=states, keep_states=keep)
+        record, kept = measure(job, ground, teacher=states, keep_states=keep, out=out)
         states = kept if keep else states
         if parallel.world().rank == 0:
             record.write(out / f"{job.label}.json")
@@ -119,32 +136,63 @@ def measure_all(jobs: Sequence[Job], ground: Ground, *, silent: Path | None, out
 
 
 def measure(
-    job: Job, ground: Ground, *, teacher: TeacherStates | None, keep_states: bool = False
+    job: Job, ground: Ground, *, teacher: TeacherStates | None, keep_states: bool, out: Path
 ) -> tuple[Record, TeacherStates | None]:
     """The record of one model; with `keep_states` also what the others are compared with.
 
-    In processes behind the first it lacks speed, memory and samples.
+    In processes behind the first it lacks speed, memory and samples; where a model is walked, all do.
     """
-    logger.info("evaluate %s", job.label)
+    logger.info("evaluate %s%s", job.label, LAYER_BY_LAYER if job.walk else "")
     settings, device, first = ground.settings, torch.device(ground.settings.device), parallel.world().rank == 0
-    restart_peak(device)
-    student = load(job.folder, settings)
-    figures: Figures = size_figures(student.config, job.folder, has_mtp=student.mtp is not None)
-    if settings.speed_repeats:
-        parallel.barrier()  # nobody is busy while times are taken
-        figures |= _speed(student, ground) | peak_figure(device) if first else {}
+    structure = read_structure(job.folder)
+    figures: Figures = size_figures(structure.config, job.folder, has_mtp=structure.has_mtp)
+    student, samples, notes = None, [], [WALKED] if job.walk else []
+    if settings.engine != "none":
         parallel.barrier()
+        if first:
+            found, told = _engine(job, ground, mtp=structure.has_mtp)
+            figures, notes = figures | found, [*notes, *told]
+        parallel.barrier()
+    if not job.walk:
+        restart_peak(device)
+        student = load(job.folder, settings)
+        if settings.speed_repeats:
+            parallel.barrier()  # nobody is busy while times are taken
+            figures |= _speed(student, ground) | peak_figure(device) if first else {}
+            parallel.barrier()
     compared = teacher if job.teacher is not None else None
-    scores = score(student, ground.documents, layout=ground.layout, teacher=compared, keep_states=keep_states)
-    _check_finite(job.folder, scores)
+    scores = _score(job, ground, student=student, teacher=compared, keep_states=keep_states, out=out)
     figures |= scores.figures()
-    if settings.prompts and student.mtp is not None:
-        figures |= _drafting(student, ground)
-    samples = _samples(student, ground) if settings.samples and first else []
-    return _record(job, ground, figures=figures, scores=scores, samples=samples), scores.states
+    if student is not None:
+        if settings.prompts and student.mtp is not None:
+            figures |= _drafting(student, ground)
+        samples = _samples(student, ground) if settings.samples and first else []
+    record = _record(job, ground, figures=figures, scores=scores)
+    return replace(record, samples=samples, notes=notes), scores.states
 
 
-def _record(job: Job, ground: Ground, *, figures: Figures, scores: Scores, samples: Sequence[dict[str, str]]) -> Record:
+def _score(
+    job: Job,
+    ground: Ground,
+    *,
+    student: Student | None,
+    teacher: TeacherStates | None,
+    keep_states: bool,
+    out: Path,
+) -> Scores:
+    """The sums per document of `student`, or where that is None of the model in the job's folder."""
+    if job.walk:
+        scores = score_walking(
+            job.walked(ground.settings, out), ground.documents, layout=ground.layout, teacher=teacher
+        )
+    else:
+        student = load(job.folder, ground.settings) if student is None else student
+        scores = score(student, ground.documents, layout=ground.layout, teacher=teacher, keep_states=keep_states)
+    _check_finite(job.folder, scores)
+    return scores
+
+
+def _record(job: Job, ground: Ground, *, figures: Figures, scores: Scores) -> Record:
     loads = scores.load()
     return Record(
         label=job.label,
@@ -152,37 +200,78 @@ def _record(job: Job, ground: Ground, *, figures: Figures, scores: Scores, sampl
         model=job.model,
         teacher=job.teacher,
         data=ground.fingerprint,
-        settings=asdict(ground.settings),
+        settings=asdict(ground.settings) | {"through": "walk" if job.walk else "memory"},
         environment=_environment(torch.device(ground.settings.device)),
         figures=figures,
         load={key: [round(figure.value, 4) for figure in layer] for key, layer in loads.items()},
         load_se={key: [figure.se and round(figure.se, 4) for figure in layer] for key, layer in loads.items()},
         documents=scores.columns(),
-        samples=samples,
     )
 
 
 def _speed(student: Student, ground: Ground) -> Figures:
     settings = ground.settings
-    tokens = [token for document in ground.documents for token in document.tokens.tolist()]
-    prompt = torch.tensor(tokens[: settings.speed_prompt_tokens], device=student.head.device)
+    prompt = torch.tensor(_stretches(ground, 1)[0], device=student.head.device)
     return speed_figures(student, prompt, new_tokens=settings.speed_new_tokens, repeats=settings.speed_repeats)
 
 
+def _engine(job: Job, ground: Ground, *, mtp: bool) -> tuple[Figures, list[str]]:
+    settings = ground.settings
+    if settings.device.startswith("cuda"):
+        torch.cuda.empty_cache()  # what this process keeps free, the engine cannot have
+    return engine_figures(
+        job.folder.absolute(),
+        _stretches(ground, settings.speed_repeats),
+        new_tokens=settings.speed_new_tokens,
+        drafts=(0, ENGINE_DRAFTS) if mtp else (0,),
+        python=settings.engine_python,
+    )
+
+
+def _stretches(ground: Ground, number: int) -> list[list[int]]:
+    """Up to `number` prompts to be timed: held-out text, document after document, in pieces of equal length."""
+    tokens = [token for document in ground.documents for token in document.tokens.tolist()]
+    length = min(ground.settings.speed_prompt_tokens, len(tokens))
+    return [tokens[i * length : (i + 1) * length] for i in range(min(number, len(tokens) // length))]
+
+
 def _drafting(student: Student, ground: Ground) -> Figures:
-    rows, owners = ground.prompts(ground.settings.prompts)
-    first = ground.settings.prompt_tokens - 1  # the state that gives the first generated token
+    """Acceptance of drafts in greedy text, and in text that is drawn."""
+    settings = ground.settings
+    first, new = settings.prompt_tokens - 1, settings.new_tokens  # the state that gives the first generated token
+
+    def greedy(rows: torch.Tensor, _: int) -> dict[str, torch.Tensor]:
+        text = generate(student, rows, new_tokens=new)
+        drafted = drafting.draft(student, text, first=first)
+        return {"": drafting.accepted(text.tokens, drafted, first=first).cpu()}
+
+    def drawn(rows: torch.Tensor, begun: int) -> dict[str, torch.Tensor]:
+        numbers = [np.random.default_rng([settings.seed, begun + row]).random(new) for row in range(len(rows))]
+        choose = sampling.seeded(settings.sampling_temperature, torch.from_numpy(np.stack(numbers)))
+        text = generate(student, rows, new_tokens=new, choose=choose)
+        return sampling.kept(student, text, first=first, temperature=settings.sampling_temperature)
+
+    kept, domains = _kept(ground, settings.prompts, kept=greedy)
+    found = drafting.figures(kept[""], domains)
+    if some := min(settings.prompts, settings.sampling_prompts):
+        found |= sampling.figures(*_kept(ground, some, kept=drawn))
+    return found
+
+
+def _kept(
+    ground: Ground, per_domain: int, *, kept: Callable[[torch.Tensor, int], dict[str, torch.Tensor]]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """What `kept` says of some prompts (B, P) and how many come before them, for all prompts; and their domains."""
+    rows, owners = ground.prompts(per_domain)
     parts = rows.split(_PROMPTS_AT_ONCE)
     mine, done = own([len(part) for part in parts]), {}
     with progress("draft", sum(len(parts[number]) for number in mine), unit="prompts") as advance:
         for number in mine:
-            written = generate(student, parts[number], new_tokens=ground.settings.new_tokens)
-            drafted = drafting.draft(student, written, first=first)
-            done[number] = drafting.accepted(written.tokens, drafted, first=first).cpu()
+            done[number] = kept(parts[number], number * _PROMPTS_AT_ONCE)
             advance(len(parts[number]))
-    accepted = {number: part for found in parallel.gather(done) for number, part in found.items()}
-    whole = torch.cat([accepted[number] for number in range(len(parts))])
-    return drafting.figures(whole, [owner.domain for owner in owners])
+    found = {number: part for one in parallel.gather(done) for number, part in one.items()}
+    ways = {way: torch.cat([found[number][way] for number in range(len(parts))]) for way in found[0]}
+    return ways, [owner.domain for owner in owners]
 
 
 def _samples(student: Student, ground: Ground) -> list[dict[str, str]]:

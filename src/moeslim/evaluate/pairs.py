@@ -22,6 +22,7 @@ PAIRED = {
 """Metrics whose sums per document a record keeps: columns above and below the line, unit, factor."""
 _SHARED = ("window", "stride", "dtype")
 _DRAFTED = ("prompts", "prompt_tokens", "new_tokens", "dtype")
+_DRAWN = ("sampling_prompts", "sampling_temperature", "prompt_tokens", "new_tokens", "dtype")
 Sums = tuple[list[float], list[float]]
 
 
@@ -41,7 +42,8 @@ def unlike(a: Record, b: Record, *, metric: str) -> str | None:
     """Why a figure of `a` minus that of `b` would mean nothing; None where it means something."""
     if a.data != b.data:
         return f"{a.label} and {b.label} were measured on different text; evaluate both on the same"
-    for name in _SHARED if metric in PAIRED else _DRAFTED:
+    drafted = _DRAWN if metric.startswith(("sampled_", "drawn_")) else _DRAFTED
+    for name in _SHARED if metric in PAIRED else drafted:
         if a.settings.get(name) != b.settings.get(name):
             told = f"{name} {a.settings.get(name)} and {b.settings.get(name)}"
             return f"{a.label} and {b.label} were measured with {told}; evaluate both alike"

@@ -34,7 +34,7 @@ class Figure:
     per: str = ""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.value) or (self.se is not None and not math.isfinite(self.se)):
+        if not math.isfinite(self.value) or not 0 <= (self.se or 0.0) < math.inf:
             raise ValueError(f"a figure must be finite, got {self.value} with the error {self.se} ({self.unit})")
         if self.n < 1:
             raise ValueError(f"a figure needs at least one item, got {self.n}")
@@ -107,7 +107,8 @@ class Record:
 
     `figures[metric][domain]`, domain "" for the whole; `load[layer key][expert]` is the expert's share of the
     assignments over its fair share and `load_se` its error over documents; `documents` are columns of per-document
-    sums (for paired differences); `inputs` is the fingerprint of all that the figures depend on.
+    sums (for paired differences); `inputs` is the fingerprint of all that the figures depend on; `notes` say what was
+    left out, and why.
     """
 
     label: str
@@ -122,6 +123,7 @@ class Record:
     load_se: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     documents: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     samples: Sequence[Mapping[str, str]] = ()
+    notes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file, with the schema's version."""

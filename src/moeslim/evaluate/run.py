@@ -4,15 +4,16 @@ Several processes share the work: each has every model in turn and runs windows 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from moeslim.artifacts.commit import discard
 from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.data.tokens import TokenDocument
 from moeslim.evaluate.measure import Ground, Job, measure_all
 from moeslim.evaluate.record import SCHEMA, Record
-from moeslim.evaluate.settings import Settings, check_models
+from moeslim.evaluate.settings import Settings, check_models, walks
 from moeslim.log import logger
 from moeslim.model import parallel
 
@@ -29,21 +30,24 @@ def evaluate(
     """A record per label of `models`, also written as `out/<label>.json`; one that stands is read, not made again.
 
     `documents` are held-out ones, each after an EOS (`TokenSet.documents`). With a `teacher` folder every other model
-    is compared with it; the teacher runs once, and only its states stay in memory. A model without an MTP block gets
-    no drafting figures.
+    is compared with it; the teacher runs once, and only its states are kept. A model without an MTP block gets no
+    drafting figures; one that is walked (`settings.through`) gets those of text alone.
     """
     settings.check()
     ground = Ground.of(documents, tokenizer=tokenizer, settings=settings)
-    folders = {label: Path(folder) for label, folder in models.items()}
+    folders, out = {label: Path(folder) for label, folder in models.items()}, Path(out)
     check_models(folders if teacher is None else {**folders, "the teacher": Path(teacher)}, ground.documents)
     teacher_print = None if teacher is None else folder_fingerprint(teacher)
     jobs = [_job(label, folder, teacher=teacher_print, ground=ground) for label, folder in folders.items()]
-    found = {job.label: _standing(job, Path(out)) for job in jobs}
+    silent = None if teacher is None else _job("the teacher", Path(teacher), teacher=teacher_print, ground=ground)
+    found = {job.label: _standing(job, out, ground=ground) for job in jobs}
     # The teacher first: its own record and the states that the others need come from one pass.
     missing = sorted((job for job in jobs if found[job.label] is None), key=lambda job: job.teacher is not None)
     if missing:
-        silent = teacher if teacher is not None and missing[0].model != teacher_print else None
-        found |= parallel.together(measure_all, missing, ground, silent=silent, out=Path(out))
+        spoken = missing[0].model == teacher_print
+        found |= parallel.together(measure_all, missing, ground, silent=None if spoken else silent, out=out)
+    for job in [*jobs, *([] if silent is None else [silent])]:
+        discard(job.walked(settings, out).place)
     return {label: record for label, record in found.items() if record is not None}
 
 
@@ -61,16 +65,25 @@ def side_by_side(records: Mapping[str, Record]) -> list[dict[str, Any]]:
 def _job(label: str, folder: Path, *, teacher: str | None, ground: Ground) -> Job:
     model = folder_fingerprint(folder)
     compared = None if model == teacher else teacher  # a model's KL from itself is no finding
-    inputs = [SCHEMA, model, compared, ground.fingerprint, asdict(ground.settings)]
-    return Job(label, folder, model, compared, fingerprint(inputs))
+    walk = walks(folder, ground.settings)
+    job = Job(label, folder, model, compared, inputs="", walk=walk)
+    return replace(job, inputs=_inputs(job, ground))
 
 
-def _standing(job: Job, out: Path) -> Record | None:
+def _inputs(job: Job, ground: Ground) -> str:
+    """The fingerprint of all that a job's figures depend on; what the machine has, is not among it."""
+    here = {"through": "walk" if job.walk else "memory", "max_memory": None, "engine_python": None}
+    settings = asdict(ground.settings) | here
+    return fingerprint([SCHEMA, job.model, job.teacher, ground.fingerprint, settings])
+
+
+def _standing(job: Job, out: Path, *, ground: Ground) -> Record | None:
+    """The record that `out` has of this job already; one of the whole model serves for one that would be walked."""
     path = out / f"{job.label}.json"
     if not path.is_file():
         return None
     record = Record.read(path)
-    if record.inputs != job.inputs:
+    if record.inputs not in {job.inputs, _inputs(replace(job, walk=False), ground)}:
         return None
     logger.info("evaluate %s: its record stands already, skipped", job.label)
     return record

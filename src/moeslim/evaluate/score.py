@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from moeslim.data.tokens import TokenDocument
-from moeslim.evaluate.agreement import TeacherStates, kl_and_top1, kl_figure, top1_figure
+from moeslim.evaluate.agreement import Head, TeacherStates, kl_and_top1, kl_figure, top1_figure
 from moeslim.evaluate.language import Window, bits_per_byte, nats, windows
 from moeslim.evaluate.record import Figure, ratio
 from moeslim.evaluate.share import own
@@ -22,7 +21,7 @@ from moeslim.log import progress
 from moeslim.model import parallel
 from moeslim.model.student import Student
 
-_LOGITS_AT_ONCE = 1 << 24  # numbers in one chunk of logits: 64 MB in fp32, a few times that at the peak
+LOGITS_AT_ONCE = 1 << 24  # numbers in one chunk of logits: 64 MB in fp32, a few times that at the peak
 
 
 @dataclass
@@ -88,6 +87,69 @@ class Layout:
     batch_tokens: int = 8192
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The windows that documents are read in, and which of them this process runs together (`batches`)."""
+
+    documents: Sequence[TokenDocument]
+    plan: Sequence[Window]
+    batches: Sequence[Sequence[int]]
+
+    @classmethod
+    def of(cls, documents: Sequence[TokenDocument], layout: Layout) -> "Reading":
+        """Windows as `layout` says, longest first; several processes share the batches."""
+        lengths = [len(document.tokens) - 1 for document in documents]
+        plan = windows(lengths, window=layout.window, stride=layout.stride)
+        todo = batches(plan, layout.batch_tokens)
+        sizes = [sum(plan[index].stop - plan[index].start for index in batch) for batch in todo]
+        return cls(documents, plan, [todo[number] for number in own(sizes)])
+
+    @property
+    def tokens(self) -> int:
+        """Inputs that this process reads."""
+        return sum(self.size(batch) for batch in self.batches)
+
+    def size(self, batch: Sequence[int]) -> int:
+        """Inputs of a batch, padding left out."""
+        return sum(self.plan[index].stop - self.plan[index].start for index in batch)
+
+    def length(self, batch: Sequence[int]) -> int:
+        """Inputs of the batch's longest window."""
+        return max(self.plan[index].stop - self.plan[index].start for index in batch)
+
+    def rows(self, batch: Sequence[int], *, length: int | None = None) -> torch.Tensor:
+        """Token rows (B, T+1): each window's inputs and the target after the last, padded with token 0 to `length`."""
+        rows = torch.zeros((len(batch), (length or self.length(batch)) + 1), dtype=torch.int64)
+        for row, w in enumerate(self.plan[index] for index in batch):
+            own = self.documents[w.document].tokens[w.start : w.stop + 1]
+            rows[row, : w.stop - w.start + 1] = torch.from_numpy(own)
+        return rows
+
+    def targets(self, index: int) -> torch.Tensor:
+        """The scored targets of a window (n)."""
+        w = self.plan[index]
+        return torch.from_numpy(self.documents[w.document].tokens[w.scored + 1 : w.stop + 1]).long()
+
+    def scored(self, index: int) -> slice:
+        """Where in a window its scored positions are."""
+        w = self.plan[index]
+        return slice(w.scored - w.start, w.stop - w.start)
+
+    def chosen(self, batch: Sequence[int], chosen_Nk: torch.Tensor, *, experts: int) -> np.ndarray:
+        """Assignments (D, E) at the scored positions of a batch, of the experts chosen at all of its positions.
+
+        The MTP block, whose position i needs the token after the next, has one position a row fewer than the trunk.
+        """
+        counts_DE = np.zeros((len(self.documents), experts), np.int64)
+        chosen = chosen_Nk.view(len(batch), -1, chosen_Nk.shape[-1])
+        missing = self.length(batch) - chosen.shape[1]  # 0 in the trunk, 1 in the MTP block
+        for row, index in enumerate(batch):
+            place = self.scored(index)
+            found = chosen[row, place.start : place.stop - missing]
+            counts_DE[self.plan[index].document] += np.bincount(found.reshape(-1).cpu().numpy(), minlength=experts)
+        return counts_DE
+
+
 @torch.inference_mode()
 def score(
     student: Student,
@@ -103,28 +165,35 @@ def score(
     positions only, so each token counts once however windows overlap. Done by all processes together: the sums are
     over all windows, the states those of this process's.
     """
-    plan = windows([len(document.tokens) - 1 for document in documents], window=layout.window, stride=layout.stride)
+    reading, head = Reading.of(documents, layout), Head.of(student.head.detach())
     sums = np.zeros((3, len(documents)))
-    states: list[torch.Tensor] = [torch.empty(0)] * len(plan)
+    states: list[torch.Tensor] = [torch.empty(0)] * len(reading.plan)
     assigned: dict[str, np.ndarray] = {}
-    todo = batches(plan, layout.batch_tokens)
-    sizes = [sum(plan[index].stop - plan[index].start for index in batch) for batch in todo]
-    mine = own(sizes)
-    with progress("score", sum(sizes[number] for number in mine), unit="tokens") as advance:
-        for batch in (todo[number] for number in mine):
-            rows = _rows(documents, [plan[index] for index in batch]).to(student.head.device)
-            hidden = _watched(
-                student, rows, batch=[plan[i] for i in batch], assigned=assigned, documents=len(documents)
-            )
+    with progress("score", reading.tokens, unit="tokens") as advance:
+        for batch in reading.batches:
+            rows = reading.rows(batch).to(student.head.device)
+            hidden = _watched(student, rows, batch=batch, reading=reading, assigned=assigned)
             for row, index in enumerate(batch):
-                w = plan[index]
-                scored = hidden[row, w.scored - w.start : w.stop - w.start]
-                targets = rows[row, w.scored - w.start + 1 : w.stop - w.start + 1]
+                scored = hidden[row, reading.scored(index)]
+                targets = reading.targets(index).to(scored.device)
                 said = None if teacher is None else (teacher.windows[index], teacher.head)
-                sums[:, w.document] += _sums((scored, student.head), targets, teacher=said)
+                sums[:, reading.plan[index].document] += sums_of((scored, head), targets, teacher=said)
                 if keep_states:
                     states[index] = scored.clone()
-            advance(sum(plan[index].stop - plan[index].start for index in batch))
+            advance(reading.size(batch))
+    kept = TeacherStates(head, states) if keep_states else None
+    return together(documents, sums, assigned=assigned, compared=teacher is not None, states=kept)
+
+
+def together(
+    documents: Sequence[TokenDocument],
+    sums: np.ndarray,
+    *,
+    assigned: dict[str, np.ndarray],
+    compared: bool,
+    states: TeacherStates | None,
+) -> Scores:
+    """The scores of `documents` from what every process found: sums (3, D) of nats, KL and agreements, assignments."""
     sums, assigned = _added(parallel.gather((sums, assigned)))
     return Scores(
         domains=[document.domain for document in documents],
@@ -132,10 +201,10 @@ def score(
         tokens=[len(document.tokens) - 1 for document in documents],
         bytes=[document.num_bytes for document in documents],
         nats=sums[0].tolist(),
-        kl=None if teacher is None else sums[1].tolist(),
-        agreed=None if teacher is None else sums[2].tolist(),
+        kl=sums[1].tolist() if compared else None,
+        agreed=sums[2].tolist() if compared else None,
         assigned=assigned,
-        states=TeacherStates(student.head.detach(), states) if keep_states else None,
+        states=states,
     )
 
 
@@ -163,34 +232,24 @@ def batches(plan: Sequence[Window], batch_tokens: int) -> list[list[int]]:
     return found
 
 
-def _rows(documents: Sequence[TokenDocument], batch: Sequence[Window]) -> torch.Tensor:
-    """Token rows (B, T+1): each window's inputs and the target after the last, padded with token 0."""
-    length = max(w.stop - w.start for w in batch)
-    rows = torch.zeros((len(batch), length + 1), dtype=torch.int64)
-    for row, w in enumerate(batch):
-        rows[row, : w.stop - w.start + 1] = torch.from_numpy(documents[w.document].tokens[w.start : w.stop + 1])
-    return rows
-
-
 def _watched(
-    student: Student, rows: torch.Tensor, *, batch: Sequence[Window], assigned: dict[str, np.ndarray], documents: int
+    student: Student,
+    rows: torch.Tensor,
+    *,
+    batch: Sequence[int],
+    reading: Reading,
+    assigned: dict[str, np.ndarray],
 ) -> torch.Tensor:
-    """The trunk's states (B, T, d); adds the routers' choices at scored positions to `assigned`.
-
-    The MTP block's router is watched at depth 1, whose position i needs the token after the next: one fewer a row.
-    """
+    """The trunk's states (B, T, d); adds the routers' choices at scored positions to `assigned`."""
     with student.routers.watching():
         hidden = student.hidden(rows[:, :-1])
         if rows.shape[1] > 2:
             student.mtp_states(hidden, rows, depths=1)
     for name, calls in student.routers.seen.items():
         logits_NE, chosen_Nk = calls[0]
-        counts = assigned.setdefault(_layer_key(name), np.zeros((documents, logits_NE.shape[-1]), np.int64))
-        chosen = chosen_Nk.view(len(batch), -1, chosen_Nk.shape[-1])
-        missing = rows.shape[1] - 1 - chosen.shape[1]  # 0 in the trunk, 1 in the MTP block
-        for row, w in enumerate(batch):
-            own = chosen[row, w.scored - w.start : w.stop - w.start - missing]
-            counts[w.document] += torch.bincount(own.reshape(-1), minlength=counts.shape[1]).cpu().numpy()
+        counts_DE = reading.chosen(batch, chosen_Nk, experts=logits_NE.shape[-1])
+        key = _layer_key(name)
+        assigned[key] = assigned[key] + counts_DE if key in assigned else counts_DE
     student.routers.seen.clear()
     return hidden
 
@@ -201,22 +260,26 @@ def _layer_key(name: str) -> str:
     return f"mtp.{number}" if name.startswith("mtp.") else number
 
 
-def _sums(
-    student: tuple[torch.Tensor, torch.Tensor],
+def sums_of(
+    student: tuple[torch.Tensor, Head],
     targets: torch.Tensor,
     *,
-    teacher: tuple[torch.Tensor, torch.Tensor] | None,
+    teacher: tuple[torch.Tensor, Head] | None,
+    at_once: int = LOGITS_AT_ONCE,
 ) -> np.ndarray:
-    """Sums over scored positions, each side given as (states, head): nats, KL and agreements (0 without a teacher)."""
+    """Sums over scored positions, each side given as (states, head): nats, KL and agreements (0 without a teacher).
+
+    Logits are made `at_once` numbers at a time, but of 16 positions at the least.
+    """
     sums = np.zeros(3)
     states, head = student
-    chunk = max(16, _LOGITS_AT_ONCE // head.shape[0])
+    chunk = max(16, at_once // head.vocab)
     for start in range(0, len(states), chunk):
         part = slice(start, start + chunk)
-        logits = F.linear(states[part], head)
+        logits = head.logits(states[part])
         sums[0] += nats(logits, targets[part]).double().sum().item()
         if teacher is not None:
-            kl, same = kl_and_top1(logits, F.linear(teacher[0][part], teacher[1]).to(logits.device))
+            kl, same = kl_and_top1(logits, teacher[1].logits(teacher[0][part]).to(logits.device))
             sums[1:] += kl.double().sum().item(), same.sum().item()
     return sums
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from moeslim.errors import CheckpointError
-from moeslim.families.spec import Family, Tensor, tensors
+from moeslim.families.shape import Shape
+from moeslim.families.spec import Tensor, tensors
 
 Layouts = Mapping[str, str]  # "trunk" and "mtp" -> a key of EXPERT_LAYOUTS
 
@@ -35,17 +36,17 @@ class Piece:
     half: int | None
 
 
-def detect(names: Iterable[str], family: Family) -> dict[str, str]:
+def detect(names: Iterable[str], shape: Shape) -> dict[str, str]:
     """The layout of each sub-tree that has routed experts, read from tensor names.
 
     Raises CheckpointError when one sub-tree mixes layouts, or has experts in none of them.
     """
     found: dict[str, set[str]] = {}
-    marker = f".{family.expert_prefix}."
+    marker, head = f".{shape.family.expert_prefix}.", shape.prefix("mtp.0")
     for name in names:
         if marker not in name:
             continue
-        subtree = "mtp" if name.startswith(family.mtp_layer_prefix.split("{")[0]) else "trunk"
+        subtree = "mtp" if head and name.startswith(head) else "trunk"
         found.setdefault(subtree, set()).add(_layout_of(name, name.split(marker, 1)[1]))
     for subtree, layouts in found.items():
         if len(layouts) > 1:

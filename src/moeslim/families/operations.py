@@ -46,7 +46,7 @@ def forward_operations(config: Config, *, length: int, subtree: str = "trunk") -
             continue
         met = row.parameters // shape["experts"] * shape["top_k"] if row.component == "experts" else row.parameters
         matrices[row.component] = matrices.get(row.component, 0) + 2 * met
-    keys = shape.layer_keys if subtree == "trunk" else ("mtp.0",)
+    keys = shape.layer_keys if subtree == "trunk" else ("mtp.0",) * (shape.family.mtp_prefix is not None)
     return Forward(matrices, sum(_mixing(shape, shape.mixer(key), length=length) for key in keys))
 
 
@@ -69,7 +69,8 @@ def training_operations(
 
     `depths` are the MTP depths trained (0 without a head of that kind); `trained` the parts that learn (None: all);
     `targets` the share of positions whose target counts: the head's products are made for these alone. Depth m has
-    T-m of a row's T positions. A teacher's cache costs nothing here.
+    T-m of a row's T positions; its chain's m-1 own keys in the serving form are left out. A teacher's cache costs
+    nothing here.
     """
     shape = config if isinstance(config, Shape) else Shape.from_config(config)
     learning = None if trained is None else set(trained)

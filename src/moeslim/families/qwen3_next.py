@@ -54,7 +54,8 @@ SPEC = Family(
             norm    mtp.norm.weight                   hidden  zero_centred
     """),
     expert_prefix="mlp.experts",
+    mtp_prefix="mtp.",
     mtp_layer_prefix="mtp.layers.0.",
-    mtp_mixer="full_attention",
     rope_defaults={"rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    live=True,
 )

@@ -1,43 +1,53 @@
 """A model's shape, read from a raw config.json and checked."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moeslim.errors import FamilyError
 from moeslim.families.registry import family_of
 from moeslim.families.spec import Family
 
+_ABSURD = 1 << 31
+_MOST_LAYERS, _MOST_EXPERTS = 4096, 1 << 18
+"""Of all layers together: ten times those of the largest models. Tables of names are made for each, in memory."""
+
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of all named axes and the kind of every layer; layers are keyed "0".."L-1", the MTP block "mtp.0"."""
+    """Sizes of all named axes and the kind of every layer; layers are keyed "0".."L-1", the MTP block "mtp.0".
+
+    `flags` are the conditions of the family's tensors that hold: config keys that are true, names of tensors found.
+    """
 
     family: Family
     sizes: Mapping[str, int]
     layer_types: tuple[str, ...]
     dense_layers: frozenset[int]
     tied: bool
+    flags: frozenset[str] = frozenset()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Shape":
-        """Read and check a raw config; FamilyError names the key that is missing, of a wrong type or impossible."""
+        """Read and check a raw config; FamilyError names the key that is missing, of a wrong type or impossible.
+
+        A tensor that files may hold or not (`if present`) is not among the flags: see `with_present`.
+        """
         family = family_of(config)
-        sizes = {axis: _integer(config, where) for axis, where in family.sizes.items()}
-        for axis, rule in family.derived.items():
-            numerator, denominator = (sizes[name] for name in rule.split(" // "))
-            if numerator % denominator:
-                raise FamilyError(
-                    f"config.json: {rule.replace(' // ', ' per ')} must be whole, found {numerator} and {denominator}"
-                )
-            sizes[axis] = numerator // denominator
-        layers = _integer(config, "num_hidden_layers")
+        config = _one_spelling(config, family)
+        sizes, layers = _sizes(config, family), _integer(config, "num_hidden_layers")
+        if layers > _MOST_LAYERS or layers * sizes["experts"] > _MOST_EXPERTS:
+            raise FamilyError(
+                f"config.json: {layers:,} layers (num_hidden_layers) of {sizes['experts']:,} experts; at most "
+                f"{_MOST_LAYERS:,} layers and {_MOST_EXPERTS:,} experts in all of them can be worked on"
+            )
         shape = cls(
             family=family,
             sizes=sizes,
             layer_types=_layer_types(config, family, layers=layers),
-            dense_layers=_dense_layers(config, layers),
+            dense_layers=_dense_layers(config, family, layers=layers),
             tied=bool(config.get("tie_word_embeddings", False)),
+            flags=frozenset(key for key in family.conditions if config.get(key) is True),
         )
         shape._check()
         return shape
@@ -49,6 +59,31 @@ class Shape:
 
     def __getitem__(self, axis: str) -> int:
         return self.sizes[axis]
+
+    def resized(self, **sizes: int) -> "Shape":
+        """The same model with other sizes of named axes, and of those that follow from them."""
+        given = {**self.sizes, **sizes}
+        return replace(self, sizes={**given, **_derived(self.family, given)})
+
+    def with_present(self, names: Collection[str]) -> "Shape":
+        """The same shape, knowing which of the tensors that files may hold or not are among `names`."""
+        found = {pattern for pattern in self.family.conditions if self.named(pattern) in names}
+        return replace(self, flags=self.flags | found)
+
+    def named(self, pattern: str) -> str:
+        """A tensor's full name outside the trunk's layers, from the page's: `{L}` becomes the number of layers."""
+        return pattern.replace("{L}", str(self.layers))
+
+    def prefix(self, key: str) -> str:
+        """What the names of a layer's tensors begin with, the dot included."""
+        if key.startswith("mtp."):
+            return self.named(self.family.mtp_layer_prefix)
+        return self.family.layer_prefix.replace("{l}", key)
+
+    def has_mtp(self, names: Iterable[str]) -> bool:
+        """Whether tensors called `names` have an MTP head among them."""
+        prefix = self.family.mtp_prefix
+        return prefix is not None and any(name.startswith(self.named(prefix)) for name in names)
 
     @property
     def layer_keys(self) -> tuple[str, ...]:
@@ -82,39 +117,81 @@ class Shape:
         return self.layers
 
     def _check(self) -> None:
+        key = self.family.key
         if self["top_k"] > self["experts"]:
             raise FamilyError(
-                f"config.json: num_experts_per_tok is {self['top_k']} but there are {self['experts']} experts; "
+                f"config.json: {key('top_k')} is {self['top_k']} but there are {self['experts']} experts; "
                 "a token cannot be sent to more experts than there are"
             )
         if self["experts"] % self.groups:
             raise FamilyError(
-                f"config.json: num_experts ({self['experts']}) must be a multiple of n_group ({self.groups})"
+                f"config.json: {key('experts')} ({self['experts']}) must be a multiple of n_group ({self.groups})"
             )
         if self.topk_group > self.groups or self["top_k"] > self.topk_group * (self["experts"] // self.groups):
             raise FamilyError(
                 f"config.json: topk_group is {self.topk_group} of n_group {self.groups} groups of "
                 f"{self['experts'] // self.groups} experts, which must hold the {self['top_k']} experts per token "
-                "(num_experts_per_tok)"
+                f"({key('top_k')})"
             )
         if self["heads"] % self["kv_heads"]:
             raise FamilyError(
-                f"config.json: num_attention_heads ({self['heads']}) must be a multiple of num_key_value_heads "
+                f"config.json: {key('heads')} ({self['heads']}) must be a multiple of {key('kv_heads')} "
                 f"({self['kv_heads']})"
             )
 
 
-def _integer(config: Mapping[str, Any], where: str | tuple[str, int]) -> int:
+def _one_spelling(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The config with the keys of the family's page."""
+    for other, key in family.spellings.items():
+        if other in config and config.get(key, config[other]) != config[other]:
+            raise FamilyError(
+                f"config.json: {key} is {config[key]!r} and {other} is {config[other]!r}, two names of one size; "
+                "remove the wrong one"
+            )
+        config = {**config, key: config[other]} if other in config else config
+    return config
+
+
+def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
+    """Every named axis, those that follow from others last."""
+    sizes: dict[str, int] = {}
+    for axis, where in family.sizes.items():
+        key, default = where if isinstance(where, tuple) else (where, None)
+        if isinstance(default, str):
+            default = None if key in config else _rule(default, sizes)
+        sizes[axis] = _integer(config, key if default is None else (key, default))
+    return {**sizes, **_derived(family, sizes)}
+
+
+def _derived(family: Family, sizes: Mapping[str, int]) -> dict[str, int]:
+    return {axis: _rule(rule, sizes) for axis, rule in family.derived.items()}
+
+
+def _rule(rule: str, sizes: Mapping[str, int]) -> int:
+    """The value of "a // b", which must be whole, or "a * b"."""
+    left, operation, right = rule.split()
+    if operation == "*":
+        return sizes[left] * sizes[right]
+    if sizes[left] % sizes[right]:
+        raise FamilyError(f"config.json: {left} per {right} must be whole, found {sizes[left]} and {sizes[right]}")
+    return sizes[left] // sizes[right]
+
+
+def _integer(config: Mapping[str, Any], where: str | tuple[str, int], *, least: int = 1) -> int:
     key, value = (where, config.get(where)) if isinstance(where, str) else (where[0], config.get(*where))
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        found = "nothing" if value is None else repr(value)
-        raise FamilyError(f"config.json: {key} must be a whole number of at least 1, found {found}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _ABSURD:
+        found = "nothing" if value is None else repr(value)[:60]
+        raise FamilyError(
+            f"config.json: {key} must be a whole number of at least {least} and below {_ABSURD:,}, found {found}"
+        )
     return value
 
 
 def _layer_types(config: Mapping[str, Any], family: Family, *, layers: int) -> tuple[str, ...]:
     given = config.get("layer_types")
     if given is None:
+        if family.default_interval is None:
+            return ("full_attention",) * layers
         interval = _integer(config, ("full_attention_interval", family.default_interval))
         return tuple("full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers))
     allowed = family.mixers
@@ -125,9 +202,11 @@ def _layer_types(config: Mapping[str, Any], family: Family, *, layers: int) -> t
     return tuple(given)
 
 
-def _dense_layers(config: Mapping[str, Any], layers: int) -> frozenset[int]:
+def _dense_layers(config: Mapping[str, Any], family: Family, *, layers: int) -> frozenset[int]:
+    if family.first_dense is not None:
+        return frozenset(range(min(layers, _integer(config, family.first_dense, least=0))))
     step = _integer(config, ("decoder_sparse_step", 1))
     only = config.get("mlp_only_layers") or []
-    if not isinstance(only, list) or any(not isinstance(i, int) for i in only):
+    if not isinstance(only, list) or any(type(i) is not int for i in only):
         raise FamilyError("config.json: mlp_only_layers must be a list of layer numbers")
     return frozenset(i for i in range(layers) if i in only or (i + 1) % step)

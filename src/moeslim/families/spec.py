@@ -28,11 +28,13 @@ class Tensor:
     init: str = "normal"  # normal | zeros | ones | dt_bias | a_log | conv: how a random one begins
     norm: str | None = None  # zero_centred: the layer multiplies by 1 + w; plain: by w
     matrix: str | None = None  # of an expert: gate | up | gate_up | down
+    when: str | None = None  # only there where this is one of the shape's `flags`
 
 
 _WORDS = {  # what the last column of a page may say, as (init, norm, matrix)
     "zero_centred": ("zeros", "zero_centred", None),
     "plain_norm": ("ones", "plain", None),
+    "bias": ("zeros", None, None),
     "conv": ("conv", None, None),
     "a_log": ("a_log", None, None),
     "dt_bias": ("dt_bias", None, None),
@@ -44,12 +46,17 @@ _WORDS = {  # what the last column of a page may say, as (init, norm, matrix)
 
 
 def tensors(text: str) -> tuple[Tensor, ...]:
-    """The lines of a page: component, name, axes by commas, at most one of `_WORDS`; two spaces part columns."""
+    """The lines of a page: component, name, axes by commas, at most one of `_WORDS`; two spaces part columns.
+
+    Behind them `if KEY`: a tensor of models whose config says true there; `if present`: files may hold it or not.
+    """
     found = []
     for line in text.strip().splitlines():
-        component, name, axes, *word = re.split(r"\s{2,}", line.strip())
-        init, norm, matrix = _WORDS[word[0]] if word else ("normal", None, None)
-        found.append(Tensor(name, tuple(re.split(r",\s*", axes)), component, init, norm, matrix))
+        component, name, axes, *words = re.split(r"\s{2,}", line.strip())
+        when = words.pop().removeprefix("if ") if words and words[-1].startswith("if ") else None
+        init, norm, matrix = _WORDS[words[0]] if words else ("normal", None, None)
+        when = name if when == "present" else when
+        found.append(Tensor(name, tuple(re.split(r",\s*", axes)), component, init, norm, matrix, when))
     return tuple(found)
 
 
@@ -59,11 +66,18 @@ def sections(text: str) -> dict[str, tuple[Tensor, ...]]:
     return {part: tensors(lines) for part, lines in zip(found[::2], found[1::2], strict=True)}
 
 
-def keys(text: str) -> dict[str, str | tuple[str, int]]:
-    """Pairs of an axis and the config key of its size, `key=default` where the config may leave it out."""
+def keys(text: str) -> dict[str, str | tuple[str, int | str]]:
+    """Pairs of an axis and the config key of its size, `key=default` where the config may leave it out.
+
+    A default is a number, or a rule like hidden//heads.
+    """
     words = text.split()
     pairs = zip(words[::2], (word.partition("=") for word in words[1::2]), strict=True)
-    return {axis: (key, int(default)) if default else key for axis, (key, _, default) in pairs}
+    return {axis: (key, _default(text)) if text else key for axis, (key, _, text) in pairs}
+
+
+def _default(text: str) -> int | str:
+    return int(text) if text.isdigit() else text.replace("//", " // ")
 
 
 @dataclass(frozen=True)
@@ -74,24 +88,39 @@ class Family:
 
     `parts` holds the tensors by part: "outer" outside the layers; "every" in all layers, one entry per token mixer (the
     words of `layer_types`), "moe" and "dense"; "mtp" in the MTP head outside its layer. `expert_prefix` is where
-    `layouts.py` puts the routed experts.
+    `layouts.py` puts the routed experts. `{L}` in a name of the MTP head is the trunk's number of layers.
     """
 
     model_type: str
-    sizes: Mapping[str, str | tuple[str, int]]
-    derived: Mapping[str, str]  # axis -> "numerator // denominator" of two other axes
-    default_interval: int
+    sizes: Mapping[str, str | tuple[str, int | str]]
     layer_prefix: str
     parts: Mapping[str, tuple[Tensor, ...]]
     expert_prefix: str
-    mtp_layer_prefix: str
-    mtp_mixer: str
+    derived: Mapping[str, str] = field(default_factory=dict)  # axis -> "a // b" or "a * b" of two other axes
+    default_interval: int | None = None  # of full attention in a hybrid; None: every layer is full attention
+    first_dense: tuple[str, int] | None = None  # (key, default) of how many first layers are dense; None: by number
+    mtp_prefix: str | None = None  # what all names of the MTP head begin with; None: the family has no such head
+    mtp_layer_prefix: str = ""
+    mtp_mixer: str = "full_attention"
+    mtp_default: int = 0  # MTP layers that a config without num_nextn_predict_layers is taken to have
     rope_defaults: Mapping[str, float] = field(default_factory=dict)  # what a config without these keys means
+    spellings: Mapping[str, str] = field(default_factory=dict)  # another name of a key -> the key of `sizes`
+    live: bool = False  # model/ has classes that run it, so that it can be calibrated, trained and measured
 
     @property
     def mixers(self) -> tuple[str, ...]:
         """The token mixers that `layer_types` may name."""
         return tuple(part for part in self.parts if part not in ("outer", "every", "moe", "dense", "mtp"))
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        """What the presence of tensors depends on: config keys, and names of tensors that files may hold or not."""
+        return frozenset(tensor.when for part in self.parts.values() for tensor in part if tensor.when)
+
+    def key(self, axis: str) -> str:
+        """The config key of an axis."""
+        where = self.sizes[axis]
+        return where if isinstance(where, str) else where[0]
 
 
 @lru_cache(maxsize=4096)

@@ -63,22 +63,23 @@ def expert_prefix(shape: Shape, key: str) -> str:
 
 def layer_prefix(shape: Shape, key: str) -> str:
     """What the names of a layer's tensors begin with, the dot included."""
-    if key.startswith("mtp."):
-        return shape.family.mtp_layer_prefix
-    return shape.family.layer_prefix.replace("{l}", key)
+    return shape.prefix(key)
 
 
 def _rows(shape: Shape, layouts: Layouts, *, mtp: bool) -> Iterator[Row]:
     family, sizes = shape.family, shape.sizes
 
+    def part(name: str) -> Iterator[Tensor]:
+        return (tensor for tensor in family.parts.get(name, ()) if tensor.when is None or tensor.when in shape.flags)
+
     def row(tensor: Tensor, prefix: str, layer: str | None, subtree: str) -> Row:
         lengths = tuple(size(axis, sizes) for axis in tensor.axes)
-        return Row(prefix + tensor.name, lengths, layer, None, subtree, tensor)
+        return Row(prefix + shape.named(tensor.name), lengths, layer, None, subtree, tensor)
 
     def layer_rows(key: str, subtree: str) -> Iterator[Row]:
         prefix = layer_prefix(shape, key)
         parts = ("every", shape.mixer(key), "moe" if shape.is_moe(key) else "dense")
-        yield from (row(tensor, prefix, key, subtree) for part in parts for tensor in family.parts[part])
+        yield from (row(tensor, prefix, key, subtree) for name in parts for tensor in part(name))
         if shape.is_moe(key):
             lines = [row(t, f"{prefix}{family.expert_prefix}.", key, subtree) for t in EXPERT_LAYOUTS[layouts[subtree]]]
             for line in lines:
@@ -89,11 +90,11 @@ def _rows(shape: Shape, layouts: Layouts, *, mtp: bool) -> Iterator[Row]:
                     if "{e}" in line.name:
                         yield replace(line, name=line.name.replace("{e}", str(expert)), expert=expert)
 
-    for tensor in family.parts["outer"]:
+    for tensor in part("outer"):
         if not (shape.tied and tensor.component == "head"):
             yield row(tensor, "", None, "trunk")
     for key in shape.layer_keys:
         yield from layer_rows(key, "trunk")
-    if mtp:
-        yield from (row(tensor, "", None, "mtp") for tensor in family.parts["mtp"])
+    if mtp and family.mtp_prefix is not None:
+        yield from (row(tensor, "", None, "mtp") for tensor in part("mtp"))
         yield from layer_rows("mtp.0", "mtp")

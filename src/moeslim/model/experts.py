@@ -7,7 +7,8 @@ the same order (experts ascending, each adding its rows), so the outputs are bit
 Legend: T tokens, K experts per token, N of the tokens go to expert e, d hidden size, I expert size, F = 2I.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,8 @@ from torch.nn.functional import linear
 
 from moeslim.checkpoint.reader import Reader
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
 _MEMORY_SHARE = 8  # experts kept between batches may fill an eighth of a GPU
 _CPU_BYTES = 2 << 30
 
@@ -26,7 +29,8 @@ class ExpertFile:
     """The routed experts of one layer, read when they are asked for; at most `group` of them are held at once.
 
     The first group-1 stay in memory from batch to batch, the others pass through one at a time. `group` None means as
-    many as fit 2 GiB on a CPU or an eighth of a GPU.
+    many as fit 2 GiB on a CPU or an eighth of a GPU. Of those that are expected the next one is read, as it lies in the
+    file, by a thread while the current one computes.
     """
 
     def __init__(
@@ -41,16 +45,28 @@ class ExpertFile:
         self.reader, self.key, self.dtype, self.device = reader, key, dtype, torch.device(device)
         self.count = reader.shape["experts"]
         self.group = self._fitting() if group is None else group
-        self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._held: dict[int, Pair] = {}
+        self._expected: list[int] = []  # the next one last
+        self._ahead: dict[int, Future[Pair]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="experts")
 
-    def weights(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def expect(self, experts: Iterable[int]) -> None:
+        """Say which experts will be asked for, in their order; others may be asked for too."""
+        self._ahead.clear()
+        self._expected = [expert for expert in experts if expert not in self._held][::-1]
+
+    def weights(self, expert: int) -> Pair:
         """[gate; up] (F, d) and down (d, I) of one expert, in memory of their own on the device."""
         if expert in self._held:
             return self._held[expert]
-        parts = self.reader.expert(self.key, expert)
-        # Copied even where dtype and device are the file's: a matmul's last bits may depend on the memory's alignment.
-        both = torch.cat([parts["gate"], parts["up"]]).to(self.device, self.dtype)
-        pair = both, parts["down"].to(self.device, self.dtype, copy=True)
+        read = self._ahead.pop(expert, None)
+        found = self.reader.expert_pair(self.key, expert) if read is None else read.result()
+        if self._expected and self._expected[-1] == expert:
+            self._expected.pop()
+            if self._expected:
+                coming = self._expected[-1]
+                self._ahead[coming] = self._thread.submit(self.reader.expert_pair, self.key, coming)
+        pair = found[0].to(self.device, self.dtype), found[1].to(self.device, self.dtype)
         if self.group >= self.count or len(self._held) < self.group - 1:
             self._held[expert] = pair
         return pair
@@ -58,6 +74,7 @@ class ExpertFile:
     def release(self) -> None:
         """Let go of what is held."""
         self._held.clear()
+        self.expect([])
 
     def _fitting(self) -> int:
         shape = self.reader.shape
@@ -128,6 +145,7 @@ class FileExperts(nn.Module):
         if more_T is not None:
             beside = Routing.of(more_T[:, None], experts=self.file.count)
             more = beside.tokens.split(beside.counts)
+        self.file.expect(e for e, count in enumerate(routing.counts) if count or len(more[e]))
         for expert, (tokens_N, gates_N, more_N) in enumerate(zip(*parts, more, strict=True)):
             if len(tokens_N) + len(more_N) == 0:
                 continue
@@ -145,6 +163,7 @@ class FileExperts(nn.Module):
 
     def every_output(self, x_Sd: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Per expert, ascending, its outputs for all S tokens given (S, d) and its down projection (d, I)."""
+        self.file.expect(range(self.file.count))
         for expert in range(self.file.count):
             weights = self.file.weights(expert)
             yield self._run(x_Sd, weights)[1], weights[1]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from moeslim.artifacts.commit import disk_told, named
 from moeslim.errors import ResourceError
 
 
@@ -25,7 +26,8 @@ class HiddenFiles:
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Input rows [start, stop) on the device."""
         assert self.source is not None
-        with self._path(self.source).open("rb") as file:
+        path = self._path(self.source)
+        with named(path), path.open("rb") as file:
             file.seek(start * self.row_bytes)
             # Into torch's own memory for its alignment: a matmul's last bits may depend on it.
             x_BTd = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
@@ -36,13 +38,14 @@ class HiddenFiles:
     def write(self, start: int, y_BTd: torch.Tensor) -> None:
         """Output rows from `start` on."""
         path = self._path(self.target)
-        with path.open("r+b" if path.exists() else "w+b") as file:
+        with disk_told(path), path.open("r+b" if path.exists() else "w+b") as file:
             file.seek(start * self.row_bytes)
             file.write(y_BTd.to(self.dtype).contiguous().cpu().flatten().view(torch.uint8).numpy().data)
 
     def turn(self) -> None:
         """Make the outputs, durable on disk, the next layer's inputs."""
-        with self._path(self.target).open("rb") as file:
+        path = self._path(self.target)
+        with disk_told(path), path.open("rb") as file:
             os.fsync(file.fileno())
         self.source = self.target
 
@@ -59,7 +62,7 @@ class HiddenFiles:
         if needed > free:
             raise ResourceError(
                 f"{self.folder}: hidden states need {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free; "
-                "calibrate fewer or shorter sequences, or put the output on a larger disk"
+                "use fewer or shorter sequences, or put the output on a larger disk"
             )
 
     def _path(self, generation: str) -> Path:

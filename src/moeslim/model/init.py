@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 
 from moeslim.artifacts.commit import committed_folder
-from moeslim.checkpoint.config_json import copy_side_files, write_config
+from moeslim.checkpoint.config_json import copy_side_files, with_mtp, write_config
 from moeslim.checkpoint.reader import TORCH_DTYPES
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, write_receipt
 from moeslim.families import PER_EXPERT, Layouts, Row, expert_prefix, pieces, table
@@ -70,9 +70,7 @@ def write_random(
     how = Form(**form)
     shape = Shape.from_config(config)
     rows = table(shape, how.layouts, mtp=how.mtp)
-    written = {key: value for key, value in config.items() if key != "num_nextn_predict_layers"}
-    if how.mtp:
-        written["num_nextn_predict_layers"] = 1
+    written = with_mtp(config, how.mtp)
     fill = _Fill(shape, seed=seed, std=float(config.get("initializer_range", 0.02)), spread=how.spread)
     with committed_folder(folder) as temporary:
         write_config(temporary, written)

@@ -5,12 +5,16 @@ same decoder layer class as the trunk. Shapes: B rows, T positions, d hidden siz
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderLayer, Qwen3NextRMSNorm
+
+from moeslim.model.chain import Chain, Keys, attend
 
 
 def mtp_config(config: Qwen3NextConfig) -> Qwen3NextConfig:
@@ -56,30 +60,42 @@ class MtpBlock(nn.Module):
         embeddings: torch.Tensor,
         *,
         rotary: nn.Module,
-        position_ids: torch.Tensor | None = None,
-        cache: object | None = None,
-    ) -> torch.Tensor:
-        """The next depth's states (B, T, d), causal over the T states given (and those in `cache`, layer index 0).
+        chain: Chain | None = None,
+        first: int = 0,
+    ) -> torch.Tensor | tuple[torch.Tensor, Chain]:
+        """The next depth's states (B, T, d), causal over the T states given; `rotary` is the trunk's rotary module.
 
-        `rotary` is the trunk's rotary module. Without `position_ids` (1 or B, T) they count from the cache's length.
-        The mask comes from transformers' own function: attention "eager" with a mask of None is not causal.
+        With a `chain`, the states and the chain with their slots: an empty one asks for the same states, as the true
+        pairs of chains; any other for one further slot of the chains that start at `first`, `first` + 1, ..., which
+        attend to what drafts see (chain.py).
         """
         x = self.join(hidden, embeddings)
-        if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0  # type: ignore[attr-defined]  # a DynamicCache
-            position_ids = torch.arange(seen, seen + x.shape[1], device=x.device).unsqueeze(0)
+        if chain is not None and chain.depth:
+            positions = torch.arange(first, first + x.shape[1], device=x.device)[None] + chain.depth
+            x, chain = self._go_on(x, rotary(x, positions), chain=chain, first=first)
+            return self.norm(x), chain
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        # transformers' own function: attention "eager" with a mask of None is not causal
         mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=None,
-            past_key_values=cache,
-            position_ids=position_ids,
+            config=self.config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=positions
         )
+        cache = None if chain is None else DynamicCache(config=self.config)
         x = self.layers[0](
             x,
-            position_embeddings=rotary(x, position_ids),
+            position_embeddings=rotary(x, positions),
             attention_mask=mask,
-            position_ids=position_ids,
+            position_ids=positions,
             past_key_values=cache,
         )
-        return self.norm(x)
+        if cache is None:
+            return self.norm(x)
+        return self.norm(x), Chain(Keys(cache.layers[0].keys, cache.layers[0].values))
+
+    def _go_on(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], *, chain: Chain, first: int
+    ) -> tuple[torch.Tensor, Chain]:
+        """The decoder layer's forward with a chain's attention in place of its own."""
+        layer: Any = self.layers[0]
+        mixed, chain = attend(layer.self_attn, layer.input_layernorm(x), rotary=rotary, chain=chain, first=first)
+        x = x + mixed
+        return x + layer.mlp(layer.post_attention_layernorm(x)), chain

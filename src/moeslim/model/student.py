@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausalLM, Qwen3NextTopKRouter
 
+from moeslim.families import check_live
 from moeslim.losses import Coefficients, Outcomes, Signal, StepTerms, balance, fused_loss
 from moeslim.model import parallel
+from moeslim.model.chain import Chain
 from moeslim.model.mtp import MtpBlock
 
 
@@ -87,6 +89,7 @@ class Student(nn.Module):
         self.mtp = mtp
         self.config = config
         self.detach_trunk = False
+        self.serving = False
         self.routers = RouterWatch(self)
 
     @classmethod
@@ -102,8 +105,9 @@ class Student(nn.Module):
         """A freshly initialised student of the shape in `config` (std `initializer_range`, torch's global generator).
 
         `mtp` None means: as `num_nextn_predict_layers` says. Built on the current default device, so that
-        `with torch.device("meta")` makes an empty one to load into.
+        `with torch.device("meta")` makes an empty one to load into. FamilyError for a model of another family.
         """
+        check_live(config)
         live = Qwen3NextConfig.from_dict({k: v for k, v in config.items() if k != "architectures"})
         live._attn_implementation = attn
         live._experts_implementation = experts
@@ -156,17 +160,24 @@ class Student(nn.Module):
     def mtp_states(self, hidden: torch.Tensor, rows: torch.Tensor, *, depths: int) -> list[torch.Tensor]:
         """States of depth 1..depths; depth m (B, T-m, d) at i knows t_0..t_{i+m} of `rows` (B, T+1).
 
-        Depth m reads depth m-1's state at i and the embedding of t_{i+m}, and attends to states of its own depth.
+        Depth m reads depth m-1's state at i and the embedding of t_{i+m}. From depth 2 on it attends to states of its
+        own depth, all at their index (parallel); or (`serving`) to the depth-1 keys of slots 0..i and its own chain's,
+        positions going on by one, as drafting from i does. The words are the text's either way: a draft reads what it
+        has drafted itself, which is the same for as long as it is right, and later states of a chain do not count.
         """
         if self.mtp is None:
             return []
         state = hidden.detach() if self.detach_trunk else hidden
+        chain = Chain()
         states = []
         for m in range(1, depths + 1):
             state = state[:, : rows.shape[1] - 1 - m]
             words = self.trunk.model.embed_tokens(rows[:, m:-1])
             words = words.detach() if self.detach_trunk else words
-            state = self.mtp(state, words, rotary=self.trunk.model.rotary_emb)
+            if self.serving and depths > 1:
+                state, chain = self.mtp(state, words, rotary=self.trunk.model.rotary_emb, chain=chain)
+            else:
+                state = self.mtp(state, words, rotary=self.trunk.model.rotary_emb)
             states.append(state)
         return states
 

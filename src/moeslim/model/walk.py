@@ -40,13 +40,17 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class WalkSettings:
-    """How layers are run. `group`: routed experts in memory at once (None: as many as fit, see `ExpertFile`)."""
+    """How layers are run. `group`: routed experts in memory at once (None: as many as fit, see `ExpertFile`).
+
+    `max_memory`: bytes that whoever walks has `room.with_room` turn into a group. Neither changes a bit.
+    """
 
     rows_per_batch: int = 8
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     attn: str = "sdpa"
     group: int | None = None
+    max_memory: int | None = None
 
 
 class Batch(NamedTuple):
@@ -234,7 +238,8 @@ class _Skeleton:
         return norm(x_BTd)
 
     def _run_mtp(self, block: nn.Module, x_BTd: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return block(x_BTd, self.embed(self.rows[start:stop, 1:]), rotary=self.trunk.rotary_emb)
+        words = self.rows[start:stop, 1 : x_BTd.shape[1] + 1]  # whoever drives may run fewer positions
+        return block(x_BTd, self.embed(words), rotary=self.trunk.rotary_emb)
 
 
 def _open(workdir: Path, name: str, *, hidden: HiddenFiles) -> list[str]:

@@ -17,7 +17,7 @@ from moeslim.families import Shape
 from moeslim.plan.engines import FAST_EXPERTS, engine_warnings
 from moeslim.plan.footprint import PRECISIONS, Footprint, Footprints
 from moeslim.plan.groups import check_groups
-from moeslim.plan.schedule import AXES, pattern_period
+from moeslim.plan.schedule import axes_of, pattern_period
 
 CONTEXT = 32_768
 """Tokens of the one sequence whose cache and state count against a memory."""
@@ -135,7 +135,7 @@ class Proposal:
     @property
     def counts(self) -> dict[str, int]:
         """The counts by axis, as `keep` takes them."""
-        return {axis: _count(self.shape, axis) for axis in AXES}
+        return {axis: _count(self.shape, axis) for axis in axes_of(self.shape)}
 
 
 def held(found: Footprint, precision: str) -> float:
@@ -152,11 +152,12 @@ def proposals(
     """
     weigh = Footprints(mtp=mtp)
     before, weights = weigh.of(shape), axis_weights(shape)
-    fixed = {**{axis: _count(shape, axis) for axis in AXES}, **pinned} if wish.empty else pinned
+    axes = axes_of(shape)
+    fixed = {**{axis: _count(shape, axis) for axis in axes}, **pinned} if wish.empty else pinned
     found: list[Proposal] = []
     nearest: tuple[float, float, Shape] | None = None
     for after in candidates(shape, fixed):
-        kept = {axis: _share(shape, after, axis=axis, carried=carried or {}) for axis in AXES}
+        kept = {axis: _share(shape, after, axis=axis, carried=carried or {}) for axis in axes}
         cost = sum(weights[axis] * math.log(1 / max(share, _LEAST)) ** 2 for axis, share in kept.items())
         footprint = weigh.of(after)
         missed = wish.miss(footprint, before)
@@ -182,7 +183,7 @@ def axis_weights(shape: Shape) -> dict[str, float]:
         return (math.log(found.parameters) + math.log(found.active)) / 2
 
     weights = {}
-    for axis in AXES:
+    for axis in axes_of(shape):
         there = _count(shape, axis)
         half = there // 2
         changed = logarithm(shape) - logarithm(resized(shape, {axis: half})) if half else 0.0
@@ -192,13 +193,14 @@ def axis_weights(shape: Shape) -> dict[str, float]:
 
 def candidates(shape: Shape, pinned: Mapping[str, int]) -> Iterator[Shape]:
     """Every shape that the model can be cut to and that can be served well, the model itself among them."""
-    choices = [[pinned[axis]] if axis in pinned else _ladder(shape, axis) for axis in AXES]
+    axes = axes_of(shape)
+    choices = [[pinned[axis]] if axis in pinned else _ladder(shape, axis) for axis in axes]
     dense = shape["top_k"] / shape["experts"]
     for counts in product(*choices):
-        sizes = dict(zip(AXES, counts, strict=True))
+        sizes = dict(zip(axes, counts, strict=True))
         after = resized(shape, sizes)
         sparse = after["top_k"] <= max(1 / 4, dense) * after["experts"] or {"experts", "top_k"} <= pinned.keys()
-        if sparse and any(map(after.is_moe, after.layer_keys)) and _reachable(after):
+        if sparse and len(after.dense_layers) < after.layers and _reachable(after):
             yield after
 
 
@@ -207,8 +209,7 @@ def resized(shape: Shape, counts: Mapping[str, int]) -> Shape:
     sizes = {axis: count for axis, count in counts.items() if axis != "layers"}
     layers = counts.get("layers", shape.layers)
     return replace(
-        shape,
-        sizes={**shape.sizes, **sizes},
+        shape.resized(**sizes),
         layer_types=shape.layer_types[:layers],
         dense_layers=frozenset(layer for layer in shape.dense_layers if layer < layers),
     )
@@ -275,8 +276,10 @@ def _nothing(nearest: Shape | None, weigh: Footprints, *, before: Footprint, wis
         f"{FILLED:.0%} of a memory)",
         f"{before.operations / found.operations:.2f}x fewer operations",
     ]
-    sizes = ", ".join(f"{axis} {_count(nearest, axis)}" for axis in AXES)
+    axes = axes_of(nearest)
+    sizes = ", ".join(f"{axis} {_count(nearest, axis)}" for axis in axes)
+    stay = " and ".join(f"--{axis.replace('_', '-')}" for axis in ("expert_size", "shared_size") if axis in axes)
     return (
         f"no servable shape meets all of that; the nearest is {sizes}: {', '.join(has)}. Ask for less, or cut "
-        "--expert-size and --shared-size too, which stay unless they are given"
+        f"{stay} too: kept whole unless given"
     )

@@ -47,7 +47,7 @@ class State:
 
     def resized(self, **sizes: int) -> "State":
         """The same model with other sizes of named axes."""
-        return replace(self, shape=replace(self.shape, sizes={**self.shape.sizes, **sizes}))
+        return replace(self, shape=self.shape.resized(**sizes))
 
 
 def check_plan(plan: Plan, config: Mapping[str, Any], *, mtp: bool) -> list[str]:
@@ -102,7 +102,7 @@ def _drop_layers(state: State, step: DropLayers) -> State:
     shape = state.shape
     _in_range(step.kept, shape.layers, where="kept", what="layers")
     dense = frozenset(new for new, old in enumerate(step.kept) if old in shape.dense_layers)
-    if 0 in dense and state.mtp:
+    if 0 in dense and state.mtp and shape.family.first_dense is None:
         raise PlanError(
             f"layer {step.kept[0]} would come first, and it is dense (mlp_only_layers): with 0 in mlp_only_layers "
             "engines make the MTP block dense too; keep a layer with experts before it"
@@ -183,6 +183,7 @@ def _cut_expert_size(state: State, step: CutExpertSize) -> State:
                 neurons[f"{key}, expert {expert}"] = len(ids)
         _same_count(neurons, "neurons")
         sizes["expert_size"] = next(iter(neurons.values()))
+    _check_shared(state, step, sizes=sizes)
     if step.shared:
         _same_layers(step.shared, state.moe_keys, where="shared")
         for key, ids in step.shared.items():
@@ -190,6 +191,22 @@ def _cut_expert_size(state: State, step: CutExpertSize) -> State:
         _same_count({key: len(ids) for key, ids in step.shared.items()}, "neurons of the shared expert")
         sizes["shared_size"] = len(next(iter(step.shared.values())))
     return state.resized(**sizes)
+
+
+def _check_shared(state: State, step: CutExpertSize, *, sizes: Mapping[str, int]) -> None:
+    """The shared expert is there if it is cut, and follows where the config gives it no size of its own."""
+    before, after, family = state.shape.sizes, state.resized(**sizes).shape.sizes, state.shape.family
+    if step.shared and "shared_size" not in before:
+        raise PlanError(f"shared: models of {family.model_type} have no shared expert; leave it out")
+    if "shared_size" not in family.derived:
+        return
+    kept = {len(ids) for ids in step.shared.values()} or {before["shared_size"]}
+    if kept != {after["shared_size"]}:
+        raise PlanError(
+            f"shared: config.json gives the shared expert no size of its own ({family.derived['shared_size']}); with "
+            f"experts of {after['expert_size']} keep {after['shared_size']} of its neurons in every layer, not "
+            f"{', '.join(map(str, sorted(kept)))}"
+        )
 
 
 def _set_routers(state: State, step: SetRouters) -> State:

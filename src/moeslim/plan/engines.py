@@ -39,7 +39,10 @@ def _pattern(shape: Shape) -> list[str]:
 
 def _parallel(before: Shape, after: Shape) -> list[str]:
     found = []
-    for axis, key in (("expert_size", "moe_intermediate_size"), ("shared_size", "shared_expert_intermediate_size")):
+    for axis in ("expert_size", "shared_size"):
+        if axis not in after.family.sizes:
+            continue
+        key = after.family.key(axis)
         lost = [ways for ways in (2, 4, 8) if before[axis] % ways == 0 and after[axis] % ways]
         if lost:
             found.append(f"{key} {after[axis]} is not divisible by {lost[0]}: vLLM cannot split it over {lost[0]} GPUs")

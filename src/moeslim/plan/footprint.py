@@ -58,14 +58,18 @@ class Footprints:
         self._mtp = mtp
         self._outside: dict[tuple[int, ...], np.ndarray] = {}
         self._layers: dict[tuple[int | str | bool, ...], np.ndarray] = {}
+        self._kinds: dict[tuple[tuple[str, ...], frozenset[int]], Counter[tuple[str, bool]]] = {}
 
     def of(self, shape: Shape) -> Footprint:
         """The footprint of `shape`; of other families or heads than before it needs another `Footprints`."""
-        sizes = tuple(shape[axis] for axis in _SIZES)
+        sizes = tuple(shape.sizes.get(axis, 0) for axis in _SIZES)
         if sizes not in self._outside:
             self._outside[sizes] = self._sums(replace(shape, layer_types=(), dense_layers=frozenset()))
         sums = self._outside[sizes].copy()
-        for (mixer, moe), number in Counter((shape.mixer(key), shape.is_moe(key)) for key in shape.layer_keys).items():
+        layers = shape.layer_types, shape.dense_layers
+        if layers not in self._kinds:
+            self._kinds[layers] = Counter((shape.mixer(key), shape.is_moe(key)) for key in shape.layer_keys)
+        for (mixer, moe), number in self._kinds[layers].items():
             if (*sizes, mixer, moe) not in self._layers:
                 dense = frozenset() if moe else frozenset({0})
                 alone = self._sums(replace(shape, layer_types=(mixer,), dense_layers=dense))
@@ -103,7 +107,7 @@ class Footprints:
 
 def _kept_between_tokens(shape: Shape, *, mtp: bool) -> tuple[int, int]:
     """Bytes per token of context, and per sequence."""
-    deltanet = sum(shape.mixer(key) == "linear_attention" for key in shape.layer_keys)
+    deltanet = shape.layer_types.count("linear_attention")
     attention = shape.layers - deltanet + mtp
     cache = 2 * 2 * attention * shape["kv_heads"] * shape["head_dim"]
     if not deltanet:

@@ -6,6 +6,7 @@ sizes by its own statistics, since engines build it from the same config fields.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from moeslim.plan import experts, importance
 from moeslim.plan.grouping import Wanted, cut_layer
 from moeslim.plan.groups import check_groups
 from moeslim.plan.protect import check_protected
-from moeslim.plan.schedule import AXES, Target, check_depth, pattern_period, single_layers
+from moeslim.plan.schedule import AXES, Target, axes_of, check_depth, pattern_period, single_layers
 from moeslim.plan.steps import (
     CutExperts,
     CutExpertSize,
@@ -36,8 +37,10 @@ from moeslim.statistics import LayerStats, NormStats, Stats
 def source_shape(config: Mapping[str, Any], *, mtp: bool) -> SourceShape:
     """The sizes that a plan says it is for."""
     shape = Shape.from_config(config)
-    sizes = {axis: shape[axis] for axis in AXES if axis != "layers"}
-    return SourceShape(model_type=shape.family.model_type, layers=shape.layers, mtp=mtp, **sizes)
+    sizes = {axis: shape.sizes.get(axis) for axis in AXES if axis != "layers"}
+    return SourceShape.model_validate(
+        {"model_type": shape.family.model_type, "layers": shape.layers, "mtp": mtp, **sizes}
+    )
 
 
 def make_plan(
@@ -53,7 +56,7 @@ def make_plan(
     shape = Shape.from_config(config)
     _check_target(shape, target)
     maker = _Maker(shape, stats, methods=methods, mtp=mtp, seed=seed)
-    wanted = {axis: getattr(target, axis) for axis in AXES}
+    wanted = {axis: getattr(target, axis) for axis in axes_of(shape)}
     steps: list[Step] = []
     if wanted["layers"] not in (None, shape.layers):
         steps.append(maker.drop_layers(wanted["layers"]))
@@ -61,7 +64,8 @@ def make_plan(
         steps.append(maker.cut_hidden(wanted["hidden"]))
     if wanted["experts"] not in (None, shape["experts"]):
         steps.extend(maker.cut_experts(wanted["experts"]))
-    sizes = {axis: wanted[axis] for axis in ("expert_size", "shared_size") if wanted[axis] not in (None, shape[axis])}
+    resized = ("expert_size", "shared_size")
+    sizes = {axis: wanted[axis] for axis in resized if axis in wanted and wanted[axis] not in (None, shape[axis])}
     if sizes:
         steps.append(maker.cut_expert_size(sizes.get("expert_size"), sizes.get("shared_size")))
     if wanted["top_k"] not in (None, shape["top_k"]):
@@ -100,7 +104,7 @@ class _Maker:
 
     def cut_hidden(self, count: int) -> CutHidden:
         """Scores come from the norms of the layers that stay and the final norm; scales for every d-sized norm."""
-        keep_prefixes = [self.shape.family.layer_prefix.replace("{l}", str(layer)) for layer in self.layers]
+        keep_prefixes = [self.shape.prefix(str(layer)) for layer in self.layers]
         norms = [row for row in hidden_norms(self.shape, mtp=self.mtp) if _stays(row, keep_prefixes)]
         trunk = [self._norm(row.name) for row in norms if row.subtree == "trunk"]
         kept = importance.keep_highest(importance.channel_importance(trunk, self.methods.width), count)
@@ -193,10 +197,11 @@ class _Maker:
 
     def _renumbered(self, row: Row) -> str:
         """The norm's name in the model as cut_hidden finds it."""
-        if row.subtree == "mtp" or row.layer is None:
-            return row.name
-        prefix = self.shape.family.layer_prefix
-        return prefix.replace("{l}", str(self.layers.index(int(row.layer)))) + row.tensor.name
+        here = replace(self.shape, layer_types=tuple(self.shape.layer_types[layer] for layer in self.layers))
+        if row.layer is None:
+            return here.named(row.tensor.name)
+        key = row.layer if row.subtree == "mtp" else str(self.layers.index(int(row.layer)))
+        return here.prefix(key) + row.tensor.name
 
 
 def hidden_norms(shape: Shape, *, mtp: bool) -> list[Row]:
@@ -255,7 +260,7 @@ def _stays(row: Row, prefixes: Sequence[str]) -> bool:
 
 
 def _check_target(shape: Shape, target: Target) -> None:
-    for axis in AXES:
+    for axis in axes_of(shape):
         wanted, there = getattr(target, axis), shape.layers if axis == "layers" else shape[axis]
         if wanted is not None and not 1 <= wanted <= there:
             raise PlanError(f"keep.{axis}: {wanted} of {there}; keep at least 1 and at most {there}")

@@ -18,6 +18,11 @@ from moeslim.recipe import Keep, Methods, Stage, parse_kept
 AXES = ("layers", "hidden", "experts", "expert_size", "shared_size", "top_k")
 
 
+def axes_of(shape: Shape) -> tuple[str, ...]:
+    """The axes that can be cut in models of the shape's family: a size that it lacks, or that follows, is none."""
+    return tuple(axis for axis in AXES if axis == "layers" or axis in shape.family.sizes)
+
+
 @dataclass(frozen=True)
 class Target:
     """Absolute counts of what is kept; None leaves the axis as it is."""
@@ -127,7 +132,10 @@ def resolve(shape: Shape, keep: Keep, *, methods: Methods) -> Target:
     period = pattern_period(shape.layer_types)
     multiples = {"hidden": methods.round_to, "expert_size": methods.round_to, "shared_size": methods.round_to}
     multiples |= {"layers": 1 if methods.allow_irregular else period, "experts": shape.groups}
-    have = {axis: shape.layers if axis == "layers" else shape[axis] for axis in AXES}
+    have = {axis: shape.layers if axis == "layers" else shape[axis] for axis in axes_of(shape)}
+    for axis in AXES:
+        if axis not in have and getattr(keep, axis) is not None:
+            raise RecipeError(f"keep.{axis}: {shape.family.model_type} has no size of its own for this; leave it out")
     counts = {}
     for axis, there in have.items():
         try:
@@ -155,19 +163,20 @@ def stages(schedule: str | Sequence[Stage], shape: Shape, *, target: Target, uni
     A stage that changes nothing (half the depth of a model that keeps its depth) is not a stage: its tokens go to the
     next one, or to the last. PlanError for fractions that do not add up to the whole, and for unknown names.
     """
-    have = {axis: shape.layers if axis == "layers" else shape[axis] for axis in AXES}
-    goal = {axis: have[axis] if getattr(target, axis) is None else getattr(target, axis) for axis in AXES}
-    for axis in AXES:
+    axes = axes_of(shape)
+    have = {axis: shape.layers if axis == "layers" else shape[axis] for axis in axes}
+    goal = {axis: have[axis] if getattr(target, axis) is None else getattr(target, axis) for axis in axes}
+    for axis in axes:
         if not 1 <= goal[axis] <= have[axis]:
             raise PlanError(f"keep.{axis}: {goal[axis]} of {have[axis]}; keep at least 1 and at most {have[axis]}")
     fractions = _fractions(schedule)
-    _check_sums(fractions, {axis for axis in AXES if goal[axis] != have[axis]})
+    _check_sums(fractions, {axis for axis in axes if goal[axis] != have[axis]})
     found: list[StageTarget] = []
     now, waiting = dict(have), Fraction(0)
     for index, (_, share) in enumerate(fractions):
         waiting += share
         done = _sums([part for part, _ in fractions[: index + 1]])
-        then = {axis: _between(axis, have[axis], goal=goal[axis], done=done[axis], unit=unit.of(axis)) for axis in AXES}
+        then = {axis: _between(axis, have[axis], goal=goal[axis], done=done[axis], unit=unit.of(axis)) for axis in axes}
         if then != now:
             where = f"stage {len(found) + 1} of the schedule"
             _check_reachable(shape, then["experts"], top_k=then["top_k"], where=where)

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from moeslim.artifacts import strict_json
 from moeslim.artifacts.commit import write_bytes
 from moeslim.artifacts.fingerprint import fingerprint
 from moeslim.errors import PlanError
@@ -150,14 +151,17 @@ STEPS: dict[str, type[_Strict]] = {
 
 
 class SourceShape(_Strict):
-    """The sizes of the model that the plan was made for; `mtp`: whether the checkpoint has an MTP head."""
+    """The sizes of the model that the plan was made for; `shared_size` null: it has no shared expert.
+
+    `mtp`: whether the checkpoint has an MTP head.
+    """
 
     model_type: str
     layers: PositiveInt
     hidden: PositiveInt
     experts: PositiveInt
     expert_size: PositiveInt
-    shared_size: PositiveInt
+    shared_size: PositiveInt | None
     top_k: PositiveInt
     mtp: bool
 
@@ -197,6 +201,13 @@ def for_moments(plan: Plan) -> Plan:
     return plan.model_copy(update={"steps": tuple(steps), "model": None})
 
 
+_BYTES_LIMIT, _PARTS_LIMIT = 80_000_000, 2_000_000
+"""Of a plan, in bytes and in brackets and words: the orders of all neurons of 48 x 512 experts take 60 MB.
+
+A number takes some ten times its digits in memory, a list or word more, so this bounds the memory to about a gigabyte.
+"""
+
+
 def write_plan(path: Path | str, plan: Plan) -> None:
     """Put the plan at `path`, all or nothing, as JSON with each list of numbers on one line."""
     write_bytes(path, plan_text(plan).encode("utf-8"))
@@ -224,11 +235,15 @@ def read_plan(path: Path | str) -> Plan:
     """The plan in a file; PlanError names the step, the key and what is allowed there."""
     path = Path(path)
     try:
-        return parse_plan(path.read_text(encoding="utf-8"), where=str(path))
+        raw = strict_json.read_plain(path, limit=_BYTES_LIMIT)
+        parts = sum(raw.count(sign) for sign in (b"[", b"{", b'"'))
+        if parts > _PARTS_LIMIT:
+            raise ValueError(f"{parts:,} brackets and quotes, at most {_PARTS_LIMIT:,} are read")
+        return parse_plan(raw.decode("utf-8"), where=str(path))
     except FileNotFoundError:
         raise PlanError(f"{path}: there is no such file; `moeslim plan` writes one") from None
-    except UnicodeDecodeError as problem:
-        raise PlanError(f"{path}: not UTF-8 text ({problem})") from None
+    except ValueError as problem:
+        raise PlanError(f"{path}: not a plan that can be read ({problem}); give a plan.json") from None
 
 
 def parse_plan(text: str, *, where: str = "plan") -> Plan:

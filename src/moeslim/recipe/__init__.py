@@ -1,7 +1,7 @@
 """A recipe: frozen, strict pydantic; the words of the YAML files in recipes/."""
 
 from moeslim.recipe.recipe import Recipe
-from moeslim.recipe.sections import OWN_IMPORTANCE, Data, Keep, Methods, Source, Stage, parse_kept
+from moeslim.recipe.sections import OWN_IMPORTANCE, Data, Keep, Methods, Source, Stage, parse_kept, parse_memory
 from moeslim.recipe.text import explain, read_yaml
 from moeslim.recipe.training import Distill, Part, PartSettings
 
@@ -18,5 +18,6 @@ __all__ = [
     "Stage",
     "explain",
     "parse_kept",
+    "parse_memory",
     "read_yaml",
 ]

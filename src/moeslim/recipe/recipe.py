@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from moeslim.errors import RecipeError
-from moeslim.recipe.sections import Calibrate, Data, Evaluate, Keep, Methods, Schedule, Section
+from moeslim.recipe.sections import Calibrate, Data, Evaluate, Keep, Memory, Methods, Schedule, Section
 from moeslim.recipe.text import Lines, explain, override, read_yaml
 from moeslim.recipe.training import Distill
 
@@ -33,6 +33,8 @@ class Recipe(Section):
     """Of training and calibration; sums and moments are never below float32."""
     device: str = "auto"
     """`auto` takes a GPU where there is one; else a torch device."""
+    max_memory: Memory = None
+    """The most that calibrating, cutting and proving take, e.g. 4GB, and when evaluation walks; left out: no bound."""
     data: Data = Data()
     calibrate: Calibrate = Calibrate()
     keep: Keep = Keep()
@@ -67,7 +69,10 @@ class Recipe(Section):
         """The recipe in a nested dictionary (left untouched) after `overrides`; `lines` places keys in messages."""
         if not isinstance(values, dict):
             raise RecipeError(f"{where}: a recipe is a mapping that has at least `model: ...`")
-        tree = json.loads(json.dumps(values, default=str))  # a copy, with the keys as text
+        try:
+            tree = json.loads(json.dumps(values, default=str))  # a copy, with the keys as text
+        except (TypeError, ValueError, RecursionError) as problem:
+            raise RecipeError(f"{where}: a key or value that no recipe has ({problem})") from None
         changed = [override(tree, text) for text in overrides]
         try:
             return cls.model_validate_json(json.dumps(tree))

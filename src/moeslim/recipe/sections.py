@@ -19,7 +19,17 @@ def _checked_kept(value: object) -> object:
     raise ValueError(f'a kept count is a whole number above 0, or a percentage above 0 and up to "100%"{share}')
 
 
+def _checked_memory(value: object) -> object:
+    if value is not None:
+        try:
+            parse_memory(value)
+        except RecipeError as problem:
+            raise ValueError(str(problem)) from None
+    return value
+
+
 Kept = Annotated[int | str | None, BeforeValidator(_checked_kept)]
+Memory = Annotated[str | None, BeforeValidator(_checked_memory)]
 Fractional = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 _kind = Discriminator(lambda value: "word" if isinstance(value, str) else "given")
@@ -47,6 +57,14 @@ def parse_kept(value: int | str | None, of: int, *, multiple_of: int = 1) -> int
     exact = Fraction(value[:-1]) / 100 * of
     nearest = (exact / multiple_of + Fraction(1, 2)) // 1 * multiple_of
     return of if exact == of else min(of, max(multiple_of, nearest))
+
+
+def parse_memory(value: object) -> int:
+    """Bytes of an amount such as 4GB, 3.5GiB or 800MB; RecipeError for what is none."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([GM])(i?)B", value) if isinstance(value, str) else None
+    if not found or not float(found[1]):
+        raise RecipeError(f"an amount of memory is written like 4GB, 3.5GiB or 800MB, found {value!r}")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** {"G": 3, "M": 2}[found[2]])
 
 
 class Section(BaseModel):
@@ -192,7 +210,11 @@ class Evaluate(Section):
     prompt_tokens: Count = 64
     """Tokens of each prompt."""
     new_tokens: Count = 64
-    """Tokens generated greedily after each prompt."""
+    """Tokens generated after each prompt."""
+    sampling_prompts: Annotated[int, Field(ge=0)] = 16
+    """Of these prompts, how many are continued by drawn text too: acceptance under sampling; 0 leaves it out."""
+    sampling_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the drawn text."""
     samples: Annotated[int, Field(ge=0)] = 3
     """Prompts per domain whose continuations are shown side by side."""
     speed_prompt_tokens: Count = 512
@@ -201,3 +223,9 @@ class Evaluate(Section):
     """Tokens of the timed decoding."""
     speed_repeats: Annotated[int, Field(ge=0)] = 5
     """Timed repetitions, after one that is not counted; 0 times nothing."""
+    engine: Literal["none", "vllm"] = "none"
+    """Also time an engine, without drafts and with two a round; it must be installed."""
+    engine_python: str | None = None
+    """The Python of the environment that has the engine; left out means this one."""
+    through: Literal["auto", "memory", "walk"] = "auto"
+    """Whole in memory, or walked layer by layer (text alone is measured then); auto walks what does not fit."""

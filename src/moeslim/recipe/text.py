@@ -21,6 +21,10 @@ Place = tuple[str | int, ...]
 Lines = Mapping[Place, int]
 
 
+_BYTES_LIMIT, _PLACES_LIMIT = 1_000_000, 100_000
+"""Of a recipe: with aliases of aliases a page of YAML can spell more places than there are atoms."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, but 4e-4 is a number and 1e6 a whole one, as everybody expects."""
 
@@ -33,10 +37,22 @@ _Loader.add_constructor("!exponent", lambda _, node: int(x) if (x := float(node.
 def read_yaml(path: Path | str) -> tuple[Any, Lines]:
     """What a YAML file holds and the line of everything in it; RecipeError where it cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        lines = dict(_lines(yaml.compose(text, Loader=_Loader), ()))
+        path = Path(path)
+        size = path.stat().st_size
+        if not path.is_file() or size > _BYTES_LIMIT:  # a pipe would be waited for
+            raise RecipeError(f"no file, or one of {size:,} bytes; at most {_BYTES_LIMIT:,} are read")
+        text = path.read_text(encoding="utf-8")
+        lines: dict[Place, int] = {}
+        for number, (place, line) in enumerate(_lines(yaml.compose(text, Loader=_Loader), ())):
+            if number == _PLACES_LIMIT:
+                raise RecipeError(f"more than {_PLACES_LIMIT:,} places, with the aliases written out")
+            lines[place] = line
         return yaml.load(text, Loader=_Loader), lines  # a SafeLoader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecipeError) as problem:
+    except RecursionError:
+        raise RecipeError(
+            f"{path}: cannot be read as a YAML recipe: nested too deeply, or an alias of itself"
+        ) from None
+    except (OSError, ValueError, TypeError, yaml.YAMLError, RecipeError) as problem:
         raise RecipeError(f"{path}: cannot be read as a YAML recipe: {problem}") from None
 
 
@@ -46,6 +62,8 @@ def _lines(node: yaml.Node | None, place: Place) -> Iterator[tuple[Place, int]]:
         seen: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"line {line}: a key must be a word")
             if key.value in seen:
                 raise RecipeError(f"line {line}: the key {key.value} stands in line {seen[key.value]} already")
             seen[key.value] = line
@@ -73,7 +91,7 @@ def override(tree: dict[str, Any], text: str) -> Place:
                 here[path[-1]] = value
             else:
                 here = here.setdefault(part, {}) if isinstance(here, dict) else here[path[-1]]
-    except (ValueError, IndexError, TypeError, yaml.YAMLError):
+    except (ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError):
         raise RecipeError(f"--set {text}: there is no place of this name, or its value is not YAML") from None
     return tuple(path)
 

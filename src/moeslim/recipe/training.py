@@ -65,7 +65,7 @@ class Distill(Section):
     detach_trunk: bool = False
     """Keep the MTP terms' gradient out of trunk, embedding and head."""
     mtp_train: Literal["parallel", "serving"] = "parallel"
-    """Attention of the MTP block in training: states of one depth, or what an engine sees while drafting."""
+    """What the MTP block attends to from depth 2 on: states of its own depth, or what an engine sees while drafting."""
     train_only: tuple[Part, ...] = ()
     """Only these parts are trained and the others stay as they are, bit by bit; empty trains all."""
     parts: dict[Part, PartSettings] = {}

@@ -1,37 +1,25 @@
 """Everything that a run folder tells, read once into frozen facts; what is not there is left out, never guessed.
 
-RUN/recipe.yaml, stages/*.json, stage-N/{plan.json, curve.jsonl}, random-init/curve.jsonl, records/<label>.json,
-samples.json. A file that is there but broken raises RunError with its name.
+RUN/recipe.yaml, stages/*.json, stage-N/{plan.json, stats/stats.json, cut/{config,receipt}.json, curve.jsonl},
+random-init/curve.jsonl, records/<label>.json, records/tasks/{<label>,retention/<teacher>}.json, samples.json. A file
+that is there but broken raises RunError with its name.
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeslim.artifacts.commit import read_json
+from moeslim.artifacts.commit import read_json, read_text
 from moeslim.errors import RunError
 from moeslim.report.cuts import CutFacts, replay
-from moeslim.report.records import ModelRecord, model_record
+from moeslim.report.records import ModelRecord, model_record, place
+from moeslim.report.scores import TaskTable, read_task_tables
+from moeslim.report.stages import StageFacts, read_stages, stage_folders
+from moeslim.report.training import Curve, curve, read_trainings
 
-ORDER = ("teacher", "cut", "distilled", "random-init")
-"""Labels that every run has, in the order of the page; others follow by name."""
 _STEPS = ("calibrate", "plan", "cut", "moments", "distill")
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One training over all its stages: logged steps with `tokens` counted from the run's beginning."""
-
-    label: str
-    steps: tuple[Mapping[str, float], ...]
-    starts: tuple[float, ...]
-
-    def points(self, key: str) -> list[tuple[float, float]]:
-        """(tokens, value) of every logged step that has `key`."""
-        return [(step["tokens"], step[key]) for step in self.steps if key in step]
 
 
 @dataclass(frozen=True)
@@ -60,7 +48,9 @@ class RunFacts:
     name: str
     recipe: str = ""
     records: tuple[ModelRecord, ...] = ()
+    tasks: tuple[TaskTable, ...] = ()
     cut: CutFacts | None = None
+    parts: tuple[StageFacts, ...] = ()
     curves: tuple[Curve, ...] = ()
     samples: tuple[Sample, ...] = ()
     stages: tuple[StageRecord, ...] = ()
@@ -80,12 +70,17 @@ def collect(run_folder: Path | str) -> RunFacts:
     recipe = folder / "recipe.yaml"
     run = _optional(folder / "run.json")
     receipt = _optional(folder / "model" / "receipt.json")
+    stages = stage_folders(folder)
+    cut = _cut(list(stages.values()))
+    parts = read_stages(stages, cut)
     return RunFacts(
         name=folder.resolve().name,
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        recipe=read_text(recipe) if recipe.is_file() else "",
         records=read_records(folder / "records"),
-        cut=_cut(folder),
-        curves=_curves(folder),
+        tasks=read_task_tables(folder),
+        cut=cut,
+        parts=parts,
+        curves=_curves(folder, parts),
         samples=_samples(folder / "samples.json"),
         stages=_stages(folder / "stages"),
         run=run if isinstance(run, dict) else {},
@@ -95,21 +90,12 @@ def collect(run_folder: Path | str) -> RunFacts:
 
 def read_records(folder: Path) -> tuple[ModelRecord, ...]:
     """The records in a folder in the order of the page; RunError for a broken one."""
-    paths = sorted(folder.glob("*.json"), key=lambda path: (_rank(path.stem), path.stem))
+    paths = sorted(folder.glob("*.json"), key=lambda path: (place(path.stem), path.stem))
     return tuple(model_record(path.stem, _object(path), where=str(path)) for path in paths)
 
 
-def _rank(label: str) -> int:
-    return ORDER.index(label) if label in ORDER else len(ORDER)
-
-
-def _stage_folders(folder: Path) -> list[Path]:
-    found = [(int(m[1]), path) for path in folder.iterdir() if (m := re.fullmatch(r"stage-(\d+)", path.name))]
-    return [path for _, path in sorted(found)]
-
-
-def _cut(folder: Path) -> CutFacts | None:
-    paths = [path for stage in _stage_folders(folder) if (path := stage / "plan.json").is_file()]
+def _cut(folders: Sequence[Path]) -> CutFacts | None:
+    paths = [path for stage in folders if (path := stage / "plan.json").is_file()]
     if not paths:
         return None
     plans = [_object(path) for path in paths]
@@ -124,61 +110,10 @@ def _cut(folder: Path) -> CutFacts | None:
         ) from None
 
 
-def _curves(folder: Path) -> tuple[Curve, ...]:
-    main = [path for stage in _stage_folders(folder) if (path := _curve_file(stage)) is not None]
-    beside = _curve_file(folder / "random-init")
-    found = (_curve("distilled", main), _curve("random-init", [beside] if beside else []))
-    return tuple(curve for curve in found if curve is not None)
-
-
-def _curve_file(folder: Path) -> Path | None:
-    paths = [folder / name for name in ("curve.jsonl", "distilled/curve.jsonl", "distilled/log.jsonl", "log.jsonl")]
-    return next((path for path in paths if path.is_file()), None)
-
-
-def _curve(label: str, paths: list[Path]) -> Curve | None:
-    """The stages' logs one behind the other; a stage that counts its tokens from zero is moved behind the last one."""
-    steps: list[dict[str, float]] = []
-    starts: list[float] = []
-    for path in paths:
-        part = _log(path)
-        if not part:
-            continue
-        end = steps[-1]["tokens"] if steps else 0.0
-        offset = end if part[0]["tokens"] <= end else 0.0
-        if steps:
-            starts.append(end)
-        steps.extend({**step, "tokens": step["tokens"] + offset} for step in part)
-    return Curve(label, tuple(steps), tuple(starts)) if steps else None
-
-
-def _log(path: Path) -> list[dict[str, float]]:
-    """The numbers of each logged step, the last one for a step that was repeated after a resume."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    by_step: dict[float, dict[str, float]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            numbers = {key: float(value) for key, value in record.items() if _is_number(value)}
-            by_step[numbers.get("step", number)] = _with_speed({**numbers, "tokens": numbers["tokens"]})
-        except (json.JSONDecodeError, KeyError, AttributeError) as problem:
-            if number == len(lines):
-                break  # torn by a kill while it was written
-            raise RunError(
-                f"{path}: line {number} is no logged step ({problem}); remove the line or train again"
-            ) from None
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _with_speed(step: dict[str, float]) -> dict[str, float]:
-    """Add `tokens_per_second` where the log has the step's `seconds` (every step has equally many tokens)."""
-    if step.get("step") and step.get("seconds"):
-        step["tokens_per_second"] = step["tokens"] / step["step"] / step["seconds"]
-    return step
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+def _curves(folder: Path, stages: Sequence[StageFacts]) -> tuple[Curve, ...]:
+    main = curve("distilled", [stage.training for stage in stages])
+    beside = curve("random-init", read_trainings([folder / "random-init"]))
+    return tuple(found for found in (main, beside) if found is not None)
 
 
 def _samples(path: Path) -> tuple[Sample, ...]:
@@ -194,7 +129,7 @@ def _samples(path: Path) -> tuple[Sample, ...]:
 
 def _sample(entry: Mapping[str, Any]) -> Sample:
     texts = {str(label): str(text) for label, text in entry["texts"].items()}
-    ordered = dict(sorted(texts.items(), key=lambda item: (_rank(item[0]), item[0])))
+    ordered = dict(sorted(texts.items(), key=lambda item: (place(item[0]), item[0])))
     return Sample(str(entry["prompt"]), str(entry.get("domain", "")), ordered)
 
 

@@ -59,6 +59,12 @@ def figure_text(figure: Figure) -> str:
     return value_text(figure) + (f"{NBSP}±{NBSP}{error}" if error else "") + (f"{NBSP}{unit}" if unit else "")
 
 
+def difference_text(figure: Figure) -> str:
+    """`+0.012 ± 0.003`; that of shares in `points` of a percent."""
+    sign, error, unit = "+" if figure.value > 0 else "", error_text(figure), " points" if figure.is_share else ""
+    return f"{sign}{value_text(figure)}" + (f" ± {error}" if error else "") + unit
+
+
 def count_text(value: float) -> str:
     """Three significant digits with k, M, B or T: `4.31 M`; small whole numbers as they are."""
     return _stepped(value, _STEPS)
@@ -67,6 +73,18 @@ def count_text(value: float) -> str:
 def bytes_text(value: float) -> str:
     """Three significant digits with kB, MB, GB (powers of 1000)."""
     return _stepped(value, _BYTE_STEPS) if value >= 1e3 else f"{value:.0f}{NBSP}B"
+
+
+def duration_text(seconds: float) -> str:
+    """`55 s`, `6 min 35 s`, `3 h 12 min`, `8 d 4 h`."""
+    if seconds < 59.5:
+        return f"{seconds:.3g}{NBSP}s"
+    steps = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
+    for size, word, small, rest in steps:
+        whole = round(seconds / small) * small  # so that nothing is written as 1 h 60 min
+        if whole >= size:
+            return f"{whole // size}{NBSP}{word} {whole % size // small}{NBSP}{rest}"
+    raise AssertionError(seconds)
 
 
 def number_text(value: float, *, digits: int | None = None) -> str:

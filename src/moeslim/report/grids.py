@@ -10,7 +10,7 @@ _ROW = 15
 
 
 def expert_grid(cut: CutFacts) -> str:
-    """A row per source layer, a cell per routed expert; a layer that was dropped is one grey band."""
+    """A row per source layer, a cell per routed expert; a layer that was dropped is one band."""
     experts = len(cut.layers[0].experts)
     cell = max(2.0, min(11.0, 640 / max(experts, 1)))
     width, height = _LABEL + cell * experts, len(cut.layers) * _ROW + 18
@@ -22,7 +22,7 @@ def expert_grid(cut: CutFacts) -> str:
     for index, layer in enumerate(cut.layers):
         body.append(_layer_row(layer, y=16 + index * _ROW, cell=cell))
     name = f"Routed experts kept and dropped in {len(cut.layers)} layers"
-    return _svg(body, (width, height), name=name)
+    return f'<div class="pan" tabindex="0">{_svg(body, (width, height), name=name, least=0.8)}</div>'
 
 
 def channel_grid(channels: Sequence[int]) -> str:
@@ -90,9 +90,10 @@ def _words(lost: int) -> str:
     return f"dropped in stage {lost}" if lost else "kept"
 
 
-def _svg(body: Sequence[str], size: tuple[float, float], *, name: str) -> str:
+def _svg(body: Sequence[str], size: tuple[float, float], *, name: str, least: float = 0.0) -> str:
+    """A picture that shrinks to `least` of its natural size on a narrow screen, so that its text can be read."""
     width, height = size
-    style = f'style="--natural:{width:.0f}px"'
+    style = f'style="--natural:{width:.0f}px;--least:{least * width:.0f}px"'
     head = (
         f'<svg class="grid-svg" {style} viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(name)}">'
     )

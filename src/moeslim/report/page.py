@@ -12,9 +12,13 @@ from moeslim.artifacts.commit import write_bytes
 from moeslim.report import provenance, sections
 from moeslim.report.collect import RunFacts
 from moeslim.report.headline import tiles, title, words
+from moeslim.report.side_by_side import stages
+from moeslim.report.tasks import task_scores
 
 _SECTIONS: tuple[tuple[str, str, Callable[[RunFacts], str]], ...] = (
     ("results", "Results", sections.results),
+    ("tasks", "Tasks", task_scores),
+    ("stages", "Stages", stages),
     ("cut", "What was cut", sections.what_was_cut),
     ("training", "Training", sections.curves),
     ("drafts", "Accepted drafts", sections.acceptance),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moeslim.artifacts.commit import write_bytes
-from moeslim.report.boxes import card, cards, paragraph, swatch, tile
+from moeslim.report.boxes import card, cards, paragraph, rows_table, scroll_table, swatch, tile
 from moeslim.report.draw import Series, curve_chart
 from moeslim.report.figures import NBSP, Figure, count_text, error_text, number_text, value_text
 from moeslim.report.page import Head, document
@@ -115,17 +115,8 @@ def _series(record: Record, name: str) -> list[Series]:
 
 
 def _table(record: Record) -> str:
-    head, *rows = probe_table(record)
-    heads = "".join(f'<th class="num" scope="col">{escape(words)}</th>' for words in head[1:])
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0].strip())}</th>'
-        + "".join(f'<td class="num">{escape(cell)}</td>' for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return paragraph("KL and rises of the loss in nats per token, ± one standard error.") + (
-        f'<div class="scroll"><table><thead><tr><th scope="col">{head[0]}</th>{heads}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+    return paragraph("KL and rises of the loss in nats per token, ± one standard error.") + rows_table(
+        probe_table(record)
     )
 
 
@@ -145,7 +136,7 @@ def _how(record: Record) -> str:
         for name, value in facts.items()
     )
     words = "".join(paragraph(line) for line in record["lines"][1:])
-    return f'{words}<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
+    return words + scroll_table(f"<tbody>{rows}</tbody>")
 
 
 def _cell(value: Mapping[str, Any]) -> str:

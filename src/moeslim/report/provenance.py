@@ -2,6 +2,7 @@
 
 from html import escape
 
+from moeslim.report.boxes import scroll_table
 from moeslim.report.collect import RunFacts
 
 
@@ -43,7 +44,7 @@ def _versions(facts: RunFacts) -> str:
         for (key, value), labels in sorted(rows.items())
     )
     head = "<thead><tr><th>measured with</th><th></th><th></th></tr></thead>"
-    return f'<div class="scroll"><table>{head}<tbody>{cells}</tbody></table></div>'
+    return scroll_table(f"{head}<tbody>{cells}</tbody>")
 
 
 def _stages(facts: RunFacts) -> str:
@@ -59,7 +60,7 @@ def _stages(facts: RunFacts) -> str:
             f"<td>{outputs}</td><td>{escape(stage.version)}</td></tr>"
         )
     head = "<thead><tr><th>stage</th><th>inputs</th><th>outputs</th><th>moeslim</th></tr></thead>"
-    return f'<div class="scroll"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
+    return scroll_table(f"{head}<tbody>{''.join(rows)}</tbody>")
 
 
 def _recipe(facts: RunFacts) -> str:

@@ -4,6 +4,7 @@ Read as JSON and not through `moeslim.evaluate`, which loads torch: a page must 
 machine that only looks at results.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from moeslim.errors import RunError
 from moeslim.report.figures import Figure
 
 SCHEMA = 1
+ORDER = ("teacher", "cut", "distilled", "random-init")
+"""Labels that every run has, in the order of the page; others follow by name."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,14 @@ class ModelRecord:
     """What was measured on one model.
 
     `figures` by (metric, domain), domain "" for the whole; `load` by layer key, in fair shares; `facts` are the
-    fingerprints and versions that the figures depend on.
+    fingerprints and versions that the figures depend on; `notes` say what was left out, and why.
     """
 
     label: str
     figures: Mapping[tuple[str, str], Figure]
     load: Mapping[str, tuple[float, ...]]
     facts: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     def get(self, metric: str, domain: str = "") -> Figure | None:
         """The figure, None where it was not measured."""
@@ -34,6 +38,11 @@ class ModelRecord:
     def has(self, metric: str) -> bool:
         """Whether the metric was measured in any domain."""
         return any(name == metric for name, _ in self.figures)
+
+
+def place(label: str) -> int:
+    """Where a model stands among the columns."""
+    return ORDER.index(label) if label in ORDER else len(ORDER)
 
 
 def model_record(label: str, value: Mapping[str, Any], *, where: str) -> ModelRecord:
@@ -50,14 +59,17 @@ def model_record(label: str, value: Mapping[str, Any], *, where: str) -> ModelRe
         prints = {name: value.get(name) for name in ("model", "teacher", "data")}
         named = {f"{name} fingerprint": print_ for name, print_ in prints.items() if print_}
         facts = {**named, **value.get("environment", {})}
+        notes = tuple(map(str, value.get("notes") or ()))
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
         raise RunError(f"{where}: a broken record ({type(problem).__name__}: {problem}); evaluate again") from None
-    return ModelRecord(label, figures, load, {str(key): str(fact) for key, fact in facts.items()})
+    return ModelRecord(label, figures, load, {str(key): str(fact) for key, fact in facts.items()}, notes)
 
 
 def _figure(entry: Mapping[str, Any]) -> Figure:
     """A figure; one with an error of exactly 0 was counted, not sampled, and has neither error nor n."""
     error = None if entry.get("se") is None else float(entry["se"])
+    if not math.isfinite(float(entry["value"])) or not 0 <= (error or 0.0) < math.inf:
+        raise ValueError(f"a figure of {entry['value']} with the error {error}")
     counted = error == 0.0 and entry.get("n") == 1
     return Figure(
         value=float(entry["value"]),

@@ -5,14 +5,13 @@ from html import escape
 
 from moeslim.report.boxes import card, cards, paragraph, swatch
 from moeslim.report.collect import Curve, RunFacts
-from moeslim.report.cuts import CutFacts
 from moeslim.report.draw import MOST_POINTS, Bar, Series, bar_chart, line_chart, load_chart, mark_chart, thinned
 from moeslim.report.figures import bytes_text, count_text, count_tick_text, number_text, value_text
 from moeslim.report.grids import channel_grid, expert_grid
 from moeslim.report.records import ModelRecord
 from moeslim.report.tables import DRAFTS, domains, further_table, heading, results_table, tone
 
-_CURVES = (
+LOSSES = (
     ("lm", "Next token (LM)", "nats per token"),
     ("kd", "KL from the teacher (KD)", "nats per token"),
     ("kd_topk", "KL from the cached teacher's top k and rest (KD)", "nats per token, a lower bound of the KL"),
@@ -21,6 +20,11 @@ _CURVES = (
     ("mtp_kd", "MTP head, KL (KD)", "nats per token"),
     ("mtp_kd_topk", "MTP head, KL of top k and rest (KD)", "nats per token, a lower bound of the KL"),
     ("mtp_kd_sampled", "MTP head, KL estimated (KD)", "nats per token, from the top k and samples of the rest"),
+)
+"""Key in a training's log, title, unit."""
+CURVES = (
+    ("bits_per_byte", "Held-out text on the way", "bits per byte"),
+    *LOSSES,
     ("balance", "Load balance", "1 = every expert gets its share"),
     ("least_load", "Least used expert", "1 = its fair share"),
     ("learning_rate", "Learning rate", ""),
@@ -41,10 +45,11 @@ _BARS = (
 
 
 def results(facts: RunFacts) -> str:
-    """Models side by side."""
+    """Models side by side, and what their records note."""
     tables = results_table(facts.records) + further_table(facts.records)
     note = "Value ± one standard error; n: independent items (documents, prompts, repetitions) behind a row."
-    return paragraph(note) + tables if tables else ""
+    noted = [f"{heading(record.label)}: {words}" for record in facts.records for words in record.notes]
+    return paragraph(note) + tables + "".join(map(paragraph, noted)) if tables else ""
 
 
 def what_was_cut(facts: RunFacts) -> str:
@@ -61,37 +66,30 @@ def what_was_cut(facts: RunFacts) -> str:
         if cut.before.get("experts")
         else f"{cut.before['layers']} layers"
     )
-    grid = f'<div class="card"><h3>Layers and experts <small>{experts}</small></h3>{expert_grid(cut)}</div>'
-    wide = " wide" if cut.before.get("experts", 0) > 64 else ""
     note = "Numbered as in the original model. A layer that was dropped is one band over its experts."
     if cut.merged:
         note += f" {number_text(cut.merged)} of the experts that are gone were merged into one that stays."
-    parts = [
-        paragraph(note),
-        f'<ul class="legend">{"".join(items)}</ul><div class="stack">',
-        f'<div class="beside{wide}">{grid}{_stage_sizes(cut)}</div>',
-    ]
+    charts = [card("Layers and experts", expert_grid(cut), unit=experts)]
     if any(cut.channels):
-        kept = cut.channels.count(0)
-        parts.append(
-            f'<div class="card"><h3>Hidden channels <small>{kept} of {len(cut.channels)} kept, '
-            f"the same in every layer</small></h3>{channel_grid(cut.channels)}</div>"
-        )
-    return "".join(parts) + "</div>"
+        told = f"{cut.channels.count(0)} of {len(cut.channels)} kept, the same in every layer"
+        charts.append(card("Hidden channels", channel_grid(cut.channels), unit=told))
+    wide = cut.before.get("experts", 0) > 64
+    body = f'<div class="stack">{"".join(charts)}</div>' if wide else cards(charts)
+    return f'{paragraph(note)}<ul class="legend">{"".join(items)}</ul>{body}'
 
 
 def curves(facts: RunFacts) -> str:
     """The losses and the schedules over the tokens of all stages, one small chart each."""
-    charts = []
-    for key, title, unit in _CURVES:
+    charts, starts = [], sorted({start for curve in facts.curves for start in curve.starts})
+    for key, title, unit in CURVES:
         series = [_series(curve, key) for curve in facts.curves if curve.points(key)]
         if series:
-            charts.append(card(title, _curve_chart(series, title, all_curves=facts.curves), unit=unit))
+            charts.append(card(title, token_chart(series, title, starts=starts), unit=unit))
     if not charts:
         return ""
     longest = max(len(curve.steps) for curve in facts.curves)
     note = "Targets seen, counted over all stages."
-    if any(curve.starts for curve in facts.curves):
+    if starts:
         note += " A dotted line marks a cut; the losses jump there because the model has just become smaller."
     if (run := -(-longest // MOST_POINTS)) > 1:
         note += f" Each point is the mean of up to {run} logged steps."
@@ -175,38 +173,12 @@ def samples(facts: RunFacts) -> str:
     return f'{note}<div class="stack">{"".join(parts)}</div>'
 
 
-def _stage_sizes(cut: CutFacts) -> str:
-    """A table of every size before and after each stage."""
-    names = {
-        "layers": "layers",
-        "hidden": "hidden channels",
-        "experts": "routed experts",
-        "expert_size": "expert size",
-        "shared_size": "shared expert size",
-        "top_k": "experts per token",
-    }
-    sizes = cut.sizes
-    heads = "".join(f'<th class="num">stage {stage}</th>' for stage in range(1, len(sizes)))
-    rows = []
-    for name, words in names.items():
-        if all(name in size for size in sizes):
-            cells = [f'<td class="num">{number_text(sizes[0][name])}</td>']
-            for before, after in zip(sizes, sizes[1:], strict=False):
-                same = " off" if before[name] == after[name] else ""
-                cells.append(f'<td class="num{same}">{number_text(after[name])}</td>')
-            rows.append(f'<tr><th scope="row">{words}</th>{"".join(cells)}</tr>')
-    return (
-        f'<div class="scroll"><table><thead><tr><th></th><th class="num">original</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
 def _series(curve: Curve, key: str) -> Series:
     return Series(heading(curve.label), tone(curve.label), thinned(curve.points(key)))
 
 
-def _curve_chart(series: Sequence[Series], title: str, *, all_curves: Sequence[Curve]) -> str:
-    starts = sorted({start for curve in all_curves for start in curve.starts})
+def token_chart(series: Sequence[Series], title: str, *, starts: Sequence[float] = ()) -> str:
+    """Lines over tokens, with a dotted upright where a stage starts."""
     return line_chart(series, name=title, x_text=count_tick_text, x_label="tokens", marks=starts)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moeslim.artifacts.commit import write_bytes
-from moeslim.report.boxes import card, cards, paragraph
+from moeslim.report.boxes import card, cards, paragraph, rows_table
 from moeslim.report.draw import Bar, row_chart
 from moeslim.report.figures import Figure, count_text, error_text, shown_unit, value_text
 from moeslim.report.page import Head, document
@@ -202,21 +202,9 @@ def _bar(subject: Record, value: Record, *, error: str) -> Bar:
 
 
 def _table(record: Record) -> str:
-    head, *rows = study_table(record)
-    heads = "".join(f'<th class="num" scope="col">{escape(words)}</th>' for words in head[1:])
-    body = ""
-    for row in rows:
-        if not any(row[1:]):
-            body += f'<tr class="group"><th scope="rowgroup" colspan="{len(head)}">{escape(row[0])}</th></tr>'
-        else:
-            cells = "".join(f'<td class="num">{escape(cell)}</td>' for cell in row[1:])
-            body += f'<tr class="sub"><th scope="row">{escape(row[0].strip())}</th>{cells}</tr>'
     sizes = ", ".join(f"{subject['name']} {count_text(subject['parameters'])}" for subject in record["subjects"])
     note = "Means over seeds ± one standard error; a star marks a 95 % interval without 0."
-    return (
-        paragraph(note) + f'<div class="scroll"><table class="results"><thead><tr><th></th>{heads}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>" + paragraph(f"Parameters: {sizes}.")
-    )
+    return paragraph(note) + rows_table(study_table(record)) + paragraph(f"Parameters: {sizes}.")
 
 
 def _line(cells: Sequence[str]) -> str:

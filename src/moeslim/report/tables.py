@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from moeslim.report.boxes import group_row, long, scroll_table, swatch
 from moeslim.report.figures import Figure, error_text, number_text, shown_unit, value_text
 from moeslim.report.records import ModelRecord
 
@@ -44,6 +45,16 @@ GROUPS = (
         tuple((name, name) for name in DRAFTS),
     ),
     Group("Mean accepted length", "tokens, the trunk's free one included", (("accepted_length", ""),)),
+    Group(
+        "Accepted drafts under sampling",
+        "% of drafts whose first token is accepted where the text is drawn",
+        (("sampled_acc_0", "drafts greedy"), ("drawn_acc_0", "drafts drawn")),
+    ),
+    Group(
+        "Mean accepted length under sampling",
+        "tokens, the trunk's own one included",
+        (("sampled_accepted_length", "drafts greedy"), ("drawn_accepted_length", "drafts drawn")),
+    ),
     Group("Speed", "tokens per second", (("prefill", "prefill"), ("decode", "decode"))),
 )
 
@@ -86,13 +97,13 @@ def _table(rows: Sequence[str], records: Sequence[ModelRecord]) -> str:
     if not rows:
         return ""
     columns = "".join(
-        f'<th class="num {_column(record)}" scope="col"><span class="key {tone(record.label)}"></span>'
+        f'<th class="num {_column(record)}{long(heading(record.label))}" scope="col">{swatch(tone(record.label))}'
         f"{escape(heading(record.label))}</th>"
         for record in records
     )
-    return (
-        '<div class="scroll"><table class="results"><thead><tr><th></th>'
-        f'{columns}<th class="num n" scope="col">n</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return scroll_table(
+        f'<thead><tr><td></td>{columns}<th class="num n" scope="col">n</th></tr></thead><tbody>{"".join(rows)}</tbody>',
+        kind="results",
     )
 
 
@@ -120,7 +131,7 @@ def _label(metric: str, domain: str) -> str:
 
 def _heading(title: str, note: str, *, columns: int) -> str:
     small = f" <small>{escape(note)}</small>" if note else ""
-    return f'<tr class="group"><th scope="rowgroup" colspan="{columns}">{escape(title)}{small}</th></tr>'
+    return group_row(escape(title) + small, columns=columns)
 
 
 def _column(record: ModelRecord) -> str:

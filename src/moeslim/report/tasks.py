@@ -1,8 +1,13 @@
-"""Task scores and retention as rows of text for a terminal, read from `evaluate.retention.retention_table`'s values."""
+"""Task scores and retention as rows of text and as a section of the page.
+
+Both read the values of `evaluate.retention.retention_table`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
+from moeslim.report.boxes import paragraph, rows_table
+from moeslim.report.collect import RunFacts
 from moeslim.report.figures import Figure, figure_text, number_text
 from moeslim.report.tables import MISSING
 
@@ -23,9 +28,25 @@ def task_rows(table: Mapping[str, Any]) -> Rows:
     return rows
 
 
+def task_scores(facts: RunFacts) -> str:
+    """The page's section: a table for each teacher that the scores are compared with."""
+    if not facts.tasks:
+        return ""
+    note = "Scores of lm-eval's tasks ± one standard error over the questions."
+    if any(table["teacher"] for table in facts.tasks):
+        note += (
+            " Retention: the share of the teacher's score that is kept; above chance, guessing taken off both. Errors "
+            "are of paired differences, p of the exact sign test over the questions that are answered better or worse. "
+            "Where the teacher itself is not clearly better than 0, or than guessing, no retention is told."
+        )
+    return paragraph(note) + "".join(
+        f'<div class="stack">{rows_table(task_rows(table))}</div>' for table in facts.tasks
+    )
+
+
 def _block(title: str, row: Mapping[str, Any], *, models: list[str]) -> Rows:
     """A heading, the scores, and below them one row per figure that any model has against the teacher."""
-    rows = [[title, *("" for _ in models)], ["  score", *(_text(row["scores"][label]) for label in models)]]
+    rows = [[title, *("" for _ in models)], ["  score", *(_text(row["scores"].get(label)) for label in models)]]
     against = [row["against"].get(label, {}) for label in models]
     lines = {"minus teacher's": "difference", "retention": "retention", "retention above chance": "above_chance"}
     for name, key in lines.items():

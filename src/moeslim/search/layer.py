@@ -31,11 +31,14 @@ class CutExperts:
         self.shape: Shape = replace(reader.shape, sizes={**reader.shape.sizes, "experts": len(cut.kept)})
         self._merges = {merge.base: merge for merge in cut.merged}
 
-    def expert(self, key: str, expert: int) -> dict[str, torch.Tensor]:
-        """One kept expert's matrices in the source's dtype."""
+    def expert_pair(self, key: str, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One kept expert's [gate; up] and down in the source's dtype, in memory of their own."""
         base = self.cut.kept[expert]
         merge = self._merges.get(base)
-        return self.reader.expert(key, base) if merge is None else merged_expert(self.reader, key, merge=merge)
+        if merge is None:
+            return self.reader.expert_pair(key, base)
+        found = merged_expert(self.reader, key, merge=merge)
+        return torch.cat([found["gate"], found["up"]]), found["down"]
 
 
 def merged_expert(reader: Reader, key: str, *, merge: Merge) -> dict[str, torch.Tensor]:

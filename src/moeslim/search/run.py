@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
-from moeslim.artifacts.commit import replace_file
+from moeslim.artifacts.commit import write_bytes
 from moeslim.artifacts.fingerprint import hash_file
 from moeslim.errors import PlanError
 from moeslim.families import Shape
@@ -236,5 +236,4 @@ def _have(shape: Shape, axis: str) -> int:
 
 
 def _save(path: Path, rows: dict[str, torch.Tensor]) -> None:
-    with replace_file(path) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in rows.items()}, temporary)
+    write_bytes(path, save({name: tensor.cpu().contiguous() for name, tensor in rows.items()}))

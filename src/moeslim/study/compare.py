@@ -5,22 +5,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moeslim.artifacts.commit import read_json
+from moeslim.artifacts.commit import read_json, write_json
 from moeslim.errors import DataError, RunError
-from moeslim.report.collect import ORDER
+from moeslim.report.collect import collect
+from moeslim.report.compare import write_comparison
 from moeslim.report.console import comparison
-from moeslim.report.figures import Figure, error_text, value_text
-from moeslim.report.records import model_record
+from moeslim.report.figures import Figure, difference_text
+from moeslim.report.records import ModelRecord, model_record, place
 
 _LAST = ("distilled", "cut")
 """What a run is compared by: the first of these that it has, else its only record."""
 
 
-def compare(runs: Sequence[Path | str], *, model: str | None = None) -> dict[str, Any]:
+def compare(runs: Sequence[Path | str], *, model: str | None = None, out: Path | str | None = None) -> dict[str, Any]:
     """The figures of all records in run folders or folders of records, and each run's `model` less the first run's.
 
     `model` is a label (None: `distilled` where there is one, else `cut`). Records that are the same measurement of the
-    same model, such as a teacher's, share a column. Lines say where a difference would mean nothing.
+    same model, such as a teacher's, share a column. Lines say where a difference would mean nothing. With `out`,
+    compare.html and compare.json stand there then.
     """
     from moeslim.evaluate.record import Record
 
@@ -37,7 +39,14 @@ def compare(runs: Sequence[Path | str], *, model: str | None = None) -> dict[str
         told, figures = _difference(other, first)
         lines += told
         differences[other.label] = figures
-    return {"table": _table(found), "baseline": first.label, "differences": differences, "lines": lines}
+    models = _columns(found)
+    record = {"table": comparison(models), "baseline": first.label, "differences": differences, "lines": lines}
+    if out is None:
+        return record
+    facts = {name: collect(run) for name, run in zip(names, runs, strict=True)}
+    write_json(Path(out) / "compare.json", {"schema": 1, **record})
+    page = write_comparison(record, Path(out) / "compare.html", models=models, runs=facts)
+    return {**record, "page": str(page), "lines": [*lines, f"page: {page}"]}
 
 
 def _paths(run: Path) -> list[Path]:
@@ -46,7 +55,7 @@ def _paths(run: Path) -> list[Path]:
     paths = sorted(path for path in folder.glob("*.json") if "figures" in (read_json(path) or {}))
     if not paths:
         raise RunError(f"{run}: no records here; give a run folder, or one that `moeslim evaluate --out` wrote")
-    return sorted(paths, key=lambda path: (ORDER.index(path.stem) if path.stem in ORDER else len(ORDER), path.stem))
+    return sorted(paths, key=lambda path: (place(path.stem), path.stem))
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
@@ -75,7 +84,7 @@ def _chosen(found: Mapping[str, Mapping[str, Any]], model: str | None) -> list[t
     return result
 
 
-def _table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+def _columns(found: Mapping[str, Mapping[str, Any]]) -> list[ModelRecord]:
     """A column per record; equal measurements share one, named by the label alone where all runs have it."""
     columns: dict[str, list[tuple[str, str, Any]]] = {}
     for name, records in found.items():
@@ -86,7 +95,7 @@ def _table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         name, label, record = same[0]
         shown = label if len(same) == len(found) else f"{name}/{label}"
         models.append(model_record(shown, record.to_json(), where=f"{name}/{label}"))
-    return comparison(models)
+    return models
 
 
 def _difference(a: Any, b: Any) -> tuple[list[str], dict[str, Any]]:
@@ -102,14 +111,10 @@ def _difference(a: Any, b: Any) -> tuple[list[str], dict[str, Any]]:
         except DataError as problem:
             lines.append(f"no difference in {metric.replace('_', ' ')}: {problem}")
             continue
-        told = ", ".join(f"{domain} {_signed(figure)}" for domain, figure in figures.items())
+        told = ", ".join(
+            f"{domain} {difference_text(Figure(figure.value, figure.se, figure.n, figure.unit))}"
+            for domain, figure in figures.items()
+        )
         lines.append(f"{metric.replace('_', ' ')}, {a.label} minus {b.label}: {told}")
         found[metric] = {domain: vars(figure) for domain, figure in figures.items()}
     return lines, found
-
-
-def _signed(value: Any) -> str:
-    """`+0.012 ± 0.003`."""
-    figure = Figure(value.value, value.se, value.n, value.unit)
-    sign, error, unit = "+" if figure.value > 0 else "", error_text(figure), " points" if figure.is_share else ""
-    return f"{sign}{value_text(figure)}" + (f" ± {error}" if error else "") + unit

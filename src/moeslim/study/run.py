@@ -16,8 +16,8 @@ import yaml
 from moeslim import __version__
 from moeslim.artifacts.commit import write_bytes, write_json
 from moeslim.artifacts.run import Run, open_run
-from moeslim.describe import preview_run
 from moeslim.errors import Interrupted, MoeslimError, RecipeError, RunError
+from moeslim.forecast import preview_run
 from moeslim.log import logger, progress
 from moeslim.study.grid import METRICS, SEED_MEANS, Cell, Grid, Label, models_of
 
@@ -64,7 +64,7 @@ def _check_shapes(cells: Sequence[Cell], out: Path) -> None:
     """Refuse, before the first run, a variant that the model cannot be cut to."""
     for cell in {cell.variant: cell for cell in cells}.values():
         try:
-            preview_run(out / "recipes" / f"{cell.name}.yaml")
+            preview_run(out / "recipes" / f"{cell.name}.yaml", timed=False)
         except MoeslimError as problem:
             raise type(problem)(f"variant {cell.variant}: {problem}") from None
 

@@ -66,7 +66,7 @@ def outputs(view: View, after: Shape, *, layouts: Mapping[str, str]) -> Iterator
 
 def _plain(view: View, row: Row, *, key: str | None) -> Output:
     """A tensor that is no routed expert's, the router among them."""
-    name = row.name
+    name = view.shape.named(row.tensor.name)
     kept = _kept(view)
     if key is not None:
         assert row.layer is not None

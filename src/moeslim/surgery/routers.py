@@ -19,7 +19,7 @@ from moeslim.surgery.view import NewRouter, View
 
 def set_routers(view: View, step: SetRouters) -> View:
     """The layers listed take their router rows from the step's file, under the names that they have by then."""
-    new = {view.source_key(key): NewRouter(step.file, layer_prefix(view.shape, key)) for key in step.layers}
+    new = {view.source_key(key): NewRouter(step.file, layer_prefix(view.here, key)) for key in step.layers}
     return view.changed(routers={**view.routers, **new})
 
 

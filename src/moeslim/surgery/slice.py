@@ -49,8 +49,9 @@ def _narrow(expert: Expert, ids: tuple[int, ...]) -> Expert:
 
 def _source_name(view: View, name: str) -> str:
     """The source's name of a tensor of a layer, or of an outer one, after the layers dropped so far."""
-    for new, old in enumerate(view.layers):
-        prefix = layer_prefix(view.shape, str(new))
-        if name.startswith(prefix):
-            return layer_prefix(view.shape, str(old)) + name.removeprefix(prefix)
+    here = view.here
+    for new in (*here.layer_keys, "mtp.0"):
+        prefix = layer_prefix(here, new)
+        if prefix and name.startswith(prefix):
+            return layer_prefix(view.shape, view.source_key(new)) + name.removeprefix(prefix)
     return name

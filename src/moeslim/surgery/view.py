@@ -66,6 +66,11 @@ class View:
         """All of the source."""
         return cls(shape, mtp, tuple(range(shape.layers)), shape["top_k"], None, {}, {}, {}, {})
 
+    @property
+    def here(self) -> Shape:
+        """The source's shape with the layers that are left: what the names of tensors go by after the cut so far."""
+        return replace(self.shape, layer_types=tuple(self.shape.layer_types[layer] for layer in self.layers))
+
     def source_key(self, key: str) -> str:
         """The source's key of the layer that is `key` after the cut so far."""
         return key if key.startswith("mtp.") else str(self.layers[int(key)])

@@ -3,7 +3,8 @@
 `lines` in a record is what the command line prints. Whole runs are told in pipeline.py.
 """
 
-from moeslim.describe import inspect, preview, preview_run
+from moeslim.describe import inspect, preview
+from moeslim.forecast import preview_run
 from moeslim.verbs.files import calibrate, cut, plan, probe, verify
 from moeslim.verbs.measure import comparison, differences, evaluate, evaluate_tasks, report
 from moeslim.verbs.training import cache_teacher, distill

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeslim.artifacts.commit import check_vacant, write_json
+from moeslim.artifacts.commit import check_vacant, is_working, write_json
 from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.artifacts.run import open_run
 from moeslim.checkpoint.config_json import read_config
@@ -15,6 +15,9 @@ from moeslim.families import Shape
 from moeslim.inputs import (
     advice,
     has_mtp,
+    has_weights,
+    live_folder,
+    memory_bound,
     model_folder,
     options_recipe,
     text_parts,
@@ -33,7 +36,7 @@ def calibrate(
     from moeslim.statistics import coverage_lines
 
     recipe = options_recipe(model, keep={}, overrides=overrides, data=data)
-    folder, out = model_folder(model, revision=recipe.revision), Path(out)
+    folder, out = live_folder(model, revision=recipe.revision), Path(out)
     check_structure(read_structure(folder))
     if not (out / "stats.json").is_file():
         check_vacant(out)
@@ -66,7 +69,7 @@ def plan(
     config, mtp = read_config(folder), has_mtp(folder) is not False
     target = resolve(Shape.from_config(config), recipe.keep, methods=recipe.methods)
     known = Stats.load(stats) if stats is not None else None
-    if known is not None and has_mtp(folder) is not None and known.model != folder_fingerprint(folder):
+    if known is not None and has_weights(folder) and known.model != folder_fingerprint(folder):
         raise PlanError(
             f"{stats}: statistics of model {known.model}, but {folder} is {folder_fingerprint(folder)}; "
             "give the statistics of this model, or calibrate it"
@@ -78,36 +81,41 @@ def plan(
     return {"plan": str(out), "warnings": warnings, "lines": [f"{out}: {steps}", *warnings]}
 
 
-def cut(model: str, plan_file: Path | str, *, out: Path | str) -> dict[str, Any]:
+def cut(model: str, plan_file: Path | str, *, out: Path | str, max_memory: str | None = None) -> dict[str, Any]:
     """Carry out a plan; the smaller checkpoint appears in `out` whole, verified, or not at all."""
     from moeslim.plan.steps import read_plan
-    from moeslim.surgery.apply import cut as carry_out
+    from moeslim.surgery import check_cut
+    from moeslim.surgery import cut as carry_out
 
     folder = model_folder(model)
     before = sizes(read_config(folder), has_mtp(folder))
-    receipt = carry_out(folder, read_plan(plan_file), out_folder=out, beside=Path(plan_file).parent)
+    made = check_cut(folder, read_plan(plan_file), bound=memory_bound(max_memory))
+    receipt = carry_out(folder, made, out_folder=out, beside=Path(plan_file).parent)
     after = sizes(read_config(out), has_mtp(Path(out)))
     line = f"{out}: {amount(before['parameters'])} -> {amount(after['parameters'])} parameters"
     return {"model": str(out), "receipt": receipt, "lines": [line]}
 
 
-def verify(model: str) -> dict[str, Any]:
+def verify(model: str, *, max_memory: str | None = None) -> dict[str, Any]:
     """Whether a checkpoint is whole: names, shapes, dtypes, values, index, side files, hashes of its receipt."""
     from moeslim.checkpoint.verify import verify as prove
 
     folder = model_folder(model)
-    proof = prove(folder)
+    proof = prove(folder, max_memory=memory_bound(max_memory))
+    problems = list(proof.problems)
+    if is_working(folder):  # all weights may be there, and the tokenizer not yet
+        problems.append(f"{folder.name} is a working name: this is being written, or was when its process died")
     extent = "hashes of the receipt too" if proof.hashed else "no receipt: structure and values only"
-    state = "good" if proof.ok else "BROKEN"
+    state = "BROKEN" if problems else "good"
     head = f"{folder}: {state}, {proof.tensors} tensors, {proof.bytes / 1e9:.3f} GB ({extent})"
     return {
         "model": str(folder),
-        "ok": proof.ok,
-        "problems": list(proof.problems),
+        "ok": not problems,
+        "problems": problems,
         "tensors": proof.tensors,
         "bytes": proof.bytes,
         "hashed": proof.hashed,
-        "lines": [head, *proof.problems],
+        "lines": [head, *problems],
     }
 
 
@@ -134,7 +142,7 @@ def probe(
     recipe, out = options_recipe(model, keep={}, overrides=overrides, data=data), Path(out)
     if recipe.keep != Keep():
         raise RecipeError("a probe tries every number of experts on the model as it is; leave keep out")
-    folder = model_folder(model, revision=recipe.revision)
+    folder = live_folder(model, revision=recipe.revision)
     check_structure(read_structure(folder))
     length, methods = recipe.data.sequence_length, recipe.methods
     ask = Ask(methods, seed=recipe.seed, sequences=recipe.calibrate.sequences)

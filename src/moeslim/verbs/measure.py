@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moeslim.artifacts.commit import write_json
+from moeslim.artifacts.lock import run_lock
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure
 from moeslim.errors import RunError
@@ -14,6 +15,7 @@ from moeslim.inputs import (
     device,
     evaluate_settings,
     labels,
+    live_folder,
     model_folder,
     options_recipe,
 )
@@ -35,21 +37,23 @@ def evaluate(
     recipe, out = options_recipe(models[0], keep={}, overrides=overrides), Path(out)
     paths: list[Any] = list(data) if data else [BUNDLED / "text" / "heldout.jsonl.xz"]
     text = read_corpus([(path, None) for path in paths])
-    folders = {name: model_folder(model) for name, model in labels(models).items()}
+    folders = {name: live_folder(model) for name, model in labels(models).items()}
+    master = None if teacher is None else live_folder(teacher)
     for folder in folders.values():
         check_structure(read_structure(folder))
     first = next(iter(folders.values()))
     length = recipe.data.sequence_length
-    tokens = pack(text, first, out_folder=out / ".tokens", sequence_length=length, seed=recipe.seed)
-    measure(
-        folders,
-        tokens.documents(),
-        teacher=None if teacher is None else model_folder(teacher),
-        tokenizer=first,
-        settings=evaluate_settings(recipe),
-        out=out,
-    )
-    return {"records": str(out), "table": comparison(out), "lines": [f"records: {out}"]}
+    with run_lock(out):
+        tokens = pack(text, first, out_folder=out / ".tokens", sequence_length=length, seed=recipe.seed)
+        measure(
+            folders,
+            tokens.documents(),
+            teacher=master,
+            tokenizer=first,
+            settings=evaluate_settings(recipe),
+            out=out,
+        )
+        return {"records": str(out), "table": comparison(out), "lines": [f"records: {out}"]}
 
 
 def evaluate_tasks(
@@ -81,10 +85,12 @@ def evaluate_tasks(
     loaded = load_tasks([name.strip() for name in tasks if name.strip()])
     rows, where = recipe.calibrate.rows_per_batch, device(recipe.device)
     running = Running(recipe.precision, where, batch=rows, limit=limit)
-    table = retention_table(ask(folders, loaded, running=running, out=out), teacher=master, tasks=list(loaded.tasks))
-    place = out / "retention" / f"{master}.json" if master else out
-    if master:
-        write_json(place, table)
+    with run_lock(out):
+        scores = ask(folders, loaded, running=running, out=out)
+        table = retention_table(scores, teacher=master, tasks=list(loaded.tasks))
+        place = out / "retention" / f"{master}.json" if master else out
+        if master:
+            write_json(place, table)
     return {"records": str(out), **table, "table": task_rows(table), "lines": [f"records: {place}"]}
 
 

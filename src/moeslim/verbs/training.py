@@ -12,6 +12,7 @@ from moeslim.inputs import (
     cache_settings,
     check_disk,
     check_training,
+    live_folder,
     model_folder,
     options_recipe,
     teaching_folder,
@@ -42,10 +43,10 @@ def cache_teacher(
         recipe = Recipe.load(data, overrides)
     else:
         recipe = options_recipe(model, keep={}, overrides=overrides, data=None if data == "demo" else [str(data)])
-    folder, out = model_folder(model), Path(out)
+    folder, out = live_folder(model), Path(out)
     check_structure(read_structure(folder))
     if not (out / "tokens").is_dir():
-        check_vacant(out)
+        check_vacant(out, hidden=True)
     text, words = text_parts(recipe.data)["train"], model_folder(recipe.model, revision=recipe.revision)
     length, ask = recipe.data.sequence_length, cache_settings(recipe, k=k, samples=samples)
     tokens = pack(text, words, out_folder=out / "tokens", sequence_length=length, seed=recipe.seed)
@@ -79,9 +80,9 @@ def distill(
     named = teacher_cache is not None or any(text.startswith("distill.teacher_cache=") for text in overrides)
     section["lm_only"] = teacher is None and not named
     recipe = options_recipe(student, keep={}, overrides=overrides, data=data, distill=section)
-    folder, out = model_folder(student), Path(out)
+    folder, out = live_folder(student), Path(out)
     work = out.with_name(out.name + ".work")
-    master = None if teacher is None else model_folder(teacher)
+    master = None if teacher is None else live_folder(teacher)
     for model in filter(None, (folder, master)):
         check_structure(read_structure(model))
     check_vacant(out)

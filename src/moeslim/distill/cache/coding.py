@@ -74,22 +74,35 @@ def encode(words: Words, *, vocab_size: int) -> bytes:
 
 
 def decode(blob: bytes, *, vocab_size: int, length: int, k: int, samples: int) -> Words:
-    """The words of a row from `encode`'s bytes; probabilities are those of the codes, adding up to 1."""
+    """The words of a row from `encode`'s bytes; probabilities are those of the codes, adding up to 1.
+
+    ValueError or zlib.error for bytes that are none of these.
+    """
     places = id_bytes(vocab_size)
     shapes = [*[k] * places, k + 1, *([samples] * (places + 1) if samples else [])]
     ends = 4 * len(shapes) + np.cumsum(np.frombuffer(blob, "<u4", len(shapes)))
     starts = [4 * len(shapes), *ends[:-1]]
     planes = [
-        np.frombuffer(zlib.decompress(blob[start:end], bufsize=length * width), np.uint8).reshape(length, width)
+        np.frombuffer(_inflated(blob[start:end], length * width), np.uint8).reshape(length, width)
         for start, end, width in zip(starts, ends, shapes, strict=True)
     ]
+    if planes[places].max(initial=0) >= LEVELS:
+        raise ValueError(f"a probability's code is not below {LEVELS}")
     p = _OF_CODE[planes[places]]
     p /= p.sum(1, keepdims=True)
     if samples:
         sampled, log_p = _ids(planes[places + 1 : -1]), sample_log_p(planes[-1])
     else:
         sampled, log_p = np.empty((length, 0), np.int64), np.empty((length, 0), np.float32)
-    return Words(_ids(planes[:places]), p[:, :-1], p[:, -1], sampled, log_p)
+    ids = _ids(planes[:places])
+    if max(ids.max(initial=0), sampled.max(initial=0)) >= vocab_size:
+        raise ValueError(f"a word's id is not below {vocab_size}")
+    return Words(ids, p[:, :-1], p[:, -1], sampled, log_p)
+
+
+def _inflated(stream: bytes, size: int) -> bytes:
+    """The `size` bytes of a DEFLATE stream; not one more is made of a stream that spells gigabytes."""
+    return zlib.decompressobj().decompress(stream, size)
 
 
 def id_bytes(vocab_size: int) -> int:

@@ -7,7 +7,8 @@ CACHE/tokens/             the packed text; the rows of the cache are its rows
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,12 @@ class CacheFolder:
             data, places = self._shard(int(number) // self.rows_per_shard)
             start, stop = places[int(number) % self.rows_per_shard :][:2]
             blob = data[start:stop].tobytes()
-            found.append(decode(blob, vocab_size=identity.vocab_size, length=length, k=k, samples=samples))
+            try:
+                found.append(decode(blob, vocab_size=identity.vocab_size, length=length, k=k, samples=samples))
+            except (ValueError, zlib.error) as problem:
+                raise DataError(
+                    f"{self.folder}: row {number} cannot be read ({problem}); make the cache again"
+                ) from None
         return Words(*(np.stack([getattr(word, name) for word in found]) for name in Words.__dataclass_fields__))
 
     def _shard(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -173,6 +179,35 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not (folder / META).is_file():
         raise DataError(f"{folder}: no cached teacher here ({META} is missing); make one with `moeslim cache-teacher`")
     meta = read_json(folder / META, error=DataError)
-    if meta.get("schema") != SCHEMA:
-        raise DataError(f"{folder}: a cache of schema {meta.get('schema')}, this version reads {SCHEMA}; make it again")
+    schema = meta.get("schema") if isinstance(meta, dict) else None
+    if schema != SCHEMA:
+        raise DataError(f"{folder}: a cache of schema {schema}, this version reads {SCHEMA}; make it again")
+    try:
+        sound = _sound(Identity(**meta["identity"]), meta["rows_per_shard"], shards=meta["shards"])
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise DataError(f"{folder / META}: not the facts of a cache; restore the file or make the cache again")
     return dict(meta)
+
+
+def _sound(identity: Identity, rows_per_shard: int, *, shards: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the facts can be those of a cache: its sizes, and shards that lie in its own folder."""
+    own = asdict(identity)
+    least = {"vocab_size": 1, "rows": 1, "sequence_length": 1, "k": 1, "samples": 0, "levels": 1, "steps_per_nat": 1}
+    if not all(type(own[key]) is int and own[key] >= low for key, low in least.items()):
+        return False
+    if (
+        not all(isinstance(own[key], str) for key in ("teacher", "text", "precision"))
+        or type(rows_per_shard) is not int
+    ):
+        return False
+    fitting = (identity.levels, identity.steps_per_nat) == (LEVELS, STEPS_PER_NAT) and rows_per_shard > 0
+    left = [max(0, min(rows_per_shard, identity.rows - n * rows_per_shard)) for n in range(len(shards))]
+    return fitting and all(
+        shard["file"] == f"shard-{number:05d}.bin"
+        and (shard["rows"], type(shard["bytes"]), type(shard["sha256"])) == (rows, int, str)
+        and shard["bytes"] >= 8 * (rows + 1)
+        and rows > 0
+        for number, (shard, rows) in enumerate(zip(shards, left, strict=True))
+    )

@@ -1,0 +1,96 @@
+"""What a draft sees: attention over the true pairs up to its start and over the drafts made since (method section 4).
+
+The block's slot i holds the pair (h_i, t_{i+1}) at rotary position i. A chain that starts at i goes on from the state
+of slot i: depth m adds slot i+m-1, and attends to the depth-1 keys of slots 0..i and to the chain's own of depths 2..m,
+which is what an engine's cache holds while it drafts. All starts share the depth-1 keys, each cut at its own i, so all
+chains of a text are computed at once.
+
+Shapes: B rows, X starts, d hidden size; heads: G key-value heads, R query heads per key-value head, K head dimension;
+L slots of true pairs, M keys of a chain's own.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.models.qwen3_next.modeling_qwen3_next import apply_rotary_pos_emb
+
+SCORE_BYTES = 1 << 28
+"""Of the scores that are held at once, in fp32: X * L of them for each head would fill a GPU."""
+
+
+class Keys(NamedTuple):
+    """Rotated keys and values of one slot per start, or of all true pairs: (B, G, X or L, K)."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class Chain(NamedTuple):
+    """What chains attend to: the true pairs (None before depth 1), and per depth from 2 on the slot it has added."""
+
+    prefix: Keys | None = None
+    own: tuple[Keys, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """How many slots a chain has, the true pair at its start among them."""
+        return 0 if self.prefix is None else 1 + len(self.own)
+
+
+def attend(
+    attention: Any, x_BXd: torch.Tensor, *, rotary: tuple[torch.Tensor, torch.Tensor], chain: Chain, first: int
+) -> tuple[torch.Tensor, Chain]:
+    """Qwen3NextAttention's forward for one further slot of the chains that start at `first`, `first` + 1, ...
+
+    The mixed values (B, X, d), and the chain grown by the new slots. A chain may have more starts than there are states
+    now: those at the end are too near the end of the text to go on.
+    """
+    assert chain.prefix is not None
+    B, X, _ = x_BXd.shape
+    K, G = attention.head_dim, chain.prefix.keys.shape[1]
+    query, gate = attention.q_proj(x_BXd).view(B, X, -1, 2 * K).chunk(2, dim=-1)
+    key = attention.k_norm(attention.k_proj(x_BXd).view(B, X, G, K))
+    query, key = apply_rotary_pos_emb(attention.q_norm(query), key, *rotary, unsqueeze_dim=2)
+    value = attention.v_proj(x_BXd).view(B, X, G, K)
+    chain = chain._replace(own=(*chain.own, Keys(key.transpose(1, 2), value.transpose(1, 2))))
+    query_BGRXK = query.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)
+    mixed = _mix(query_BGRXK, chain, first=first, scaling=attention.scaling)
+    mixed_BXd = mixed.permute(0, 3, 1, 2, 4).flatten(2)
+    return attention.o_proj(mixed_BXd * torch.sigmoid(gate.reshape(B, X, -1))), chain
+
+
+def _mix(query_BGRXK: torch.Tensor, chain: Chain, *, first: int, scaling: float) -> torch.Tensor:
+    """Values mixed by every query (B, G, R, X, K), for as many starts at a time as SCORE_BYTES has room for.
+
+    Where that is not all of them, the scores are computed again in the backward pass.
+    """
+    assert chain.prefix is not None
+    B, G, R, X, _ = query_BGRXK.shape
+    near = Keys(*(torch.stack([part[:, :, :X] for part in parts]) for parts in zip(*chain.own, strict=True)))
+    room = max(1, SCORE_BYTES // (4 * B * G * R * (first + X)))
+    mixed = []
+    for start in range(0, X, room):
+        stop = min(start + room, X)
+        part = (
+            query_BGRXK[:, :, :, start:stop] * scaling,
+            Keys(*(tensor[:, :, : first + stop] for tensor in chain.prefix)),
+            Keys(*(tensor[:, :, :, start:stop] for tensor in near)),
+        )
+        again = room < X and torch.is_grad_enabled()
+        mixed.append(checkpoint(_one_softmax, *part, use_reentrant=False) if again else _one_softmax(*part))
+    return torch.cat(mixed, dim=3)
+
+
+def _one_softmax(query_BGRXK: torch.Tensor, far: Keys, near: Keys) -> torch.Tensor:
+    """Mixed values of X starts that end where `far` does; `far` (B, G, L, K), `near` (M, B, G, X, K)."""
+    X, L = query_BGRXK.shape[3], far.keys.shape[2]
+    slots = torch.arange(L, device=query_BGRXK.device)
+    far_scores = torch.einsum("bgrxk,bglk->bgrxl", query_BGRXK, far.keys)
+    far_scores = far_scores.masked_fill(slots > slots[L - X :, None], float("-inf"))
+    near_scores = torch.einsum("bgrxk,mbgxk->bgrxm", query_BGRXK, near.keys)
+    # fp32 at least, as in transformers' eager attention; both parts share one softmax.
+    scores = torch.cat([far_scores, near_scores], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    mixed = torch.einsum("bgrxl,bglk->bgrxk", weights[..., :L], far.values)
+    return mixed + torch.einsum("bgrxm,mbgxk->bgrxk", weights[..., L:], near.values)

@@ -1,0 +1,113 @@
+"""Task scores of a run folder, as `evaluate --tasks ... --out RUN/records` leaves them, and what is kept of them.
+
+A column is a model's record of scores, so what is deleted is gone from the page. The comparison with a teacher lies in
+a file of its own; it is told only of scores that the models' records still hold as they were when it was made.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeslim.artifacts.commit import read_json
+from moeslim.errors import RunError
+from moeslim.report.records import place
+
+SCHEMA = 1
+TaskTable = Mapping[str, Any]
+"""What `evaluate.retention.retention_table` gives: teacher, models, tasks and, of several tasks, their mean."""
+_Scores = Mapping[str, Mapping[str, Any]]
+
+
+def read_task_tables(run_folder: Path) -> tuple[TaskTable, ...]:
+    """A table for each teacher that the scores were compared with, or one without; () without scores.
+
+    RunError names a broken file.
+    """
+    folder = run_folder / "records" / "tasks"
+    paths = sorted(folder.glob("*.json"), key=lambda path: (place(path.stem), path.stem))
+    records = {path.stem: _record(path) for path in paths}
+    if not records:
+        return ()
+    tables = [_with_teacher(records, path) for path in sorted((folder / "retention").glob("*.json"))]
+    return tuple(tables) or (_table(records),)
+
+
+def _record(path: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Per task its main metric, n, chance and score."""
+    value = read_json(path)
+    if not isinstance(value, Mapping) or value.get("schema") != SCHEMA:
+        raise RunError(f"{path}: not task scores of schema {SCHEMA}; remove the file and evaluate again")
+    try:
+        return {task: _score(score) for task, score in value["tasks"].items()}
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as problem:
+        raise RunError(
+            f"{path}: broken task scores ({type(problem).__name__}: {problem}); remove the file and evaluate again"
+        ) from None
+
+
+def _score(score: Mapping[str, Any]) -> Mapping[str, Any]:
+    told, items, chance = score["metrics"][score["main"]], score["items"], score["chance"]
+    unit = "share" if items is not None and all(0 <= item <= 1 for item in items) else ""
+    return {
+        "metric": score["main"],
+        "questions": score["questions"],
+        "n": score["n"],
+        "chance": None if chance is None else sum(chance) / len(chance),
+        "figure": {"value": told["value"], "se": told["stderr"], "n": score["n"], "unit": unit, "per": "question"},
+    }
+
+
+def _table(records: Mapping[str, _Scores]) -> dict[str, Any]:
+    """Every task of every model; the same task with other questions is a task of its own."""
+    tasks: dict[str, dict[str, Any]] = {}
+    for label, scores in records.items():
+        for task, score in scores.items():
+            name = task
+            while name in tasks and tasks[name]["questions"] != score["questions"]:
+                name += ", other questions"
+            row = tasks.setdefault(name, {**score, "scores": {}, "against": {}})
+            row["scores"][label] = score["figure"]
+    return {"teacher": None, "models": list(records), "tasks": tasks}
+
+
+def _with_teacher(records: Mapping[str, _Scores], path: Path) -> TaskTable:
+    """The scores with what the retention record at `path` says of them."""
+    table, told = _table(records), read_json(path)
+    try:
+        teacher, tasks, mean = told["teacher"], told["tasks"], told.get("mean")
+        fresh = {
+            (task, label)
+            for task, row in tasks.items()
+            for label, figure in row["scores"].items()
+            if task in table["tasks"] and table["tasks"][task]["scores"].get(label) == figure
+        }
+        for task, row in tasks.items():
+            if (task, teacher) in fresh:
+                found = {label: _sound(facts) for label, facts in row["against"].items() if (task, label) in fresh}
+                table["tasks"][task]["against"] = found
+        if mean is not None:
+            standing = [label for label in mean["scores"] if all((task, label) in fresh for task in mean["tasks"])]
+            mean = {**mean, **{part: _only(mean[part], standing) for part in ("scores", "against")}}
+            if teacher not in standing:
+                mean["against"] = {}
+            for facts in mean["against"].values():
+                _sound(facts)
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        raise RunError(
+            f"{path}: a broken retention record ({type(problem).__name__}: {problem}); evaluate the tasks again"
+        ) from None
+    return {**table, "teacher": teacher, **({"mean": mean} if mean and mean["scores"] else {})}
+
+
+def _sound(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`facts` of one model against its teacher, unless what they tell is no figure and no paired test."""
+    for name, told in facts.items():
+        if told is not None:
+            wanted = {"better", "worse", "p"} if name == "paired" else {"value", "se", "n", "unit", "per"}
+            if set(told) != wanted or not isinstance(told["p" if name == "paired" else "value"], int | float):
+                raise ValueError(f"{name} is {told}")
+    return facts
+
+
+def _only(values: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    return {label: value for label, value in values.items() if label in labels}

@@ -1,0 +1,119 @@
+"""The stages of a run side by side: what each left of the model, what it saw, and what its training brought."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from moeslim.report.boxes import paragraph, rows_table
+from moeslim.report.collect import RunFacts
+from moeslim.report.figures import bytes_text, count_text, duration_text, number_text
+from moeslim.report.sections import LOSSES
+from moeslim.report.stages import StageFacts
+from moeslim.report.tables import MISSING
+from moeslim.report.training import Training
+
+_SIZES = {
+    "layers": "layers",
+    "hidden": "hidden channels",
+    "experts": "routed experts",
+    "expert_size": "expert size",
+    "shared_size": "shared expert size",
+    "top_k": "experts per token",
+}
+_RECORDED = (
+    ("parameters", "parameters"),
+    ("active_parameters", "active per token"),
+    ("mtp_parameters", "MTP head, besides"),
+    ("bytes", "weights on disk"),
+)
+Rows = list[list[str]]
+
+
+def stages(facts: RunFacts) -> str:
+    """A column for the original and for each stage; rows that no file tells are not there."""
+    blocks = [
+        ("Shape", _shape(facts)),
+        ("Size", _size(facts)),
+        ("Calibration", _rows(facts.parts, "tokens seen", tell=lambda part: _told(part.tokens, count_text))),
+        ("Training", _training(facts.parts)),
+        ("Loss in nats per token, first → last logged step", _losses(facts.parts)),
+    ]
+    rows = [row for title, found in blocks if found for row in ([title], *found)]
+    if not rows:
+        return ""
+    head = ["", "original", *(f"stage {part.number}" for part in facts.parts)]
+    note = "Each stage cuts what the one before has left, then trains it. A step's losses are those of its own batch."
+    return paragraph(note) + rows_table([head, *([*row, *[""] * (len(head) - len(row))] for row in rows)])
+
+
+def _shape(facts: RunFacts) -> Rows:
+    before = facts.cut.before if facts.cut else {}
+    rows = []
+    for name, words in _SIZES.items():
+        cells = [sizes.get(name) for sizes in (before, *(part.sizes or {} for part in facts.parts))]
+        rows.append([words, *(_told(cell, number_text) for cell in cells)])
+    return _said(rows)
+
+
+def _size(facts: RunFacts) -> Rows:
+    """Of the stages as their configs and receipts tell; of the original, where a record measured the same model."""
+    seen = facts.parts[0].observed if facts.parts else None
+    original = next((r for r in facts.records if seen and r.facts.get("model fingerprint") == seen), None)
+    rows = []
+    for metric, words in _RECORDED:
+        show = bytes_text if metric == "bytes" else count_text
+        figure = original.get(metric) if original else None
+        first = _told(figure.value if figure else None, show)
+        rows.append([words, first, *(_told(_sized(part, metric), show) for part in facts.parts)])
+    return _said(rows)
+
+
+def _sized(part: StageFacts, metric: str) -> int | None:
+    if metric == "bytes" or part.counted is None:
+        return part.bytes if metric == "bytes" else None
+    counted = part.counted
+    found = {"parameters": counted.total, "active_parameters": counted.active}
+    return found.get(metric, counted.mtp if part.mtp else None)
+
+
+def _training(parts: Sequence[StageFacts]) -> Rows:
+    return [
+        *_rows(parts, "tokens", tell=lambda part: _trained(part, tell=lambda log: count_text(log.tokens))),
+        *_rows(parts, "time in steps", tell=lambda part: _trained(part, tell=lambda log: duration_text(log.seconds))),
+        *_rows(parts, "fewest bits per byte of held-out text on the way", tell=partial(_trained, tell=_best)),
+    ]
+
+
+def _losses(parts: Sequence[StageFacts]) -> Rows:
+    told = [(title, partial(_change, key=key)) for key, title, _ in LOSSES]
+    return [row for title, tell in told for row in _rows(parts, title, tell=partial(_trained, tell=tell))]
+
+
+def _trained(part: StageFacts, *, tell: Callable[[Training], str]) -> str:
+    return MISSING if part.training is None else tell(part.training)
+
+
+def _change(log: Training, *, key: str) -> str:
+    values = [value for _, value in log.points(key)]
+    return f"{number_text(values[0])} → {number_text(values[-1])}" if values else MISSING
+
+
+def _best(log: Training) -> str:
+    """`1.604 at 250 k`: the least that was measured during the training, and after how many of the run's tokens."""
+    points = log.points("bits_per_byte")
+    if not points:
+        return MISSING
+    tokens, bits = min(points, key=lambda point: point[1])
+    return f"{number_text(bits)} at {count_text(tokens)}"
+
+
+def _rows(parts: Sequence[StageFacts], words: str, *, tell: Callable[[StageFacts], str]) -> Rows:
+    """One row with nothing for the original, or none where no stage tells it."""
+    return _said([[words, "", *map(tell, parts)]])
+
+
+def _told(value: float | None, show: Callable[[float], str]) -> str:
+    return MISSING if value is None else show(value)
+
+
+def _said(rows: Rows) -> Rows:
+    return [row for row in rows if any(cell not in ("", MISSING) for cell in row[1:])]

@@ -1,0 +1,49 @@
+"""What a plan takes of a source tensor, in parts, so that no tensor need be in memory whole."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from moeslim.checkpoint.index import ITEM_BYTES
+from moeslim.checkpoint.reader import Reader
+from moeslim.surgery.outputs import Source
+from moeslim.surgery.routers import Beside
+
+PART_BYTES = 16 << 20
+"""Of a larger tensor, so many bytes of rows are read at a time."""
+
+
+def parts(source: Source, reader: Reader, *, files: Beside) -> Iterator[torch.Tensor]:
+    """The kept part of a source along its first axis, bit by bit; in one part where its rows change places."""
+    if source.file is not None:
+        yield files.tensor(source.file, source.name)
+        return
+    entry = reader.index.tensors[source.name]
+    shape = entry.shape if source.stack is None else entry.shape[1:]
+    kept, *others = (_unless_all(index, length) for index, length in zip(source.index, shape, strict=True))
+    row_bytes = ITEM_BYTES[entry.dtype] * int(np.prod(shape[1:]))
+    step = max(1, PART_BYTES // max(1, row_bytes))
+    if kept is not None and (np.diff(kept) < 0).any():
+        step = shape[0]
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        inside = None if kept is None else kept[(start <= kept) & (kept < stop)] - start
+        if inside is not None and len(inside) == 0:
+            continue
+        part = reader.read(source.name, start, stop=stop, stack=source.stack)
+        for axis, index in enumerate((inside, *others)):
+            if index is not None:
+                part = part.index_select(axis, torch.from_numpy(np.ascontiguousarray(index)))
+        yield part
+
+
+def whole(source: Source, reader: Reader, *, files: Beside) -> torch.Tensor:
+    """All that is kept of a source."""
+    found = list(parts(source, reader, files=files))
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _unless_all(index: np.ndarray | None, length: int) -> np.ndarray | None:
+    """The index, None where it keeps everything in its place."""
+    return None if index is None or np.array_equal(index, np.arange(length)) else index
