@@ -8,9 +8,9 @@ agree to float64 rounding.
 import os
 import shutil
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ranks
+from moeslim import statistics
 from moeslim.artifacts import commit
 from moeslim.artifacts.commit import read_json
 from moeslim.calibrate import run as calibration
@@ -378,27 +379,32 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_killed_at_any_rename_it_goes_on_and_ends_with_the_same_bits(
+def test_killed_at_any_write_it_goes_on_and_ends_with_the_same_bits(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     folder = write_tiny(tmp_path_factory.mktemp("one") / "m", num_hidden_layers=1, layer_types=["linear_attention"])
     rows, settings = ROWS[:3, :12], WalkSettings(rows_per_batch=2)
     calibrate(folder, rows, out=tmp_path / "whole", settings=settings)
     expected = content(tmp_path / "whole")
-    original = commit.rename
     kills: list[tuple[Path, bytes]] = []
 
-    def rename(source: Path, target: Path) -> None:
-        death = target, source.read_bytes() if source.is_file() else b""
-        if death in kills:
-            original(source, target)
-            return
-        kills.append(death)  # die once for every content under every final name
-        if moment == "after":
-            original(source, target)
-        raise Killed
+    def deadly(place: ModuleType, name: str, *, target: int) -> None:
+        original: Callable[[Any, Any], None] = getattr(place, name)
 
-    monkeypatch.setattr(commit, "rename", rename)
+        def run(first: Any, second: Any) -> None:
+            death = (first, second)[target], first.read_bytes() if isinstance(first, Path) and first.is_file() else b""
+            if death in kills:
+                original(first, second)
+                return
+            kills.append(death)  # die once for every content under every final name
+            if moment == "after":
+                original(first, second)
+            raise Killed
+
+        monkeypatch.setattr(place, name, run)
+
+    deadly(commit, "rename", target=1)
+    deadly(statistics, "_write", target=0)
     runs = 0
     while True:
         runs += 1
@@ -410,7 +416,7 @@ def test_killed_at_any_rename_it_goes_on_and_ends_with_the_same_bits(
     assert runs == len(kills) + 1
     assert content(tmp_path / "killed") == expected
     stages = [target.parent.name for target, _ in kills]
-    assert {"0", "norm", "mtp.0", ".killed.partial", tmp_path.name} <= set(stages)
+    assert {"0", "norm", "mtp.0", ".killed.calibrating", ".killed.partial", tmp_path.name} <= set(stages)
     assert stages.count(".killed.calibrating") == 4  # the embeddings and three visits
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 

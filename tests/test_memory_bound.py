@@ -22,7 +22,7 @@ from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.writer import ShardWriter
 from moeslim.errors import CheckpointError, MoeslimError, RecipeError, ResourceError
 from moeslim.inputs import memory_bound
-from moeslim.model import room
+from moeslim.model import experts, room
 from moeslim.model.experts import ExpertFile
 from moeslim.model.room import Batch, needed, with_room
 from moeslim.model.walk import WalkSettings
@@ -110,9 +110,13 @@ def test_a_bound_changes_no_bit(model: Path, standing: int, tmp_path: Path) -> N
         assert (tmp_path / "free" / name).read_bytes() == (tmp_path / "tight" / name).read_bytes()
 
 
-def test_experts_that_are_expected_are_read_ahead_and_the_same(model: Path) -> None:
+def test_experts_that_are_expected_are_read_ahead_and_the_same(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = ExpertFile(Reader(model), "1", dtype=torch.float32, group=1)
     ahead = ExpertFile(Reader(model), "1", dtype=torch.float32, group=1)
+    ahead.expect([1, 4, 6])
+    assert ahead.weights(1)
+    assert not ahead._ahead  # these are too small to be worth it
+    monkeypatch.setattr(experts, "_WORTH_A_THREAD", 1)
     ahead.expect([1, 4, 6])
     for expert in (1, 4, 2, 6, 7):  # some that nobody expected, in between
         for mine, theirs in zip(ahead.weights(expert), plain.weights(expert), strict=True):

@@ -9,6 +9,7 @@ Adding commutes exactly and associates to float64 rounding. On disk: `stats.json
 decoder layer and `norms.safetensors`.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from moeslim import __version__
-from moeslim.artifacts.commit import read_json, write_bytes, write_json
+from moeslim.artifacts.commit import disk_told, read_json
 from moeslim.errors import RunError
 
 SCHEMA = 2
@@ -218,12 +219,12 @@ class Stats:
         return {key: experts for key, experts in found.items() if experts}
 
     def save(self, folder: Path | str) -> None:
-        """Write the folder's files, `stats.json` last; use `committed_folder` where a folder must appear at once."""
+        """Write the folder's files, `stats.json` last, as they are: `committed_folder` makes them appear at once."""
         folder = Path(folder)
         for key, layer in self.layers.items():
-            _write(folder / f"layer-{key}.safetensors", layer.state())
+            _write(folder / f"layer-{key}.safetensors", save(layer.state()))
         norms = {f"{name}/{part}": array for name, norm in self.norms.items() for part, array in norm.state().items()}
-        _write(folder / "norms.safetensors", norms)
+        _write(folder / "norms.safetensors", save(norms))  # not `save_file`, which tells a full disk as no OSError
         facts = {
             "schema": SCHEMA,
             "moeslim": __version__,
@@ -238,7 +239,7 @@ class Stats:
             "unreached_experts": self.unreached(),
             "starved_experts": {key: [asdict(item) for item in items] for key, items in self.coverage().items()},
         }
-        write_json(folder / "stats.json", facts)
+        _write(folder / "stats.json", json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False).encode())
 
     @classmethod
     def load(cls, folder: Path | str) -> "Stats":
@@ -327,8 +328,9 @@ def _norms(names: Iterable[str], arrays: Mapping[str, Array]) -> dict[str, NormS
     return {name: NormStats.from_state(state) for name, state in states.items()}
 
 
-def _write(path: Path, arrays: dict[str, Array]) -> None:
-    write_bytes(path, save(arrays))  # not `save_file`, which tells a full disk as no OSError
+def _write(path: Path, content: bytes) -> None:
+    with disk_told(path):
+        path.write_bytes(content)
 
 
 def _read(path: Path) -> dict[str, Array]:

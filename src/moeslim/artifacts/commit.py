@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from moeslim.artifacts.lock import LOCK, hold
 from moeslim.errors import MoeslimError, ResourceError, RunError
 
 _WORKING = re.compile(r"^\.(.+)\.partial$")
+_FLUSHING = 8
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -45,10 +47,7 @@ def committed_folder(final: Path | str) -> Iterator[Path]:
         with disk_told(final):
             check_vacant(final)
             yield temporary
-            for path in sorted(temporary.rglob("*"), reverse=True):  # files before the folders that hold them
-                if not path.is_symlink():
-                    _fsync(path)
-            _fsync(temporary)
+            flush(temporary)
             check_vacant(final)
             rename(temporary, final)
         (final / LOCK).unlink(missing_ok=True)  # only now: until the rename it keeps others away
@@ -209,6 +208,16 @@ def _entered(temporary: Path, final: Path) -> int:
         elif left.name != LOCK:
             left.unlink()
     return lock
+
+
+def flush(*paths: Path) -> None:
+    """Have the disk hold these files, and these folders with all that is in them, before anything names them.
+
+    All at once, for a disk takes many about as fast as one.
+    """
+    inside = [path for folder in paths for path in folder.rglob("*") if not path.is_symlink()]
+    with ThreadPoolExecutor(_FLUSHING) as threads:
+        list(threads.map(_fsync, [*inside, *paths]))
 
 
 def _fsync(path: Path) -> None:

@@ -23,6 +23,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 _MEMORY_SHARE = 8  # experts kept between batches may fill an eighth of a GPU
 _CPU_BYTES = 2 << 30
+_WORTH_A_THREAD = 1 << 20  # bytes of an expert: fewer are read in less time than two threads take to meet
 
 
 class ExpertFile:
@@ -30,7 +31,7 @@ class ExpertFile:
 
     The first group-1 stay in memory from batch to batch, the others pass through one at a time. `group` None means as
     many as fit 2 GiB on a CPU or an eighth of a GPU. Of those that are expected the next one is read, as it lies in the
-    file, by a thread while the current one computes.
+    file, by a thread while the current one computes, unless it is so small that handing it over takes longer.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class ExpertFile:
     def expect(self, experts: Iterable[int]) -> None:
         """Say which experts will be asked for, in their order; others may be asked for too."""
         self._ahead.clear()
-        self._expected = [expert for expert in experts if expert not in self._held][::-1]
+        if self._expert_bytes >= _WORTH_A_THREAD:
+            self._expected = [expert for expert in experts if expert not in self._held][::-1]
 
     def weights(self, expert: int) -> Pair:
         """[gate; up] (F, d) and down (d, I) of one expert, in memory of their own on the device."""
@@ -76,13 +78,16 @@ class ExpertFile:
         self._held.clear()
         self.expect([])
 
-    def _fitting(self) -> int:
+    @property
+    def _expert_bytes(self) -> int:
         shape = self.reader.shape
-        each = 3 * shape["expert_size"] * shape["hidden"] * self.dtype.itemsize
+        return 3 * shape["expert_size"] * shape["hidden"] * self.dtype.itemsize
+
+    def _fitting(self) -> int:
         budget = _CPU_BYTES
         if self.device.type == "cuda":
             budget = torch.cuda.get_device_properties(self.device).total_memory // _MEMORY_SHARE
-        return max(1, min(self.count, budget // each))
+        return max(1, min(self.count, budget // self._expert_bytes))
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ WORKDIR/hidden-{a,b}.bin    (rows, T, d) in the compute dtype
 WORKDIR/layers/<key>/       the driver's files
 """
 
-import copy
 import json
 import shutil
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moeslim.artifacts.commit import read_json, write_json
+from moeslim.artifacts.commit import flush, read_json, write_json
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import RunError
 from moeslim.families import Row, layer_prefix
@@ -135,22 +135,28 @@ def walk(
     hidden = HiddenFiles(workdir, lengths, dtype=settings.dtype, device=settings.device)
     done = _open(workdir, name, hidden=hidden)
     skeleton = _Skeleton(reader, rows, settings=settings)
-    if hidden.source is None:
-        for start in range(0, rows.shape[0], settings.rows_per_batch):
-            stop = min(start + settings.rows_per_batch, rows.shape[0])
-            hidden.write(start, skeleton.embed(rows[start:stop, :-1]))
-        _commit(workdir, name, done=[], hidden=hidden)
-    for key in keys[len(done) :]:
-        folder = workdir / "layers" / key
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed visit left
-        folder.mkdir(parents=True)
-        visit = skeleton.visit(key, folder, hidden=hidden)
-        replacement = yield visit
-        visit.complete(replacement)
-        visit.release()
-        done.append(key)
-        _commit(workdir, name, done=done, hidden=hidden)
-        reader.release()
+    with ThreadPoolExecutor(1, thread_name_prefix="commit") as thread:
+        committing: Future[None] | None = None
+        if hidden.source is None:
+            for start in range(0, rows.shape[0], settings.rows_per_batch):
+                stop = min(start + settings.rows_per_batch, rows.shape[0])
+                hidden.write(start, skeleton.embed(rows[start:stop, :-1]))
+            committing = thread.submit(_commit, workdir, name, done=[], hidden=hidden)
+        for key in keys[len(done) :]:
+            folder = workdir / "layers" / key
+            shutil.rmtree(folder, ignore_errors=True)  # what a killed visit left
+            folder.mkdir(parents=True)
+            visit = skeleton.visit(key, folder, hidden=hidden)
+            if committing is not None:  # the disk took the last layer in while this one was read
+                committing.result()
+            replacement = yield visit
+            visit.complete(replacement)
+            visit.release()
+            reader.release()
+            done.append(key)
+            committing = thread.submit(_commit, workdir, name, done=list(done), hidden=hidden)
+        if committing is not None:
+            committing.result()
 
 
 class _Recorder(nn.Module):
@@ -194,7 +200,7 @@ class _Skeleton:
     def visit(self, key: str, folder: Path, *, hidden: HiddenFiles) -> LayerVisit:
         """The layer with its weights, ready to run."""
         shape, family = self.reader.shape, self.reader.shape.family
-        root = copy.deepcopy(self.moulds[key])
+        root = self.moulds.pop(key)
         prefix = {"norm": "model.norm.", "mtp.0": "mtp."}.get(key) or layer_prefix(shape, key)
         decoder = None
         if key != "norm":
@@ -267,4 +273,6 @@ def check_standing(workdir: Path, name: str) -> dict[str, Any]:
 
 def _commit(workdir: Path, name: str, *, done: list[str], hidden: HiddenFiles) -> None:
     hidden.turn()
-    write_json(workdir / "walk.json", {"schema": SCHEMA, "name": name, "done": list(done), "generation": hidden.source})
+    if done:
+        flush(workdir / "layers" / done[-1])
+    write_json(workdir / "walk.json", {"schema": SCHEMA, "name": name, "done": done, "generation": hidden.source})
