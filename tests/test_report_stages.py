@@ -296,13 +296,18 @@ def test_runs_side_by_side(folder: Path, tmp_path: Path) -> None:
     record = compare([folder, other], out=tmp_path / "out")
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["baseline"] == "run/distilled"
     document = Document((tmp_path / "out" / "compare.html").read_text())
-    assert document.ids == ["results", "training", "recipes"]  # the made-up records keep no documents to pair
+    assert document.ids == ["results", "tasks", "training", "recipes"]  # the made-up records keep no documents to pair
+    assert "other/distilled minus run/distilled: 0" in " ".join(record["lines"])
     assert document.row("keep.experts") == ["50%", "25%"]
     assert document.row("note") == [GONE, "<b>new</b>"]
     assert "keep.layers" not in [row[0] for row in document.rows]
     assert record["page"] == str(tmp_path / "out" / "compare.html")
     (other / "stage-2" / "curve.jsonl").unlink()
     (other / "recipe.yaml").unlink()
+    (other / "records" / "tasks" / "distilled.json").rename(other / "records" / "tasks" / "model.json")
+    lines = " ".join(compare([folder, other])["lines"])  # as `evaluate RUN/model --tasks` calls it
+    assert "other/distilled minus run/distilled: 0" in lines
+    (other / "records" / "tasks" / "model.json").unlink()
     compare([folder, other], out=tmp_path / "out")
     assert Document((tmp_path / "out" / "compare.html").read_text()).ids == ["results", "training"]
 
@@ -313,6 +318,7 @@ def test_differences_have_a_row_for_each_domain(folder: Path) -> None:
     record = {
         "baseline": "one/distilled",
         "differences": {"two/distilled": {"bits_per_byte": {"a": figures["a"]}, "top1": share}},
+        "tasks": {},
         "lines": ["bits per byte, ...", "no difference in kl: other <teachers>"],
     }
     document = Document(comparison_page(record, collect(folder).records, runs={"one": collect(folder)}))

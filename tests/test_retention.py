@@ -17,7 +17,9 @@ from moeslim.evaluate.retention import (
     sign_test,
 )
 from moeslim.evaluate.task_record import TaskRecord, TaskScore
+from moeslim.report.tables import MISSING as GONE
 from moeslim.report.tasks import task_rows
+from moeslim.study.tasks import compare_tasks
 
 
 def score(task: str, items: list[float] | None, *, chance: float | None = None, questions: str = "q") -> TaskScore:
@@ -205,3 +207,37 @@ def test_record_comes_back_from_its_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"schema": 99}')
     with pytest.raises(RunError, match="not task scores of schema 1"):
         TaskRecord.read(tmp_path / "a.json")
+
+
+def test_tasks_of_runs_side_by_side(tmp_path: Path) -> None:
+    base = [score("one", [1, 0, 1, 0], chance=0.25), score("two", [0, 0, 1]), score("alone", [1, 0])]
+    better = [score("one", [1, 1, 1, 0], chance=0.25), score("two", [1, 0, 1]), score("words", None)]
+    other = [score("one", [0, 0, 0, 0], questions="others"), score("words", None)]
+    paths = {}
+    for label, scores in {"a/distilled": base, "b/distilled": better, "c/distilled": other}.items():
+        paths[label] = tmp_path / f"{label[0]}.json"
+        record(label, *scores).write(paths[label])
+    table, lines = compare_tasks(paths)
+    assert list(table["tasks"]) == ["one", "two", "words"]  # "alone" is nothing to compare
+    one = table["tasks"]["one"]
+    assert {label: figure["value"] for label, figure in one["scores"].items()} == {
+        "a/distilled": 0.5,
+        "b/distilled": 0.75,
+    }
+    assert one["against"]["b/distilled"]["difference"]["value"] == 0.25
+    assert one["against"]["b/distilled"]["paired"] == {"better": 1, "worse": 0, "p": 1.0}
+    assert "retention" not in one["against"]["b/distilled"]
+    assert table["tasks"]["words"]["against"] == {}  # the baseline has none
+    assert lines[0] == "one, b/distilled minus a/distilled: +25 ± 25 points (1 answered better, 0 worse, p 1)"
+    assert "no difference in one: the two models were asked different questions" in lines[1]
+    assert "mean" not in table  # c answered none of them
+    rows = {row[0]: row[1:] for row in task_rows(table, base="baseline")}
+    assert rows[""] == ["a/distilled (baseline)", "b/distilled", "c/distilled"]
+    assert rows["  minus baseline's"] == [GONE, "33\u00a0±\u00a033\u00a0%", GONE]  # of the last task that has one
+
+    table, lines = compare_tasks({label: path for label, path in paths.items() if label[0] != "c"})
+    assert table["mean"]["tasks"] == ["one", "two"]
+    # (1/4 + 1/3) / 2
+    assert table["mean"]["against"]["b/distilled"]["difference"]["value"] == pytest.approx(7 / 24)
+    assert lines[-1].startswith("mean of 2 tasks, b/distilled minus a/distilled: +29 ±")
+    assert compare_tasks({"a": tmp_path / "none.json", "b": paths["b/distilled"]}) == ({}, [])

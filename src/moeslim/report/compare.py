@@ -17,6 +17,7 @@ from moeslim.report.page import Head, document
 from moeslim.report.records import ModelRecord
 from moeslim.report.sections import CURVES, token_chart
 from moeslim.report.tables import MISSING, results_table
+from moeslim.report.tasks import task_rows
 
 _NAMES = {
     "bits_per_byte": ("Bits per byte", "less is better"),
@@ -48,6 +49,7 @@ def comparison_page(record: Mapping[str, Any], models: Sequence[ModelRecord], *,
     sections = [
         ("differences", "Differences", _differences(record)),
         ("results", "Every figure", paragraph(note) + results_table(models)),
+        ("tasks", "Tasks", _tasks(record["tasks"])),
         ("training", "Training", _training(runs)),
         ("recipes", "What the recipes do not share", _recipes(runs)),
     ]
@@ -75,6 +77,17 @@ def _chart(metric: str, domains: Mapping[str, Mapping[str, Any]]) -> str:
         bars.append(Bar(name, "tone-distilled", factor * figure.value, difference_text(figure), error=error))
     title, unit = _NAMES.get(metric, (metric, ""))
     return card(title, row_chart(bars, name=title, zero=True), unit=unit)
+
+
+def _tasks(table: Mapping[str, Any]) -> str:
+    """Scores of lm-eval's tasks, with the differences on the questions that both were asked."""
+    if not table:
+        return ""
+    note = (
+        "Scores of lm-eval's tasks ± one standard error over the questions; errors of differences are paired, p of the "
+        "exact sign test over the questions that are answered better or worse."
+    )
+    return paragraph(note) + rows_table(task_rows(table, base="baseline"))
 
 
 def _training(runs: Mapping[str, RunFacts]) -> str:

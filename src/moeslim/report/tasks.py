@@ -14,17 +14,20 @@ from moeslim.report.tables import MISSING
 Rows = list[list[str]]
 
 
-def task_rows(table: Mapping[str, Any]) -> Rows:
-    """A head with the models, the teacher first; per task and for their mean the score and what is kept of it."""
+def task_rows(table: Mapping[str, Any], *, base: str = "teacher") -> Rows:
+    """A head with the models, the teacher first; per task and for their mean the score and what is kept of it.
+
+    `base`: what the model is that the others are compared with.
+    """
     teacher = table["teacher"]
     models = sorted(table["models"], key=lambda label: label != teacher)
-    rows = [["", *(f"{label} (teacher)" if label == teacher else label for label in models)]]
+    rows = [["", *(f"{label} ({base})" if label == teacher else label for label in models)]]
     for task, row in table["tasks"].items():
         chance = "" if row["chance"] is None else f", chance {number_text(100 * row['chance'], digits=1)} %"
         metric = row["metric"].removesuffix(",none")
-        rows += _block(f"{task}: {metric}, {row['n']} questions{chance}", row, models=models)
+        rows += _block(f"{task}: {metric}, {row['n']} questions{chance}", row, models=models, base=base)
     if "mean" in table:
-        rows += _block(f"mean of {len(table['mean']['tasks'])} tasks", table["mean"], models=models)
+        rows += _block(f"mean of {len(table['mean']['tasks'])} tasks", table["mean"], models=models, base=base)
     return rows
 
 
@@ -44,11 +47,11 @@ def task_scores(facts: RunFacts) -> str:
     )
 
 
-def _block(title: str, row: Mapping[str, Any], *, models: list[str]) -> Rows:
-    """A heading, the scores, and below them one row per figure that any model has against the teacher."""
+def _block(title: str, row: Mapping[str, Any], *, models: list[str], base: str) -> Rows:
+    """A heading, the scores, and below them one row per figure that any model has against the base."""
     rows = [[title, *("" for _ in models)], ["  score", *(_text(row["scores"].get(label)) for label in models)]]
     against = [row["against"].get(label, {}) for label in models]
-    lines = {"minus teacher's": "difference", "retention": "retention", "retention above chance": "above_chance"}
+    lines = {f"minus {base}'s": "difference", "retention": "retention", "retention above chance": "above_chance"}
     for name, key in lines.items():
         if any(key in facts for facts in against):
             rows.append([f"  {name}", *(_text(facts.get(key)) for facts in against)])

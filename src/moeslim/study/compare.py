@@ -12,6 +12,7 @@ from moeslim.report.compare import write_comparison
 from moeslim.report.console import comparison
 from moeslim.report.figures import Figure, difference_text
 from moeslim.report.records import ModelRecord, model_record, place
+from moeslim.study.tasks import compare_tasks
 
 _LAST = ("distilled", "cut")
 """What a run is compared by: the first of these that it has, else its only record."""
@@ -21,8 +22,9 @@ def compare(runs: Sequence[Path | str], *, model: str | None = None, out: Path |
     """The figures of all records in run folders or folders of records, and each run's `model` less the first run's.
 
     `model` is a label (None: `distilled` where there is one, else `cut`). Records that are the same measurement of the
-    same model, such as a teacher's, share a column. Lines say where a difference would mean nothing. With `out`,
-    compare.html and compare.json stand there then.
+    same model, such as a teacher's, share a column. `tasks` has what lm-eval's tasks say of each run's `model`, where
+    records/tasks holds that. Lines say where a difference would mean nothing. With `out`, compare.html and compare.json
+    stand there then.
     """
     from moeslim.evaluate.record import Record
 
@@ -32,30 +34,44 @@ def compare(runs: Sequence[Path | str], *, model: str | None = None, out: Path |
     found: dict[str, dict[str, Record]] = {}
     for name, run in zip(names, runs, strict=True):
         found[name] = {path.stem: Record.read(path) for path in _paths(Path(run))}
-    chosen = {name: replace(records[label], label=f"{name}/{label}") for name, records, label in _chosen(found, model)}
+    chosen = _chosen(found, model)
     lines, differences = [], {}
-    first, *others = chosen.values()
+    first, *others = (replace(records[label], label=f"{name}/{label}") for name, records, label in chosen)
     for other in others:
         told, figures = _difference(other, first)
         lines += told
         differences[other.label] = figures
+    labels = {f"{name}/{label}": (run, label) for run, (name, _, label) in zip(runs, chosen, strict=True)}
+    tasks, told = compare_tasks({name: _scores(_folder(run), label) for name, (run, label) in labels.items()})
     models = _columns(found)
-    record = {"table": comparison(models), "baseline": first.label, "differences": differences, "lines": lines}
+    record = {"table": comparison(models), "baseline": first.label, "differences": differences, "tasks": tasks}
+    record["lines"] = [*lines, *told]
     if out is None:
         return record
     facts = {name: collect(run) for name, run in zip(names, runs, strict=True)}
     write_json(Path(out) / "compare.json", {"schema": 1, **record})
     page = write_comparison(record, Path(out) / "compare.html", models=models, runs=facts)
-    return {**record, "page": str(page), "lines": [*lines, f"page: {page}"]}
+    return {**record, "page": str(page), "lines": [*record["lines"], f"page: {page}"]}
 
 
 def _paths(run: Path) -> list[Path]:
     """The records of a run folder or of a folder of records; RunError where there are none."""
-    folder = run / "records" if (run / "records").is_dir() else run
-    paths = sorted(path for path in folder.glob("*.json") if "figures" in (read_json(path) or {}))
+    paths = sorted(path for path in _folder(run).glob("*.json") if "figures" in (read_json(path) or {}))
     if not paths:
         raise RunError(f"{run}: no records here; give a run folder, or one that `moeslim evaluate --out` wrote")
     return sorted(paths, key=lambda path: (place(path.stem), path.stem))
+
+
+def _folder(run: Path | str) -> Path:
+    """Where the records of a run lie, or of a folder of records."""
+    return Path(run) / "records" if (Path(run) / "records").is_dir() else Path(run)
+
+
+def _scores(folder: Path, label: str) -> Path:
+    """Where the task scores of that record's model lie, if anywhere: `evaluate RUN/model --tasks` calls it `model`."""
+    own, model = folder / "tasks" / f"{label}.json", folder / "tasks" / "model.json"
+    last = next((last for last in _LAST if (folder / f"{last}.json").is_file()), None)
+    return model if label == last and not own.is_file() else own
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
