@@ -5,6 +5,7 @@ Everything that transformers casts to float32 inside (norms, softmax, DeltaNet) 
 agree to float64 rounding.
 """
 
+import errno
 import os
 import shutil
 import signal
@@ -28,7 +29,7 @@ from moeslim.calibrate import run as calibration
 from moeslim.calibrate.observe import Observe
 from moeslim.calibrate.run import calibrate
 from moeslim.calibrate.sums import expert_sums, gram, layer_sums, neuron_sums, norm_sums, sample_positions
-from moeslim.errors import DataError, ResourceError, RunError
+from moeslim.errors import CheckpointError, DataError, ResourceError, RunError
 from moeslim.families import Shape
 from moeslim.model import parallel
 from moeslim.model.experts import FileExperts, Routing
@@ -376,6 +377,35 @@ class Killed(BaseException):
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+
+
+def test_where_a_disk_fails_to_read_the_file_is_named_and_the_next_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EIO at every twelfth part of the reads; a mapped file would end the process there."""
+    rows, settings = ROWS[:3, :12], WalkSettings(rows_per_batch=2)
+    folder, reads, failing = write_tiny(tmp_path / "m", num_hidden_layers=2), [0], [-1]
+    preadv = os.preadv
+
+    def read(*arguments: Any) -> int:
+        reads[0] += 1
+        if reads[0] == failing[0]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", read)
+    calibrate(folder, rows, out=tmp_path / "whole", settings=settings)
+    total, expected = reads[0], content(tmp_path / "whole")
+    assert total > 100
+    for number in range(1, total + 1, total // 12):
+        out = tmp_path / f"failing-{number}"
+        reads[0], failing[0] = 0, number
+        with pytest.raises(CheckpointError, match=r"model.*safetensors: .* cannot be read \(.*Input/output error"):
+            calibrate(folder, rows, out=out, settings=settings)
+        assert not out.exists()
+        failing[0] = -1
+        calibrate(folder, rows, out=out, settings=settings)
+        assert content(out) == expected
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

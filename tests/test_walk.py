@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from moeslim.checkpoint import reader
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import ResourceError, RunError
 from moeslim.model import hidden as hidden_files
@@ -139,6 +140,16 @@ def test_unused_experts_are_not_read(folders: dict[str, Path]) -> None:
     chosen = torch.tensor([[2, 5]] * 3)
     FileExperts(file, torch.nn.functional.silu)(x, chosen, torch.full((3, 2), 0.5))
     assert set(file._held) == {2, 5}
+
+
+def test_rows_of_a_table_are_the_same_read_one_by_one(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, name, numbers = Reader(folders["mixed"]), "model.embed_tokens.weight", [0, 3, 63, 3]
+    expected = opened.tensor(name)[numbers]
+    assert torch.equal(opened.read_rows(name, numbers), expected)
+    monkeypatch.setattr(reader, "_READ_WHOLE", 0)
+    assert torch.equal(opened.read_rows(name, numbers), expected)
 
 
 def test_a_replacement_goes_on_in_the_layers_place(folders: dict[str, Path], tmp_path: Path) -> None:

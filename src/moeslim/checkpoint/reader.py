@@ -1,12 +1,13 @@
 """Reading single tensors and slices of a checkpoint.
 
 `tensor` maps: a view of the file's pages, of which only what is touched is read, and the system can drop it again. It
-is for reading; clone before changing one. `read` and `expert_pair` copy into memory of their own: faster for what is
-needed whole, and a file that cannot be read is then an error and not the end of the process.
+is for reading; clone before changing one. `read`, `read_rows` and `expert_pair` copy into memory of their own: faster
+for what is needed whole, and a file that cannot be read is then an error and not the end of the process.
 """
 
 import mmap
 import os
+from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from moeslim.families import Row, expert_prefix, pieces
 from moeslim.families.layouts import Piece
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_READ_WHOLE = 4 << 20  # bytes that are read sooner than some rows of them
 
 
 class Reader:
@@ -77,6 +79,16 @@ class Reader:
         stop = shape[0] if stop is None else stop
         found = torch.empty(stop - start, *shape[1:], dtype=dtype)
         self._fill(found, name, first=start + (stack or 0) * shape[0])
+        return found
+
+    def read_rows(self, name: str, numbers: Sequence[int]) -> torch.Tensor:
+        """The entries `numbers` along the first axis, in the file's dtype; of a large tensor nothing else is read."""
+        entry, dtype = self._entry(name)
+        if entry.bytes <= _READ_WHOLE:
+            return self.read(name)[torch.tensor(numbers, dtype=torch.long)]
+        found = torch.empty(len(numbers), *entry.shape[1:], dtype=dtype)
+        for place, number in enumerate(numbers):
+            self._fill(found[place : place + 1], name, first=number)
         return found
 
     def dtype(self, name: str) -> str:

@@ -193,7 +193,7 @@ class _Skeleton:
     def embed(self, tokens_BT: np.ndarray) -> torch.Tensor:
         """Embeddings (B, T, d) of token ids, only the rows that occur being read from the file."""
         found, places = np.unique(tokens_BT.astype(np.int64), return_inverse=True)
-        table = self.reader.tensor("model.embed_tokens.weight")[torch.from_numpy(found)]
+        table = self.reader.read_rows("model.embed_tokens.weight", found.tolist())
         table = table.to(self.settings.device, self.settings.dtype)
         return table[torch.from_numpy(places.reshape(tokens_BT.shape)).to(table.device)]
 
@@ -224,7 +224,7 @@ class _Skeleton:
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         state = {
-            name: self.reader.tensor(prefix + name).to(self.settings.device, self.settings.dtype, copy=True)
+            name: self.reader.read(prefix + name).to(self.settings.device, self.settings.dtype)
             for name, _ in module.named_parameters()
         }
         module.load_state_dict(state, assign=True)
