@@ -141,7 +141,8 @@ def _run(reader: Reader, reading: Reading, *, place: Path, walked: Walked) -> No
     name = fingerprint([walked.model, hashlib.sha256(rows.tobytes()).hexdigest(), batches, how])
     if (place / "walk.json").is_file() and read_json(place / "walk.json").get("name") != name:
         discard(place / "walk.json")  # without it nothing there counts
-    most = max((Batch(len(batch), reading.length(batch)) for batch in reading.batches), key=lambda batch: batch.tokens)
+    sizes = (Batch(len(batch), reading.length(batch), settable=False) for batch in reading.batches)
+    most = max(sizes, key=lambda batch: batch.tokens)
     give_back()  # what the model before this one has left free
     settings = with_room(reader, walked.settings, batch=most)
     with progress("walk", (len(reader.layer_keys) + 1) * reading.tokens, unit="tokens") as advance:

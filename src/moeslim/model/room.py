@@ -22,12 +22,16 @@ _SLACK, _WASTE = 64 << 20, 1.15
 
 @dataclass(frozen=True)
 class Batch:
-    """What runs at once: `rows` of `length` tokens. `watched` is what a driver's sums take, `each` bytes per token."""
+    """What runs at once: `rows` of `length` tokens. `watched` is what a driver's sums take, `each` bytes per token.
+
+    `settable`: whether the settings of a calibration decide its size.
+    """
 
     rows: int
     length: int
     watched: int = 0
     each: int = 0
+    settable: bool = True
 
     @property
     def tokens(self) -> int:
@@ -105,6 +109,8 @@ def with_room(reader: Reader, settings: WalkSettings, *, batch: Batch) -> WalkSe
 
 
 def _remedy(need: Need, bound: int, *, batch: Batch) -> str:
+    if not batch.settable:
+        return f"Allow at least {_gb(need.least)}"
     left = bound - (need.least - round(_WASTE * need.batch))
     rows = int(left / (_WASTE * need.batch / batch.rows))
     if rows >= 1:
