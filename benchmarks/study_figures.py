@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "study"
 PANELS = {  # what fits beside each other, of what a study may measure
     "bits_per_byte": "bits per byte",
     "kl": "KL from the teacher, nats/token",
-    "acc_1": "two drafts accepted, %",
+    "acc_1": "two drafts accepted, points",
     "accepted_length": "mean accepted length",
 }
 
@@ -55,7 +55,7 @@ def write_figure(record: dict[str, Any], path: Path) -> None:
             found = subject["differences"].get(metric, {}).get("")
             if found is None:
                 continue
-            factor = 100 if name.endswith("%") else 1
+            factor = 100 if name.endswith("points") else 1
             bar = factor * (found["half_width"] or 0)
             tone = "C0" if abs(found["value"]) > (found["half_width"] or 0) else "0.55"
             panel.errorbar(factor * found["value"], place, xerr=bar, fmt="o", markersize=4, color=tone, capsize=2)

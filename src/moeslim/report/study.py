@@ -54,7 +54,7 @@ def write_study(record: Record, out: Path) -> Path:
 def markdown(record: Record) -> str:
     """The table for a page of docs: a section per figure."""
     head, *rows = study_table(record)
-    lines = [f"# {record['title']}", "", *(f"- {line}" for line in _words(record)), ""]
+    lines = [f"# {record['title']}", "", *("- " + line.replace("*", r"\*") for line in _words(record)), ""]
     for row in rows:
         if not any(row[1:]):
             lines += ["", f"## {row[0]}", "", _line(head), _line(["---", *["--:"] * (len(head) - 1)])]
