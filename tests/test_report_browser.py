@@ -13,6 +13,7 @@ from fake_run import fake_run, write_tasks
 from moeslim.report.collect import collect
 from moeslim.report.compare import comparison_page
 from moeslim.report.page import page
+from moeslim.study.tasks import compare_tasks
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: neither chromium nor google-chrome")
@@ -89,7 +90,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     facts = collect(folder)
     share = {"value": -0.021, "se": 0.004, "n": 12, "unit": "share"}
     apart = {"bits_per_byte": {"python": {**share, "unit": "bits/byte"}}, "top1": {"speeches": share}}
-    record = {"baseline": "one/distilled", "differences": {"a-run-of-a-long-name/distilled": apart}, "lines": []}
+    first, other = "one/distilled", "a-run-of-a-long-name/distilled"
+    scores = folder / "records" / "tasks" / "distilled.json"
+    tasks, _ = compare_tasks({first: scores, other: scores})
+    record = {"baseline": first, "differences": {other: apart}, "tasks": tasks, "lines": []}
     runs = {"one": facts, "a-run-of-a-long-name": facts}
     return {"run": page(facts), "compare": comparison_page(record, facts.records, runs=runs)}
 
@@ -107,7 +111,7 @@ def test_the_pages_can_be_read_on_a_laptop_and_on_a_phone(pages: dict[str, str],
         assert (sum(map(int, frame["paper"][4:-1].split(","))) < 200) == dark
     run = ["results", "tasks", "stages", "cut", "training", "drafts", "sizes", "load", "samples", "run"]
     assert [frame["sections"] for frame in found[:2]] == [run, run]
-    assert found[2]["sections"] == ["differences", "results", "training", "recipes"]
+    assert found[2]["sections"] == ["differences", "results", "tasks", "training", "recipes"]
     assert found[0]["pictures"] == found[1]["pictures"] == pages["run"].count("<svg") > 15
     assert found[0]["rows"] == pages["run"].count("<tr") > 60
     assert found[1]["scrolled"] >= 2  # on a phone tables scroll in their boxes
