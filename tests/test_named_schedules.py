@@ -85,7 +85,7 @@ def shape(model: Path) -> tuple[int, int, int, int]:
     sizes = {}
     for file in model.glob("*.safetensors"):
         with safe_open(file, "np") as opened:
-            sizes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            sizes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - no dictionary
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
     assert sizes["model.embed_tokens.weight"][1] == hidden
     routers = [size for name, size in sizes.items() if name.endswith("mlp.gate.weight")]
