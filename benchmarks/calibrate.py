@@ -121,7 +121,9 @@ def run_ours(folder: Path, rows: np.ndarray, *, batch: int, removal: bool = Fals
 
 def run_without_neurons(folder: Path, rows: np.ndarray, *, batch: int) -> None:
     """The calibration without the sums over neurons (I wide), which only a cut of the expert size reads."""
-    with mock.patch("moeslim.calibrate.observe.neuron_sums", lambda gates, h: gates.new_zeros(h.shape[-1])):
+    with mock.patch(
+        "moeslim.calibrate.observe.neuron_sums", lambda _, h, *, counts: h.new_zeros(len(counts), h.shape[-1])
+    ):
         run_ours(folder, rows, batch=batch)
 
 

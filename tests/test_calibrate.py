@@ -25,6 +25,7 @@ import ranks
 from moeslim import statistics
 from moeslim.artifacts import commit
 from moeslim.artifacts.commit import read_json
+from moeslim.calibrate import lanes
 from moeslim.calibrate import run as calibration
 from moeslim.calibrate.observe import Observe
 from moeslim.calibrate.run import calibrate
@@ -32,7 +33,7 @@ from moeslim.calibrate.sums import expert_sums, gram, layer_sums, neuron_sums, n
 from moeslim.errors import CheckpointError, DataError, ResourceError, RunError
 from moeslim.families import Shape
 from moeslim.model import parallel
-from moeslim.model.experts import FileExperts, Routing
+from moeslim.model.experts import FileExperts, Routing, Run
 from moeslim.model.mtp import MtpBlock
 from moeslim.model.walk import WalkSettings
 from moeslim.plan.schedule import resolve
@@ -217,6 +218,9 @@ class HandFile:
     def expect(self, experts: Iterable[int]) -> None:
         """Nothing is read ahead."""
 
+    def stacked(self, items: int) -> None:
+        """One by one."""
+
     def weights(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         down = torch.tensor([[[3.0], [4.0]], [[0.0], [2.0]], [[6.0], [8.0]]])
         return torch.eye(2), down[expert]
@@ -232,9 +236,9 @@ class Slate:
     def route(self, *_: torch.Tensor, gates_TK: torch.Tensor) -> None:
         pass
 
-    def expert(self, expert: int, gates: torch.Tensor, *, h_NI: torch.Tensor, out_Nd: torch.Tensor) -> None:
-        self.norms.append(out_Nd.norm(dim=-1))
-        self.neurons[expert] = neuron_sums(gates, h_NI).item()
+    def ran(self, run: Run) -> None:
+        self.norms.append(run.outputs.norm(dim=-1))
+        self.neurons[list(run.experts)] = neuron_sums(run.gates, run.activated, counts=run.counts)[:, 0]
 
     def end(self, routing: Routing) -> None:
         self.routing = routing
@@ -282,8 +286,9 @@ def test_other_sums_equal_hand_arithmetic() -> None:
     np.testing.assert_array_equal(norm["abs_sum"], [6.0, 5.0])
     np.testing.assert_allclose(norm["abs_row_sq_sum"], [2.5**2 + 0.5**2, 2.0**2 + 0.5**2])
     np.testing.assert_allclose(norm["share_sum"], [9 / 25 + 1, 16 / 25 + 1], rtol=1e-6)
-    neurons = neuron_sums(torch.tensor([0.5, 0.25]), torch.tensor([[2.0, -4.0], [-8.0, 0.0]]))
-    np.testing.assert_array_equal(neurons, [3.0, 2.0])
+    gates, activated = torch.tensor([0.5, 0.25, 3.0]), torch.tensor([[2.0, -4.0], [-8.0, 0.0], [-1.0, 2.0]])
+    neurons = neuron_sums(gates, activated, counts=[2, 0, 1])
+    np.testing.assert_array_equal(neurons, [[3.0, 2.0], [0.0, 0.0], [3.0, 6.0]])
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(2_097_152, 512, 10), (16_384, 32, 4), (999, 8, 2), (161, 32, 4)])
@@ -537,13 +542,13 @@ def test_rows_that_cannot_be_used_are_refused(
 
 
 def test_rows_are_shared_out_in_whole_batches() -> None:
-    shares = [calibration.share(7, 2, rank=rank, size=3).tolist() for rank in range(3)]
+    shares = [lanes.share(7, 2, rank=rank, size=3).tolist() for rank in range(3)]
     assert shares == [[0, 1, 6], [2, 3], [4, 5]]
     # rows of 10 tokens: positions 5, 23, 37, 61 lie in rows 0, 2, 3, 6; rank 0 has rows 0, 1, 6 and so tokens 0..29
     own, positions = np.array(shares[0]), np.array([5, 23, 37, 61])
-    assert calibration._within(own, positions, length=10).tolist() == [5, 21]
-    assert calibration._within(np.array(shares[1]), positions, length=10).tolist() == [3, 17]
-    assert calibration._within(np.array(shares[2]), positions, length=10).tolist() == []
+    assert lanes.within(own, positions, length=10).tolist() == [5, 21]
+    assert lanes.within(np.array(shares[1]), positions, length=10).tolist() == [3, 17]
+    assert lanes.within(np.array(shares[2]), positions, length=10).tolist() == []
 
 
 PAIRS = WalkSettings(rows_per_batch=2, dtype=torch.float64)

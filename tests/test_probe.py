@@ -148,7 +148,9 @@ def test_the_statistics_are_those_of_the_other_rows(folder: Path, tmp_path: Path
     assert found.stats.tokens == alone.tokens == 28 * 12
     for key, layer in alone.layers.items():
         for name, array in layer.state().items():
-            np.testing.assert_array_equal(getattr(found.stats.layers[key], name), array)
+            # to rounding: without a search, batches may run in two lanes, whose sums are added in another order
+            mine = getattr(found.stats.layers[key], name)
+            np.testing.assert_allclose(mine, array, rtol=1e-11, atol=1e-11)
 
 
 class Killed(BaseException):

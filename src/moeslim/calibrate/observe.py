@@ -19,7 +19,7 @@ from torch import nn
 
 from moeslim.calibrate.removal import RemovalBatch
 from moeslim.calibrate.sums import Sums, expert_sums, gram, layer_sums, neuron_sums, norm_sums, wide
-from moeslim.model.experts import FileExperts, Routing
+from moeslim.model.experts import FileExperts, Routing, Run
 from moeslim.model.walk import LayerVisit
 from moeslim.statistics import LayerStats, NormStats
 
@@ -136,7 +136,8 @@ class LayerObserver:
 
     def _on_shared_gate(self, _module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
         gates_N = torch.sigmoid(wide(output)).flatten()
-        _add(self.layer, {"neuron_shared_sum": neuron_sums(gates_N, self._shared_h.pop()).double()})
+        (sums,) = neuron_sums(gates_N, self._shared_h.pop(), counts=[len(gates_N)])
+        _add(self.layer, {"neuron_shared_sum": sums.double()})
 
 
 class _ExpertSums:
@@ -150,7 +151,7 @@ class _ExpertSums:
         self._sampled: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._batch: dict[str, torch.Tensor] = {}
         self._norms: list[torch.Tensor] = []
-        self._neurons: dict[int, torch.Tensor] = {}
+        self._neurons: list[tuple[range, torch.Tensor]] = []
         self._removal: RemovalBatch | None = None
 
     def see_router(self, _module: nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
@@ -174,12 +175,12 @@ class _ExpertSums:
         self._removal = RemovalBatch(logits_TE, indices_TK, gates_NK=gates_TK, renormalise=renormalise)
         return self._removal.next
 
-    def expert(self, expert: int, gates_N: torch.Tensor, *, h_NI: torch.Tensor, out_Nd: torch.Tensor) -> None:
-        """Keep what is needed of one expert's work until the batch ends."""
-        self._norms.append(torch.linalg.vector_norm(wide(out_Nd), dim=-1))
-        self._neurons[expert] = neuron_sums(gates_N, h_NI)
+    def ran(self, run: Run) -> None:
+        """Keep what is needed of these experts' work until the batch ends."""
+        self._norms.append(torch.linalg.vector_norm(wide(run.outputs), dim=-1))
+        self._neurons.append((run.experts, neuron_sums(run.gates, run.activated, counts=run.counts)))
         if self._removal is not None:
-            self._removal.expert(out_Nd)
+            self._removal.ran(run.outputs)
 
     def beside(self, tokens_N: torch.Tensor, out_Nd: torch.Tensor) -> None:
         """Keep what a next expert puts out."""
@@ -193,13 +194,13 @@ class _ExpertSums:
             self.sums,
             expert_sums(routing, self._batch["gates"], softmax_NK=self._batch["softmax"], norms_S=norms_S),
         )
-        reached_RI = torch.stack(list(self._neurons.values())).double()
-        neuron_EI = reached_RI.new_zeros(len(routing.counts), reached_RI.shape[1])
-        neuron_EI[list(self._neurons)] = reached_RI
+        sums_RI = torch.cat([sums for _, sums in self._neurons]).double()
+        neuron_EI = sums_RI.new_zeros(len(routing.counts), sums_RI.shape[1])
+        neuron_EI[[expert for experts, _ in self._neurons for expert in experts]] = sums_RI
         _add(self.sums, {"neuron_sum": neuron_EI})
         if self._removal is not None:
             _add(self.sums, {"removal_sum": self._removal.sums(routing)})
-        self._norms, self._neurons, self._removal, self._batch = [], {}, None, {}
+        self._norms, self._neurons, self._removal, self._batch = [], [], None, {}
 
     def over_sample(self, experts: FileExperts) -> Sums:
         """Every expert's mean outputs, plain and weighted by the softmax over all experts, as sums over the sample."""

@@ -75,7 +75,7 @@ class RemovalBatch:
         self._chosen: list[torch.Tensor] = []
         self._beside: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def expert(self, out_Nd: torch.Tensor) -> None:
+    def ran(self, out_Nd: torch.Tensor) -> None:
         """The output of the next reached expert for its tokens."""
         self._chosen.append(out_Nd)
 

@@ -12,9 +12,10 @@ the way, only a folder that all of them see.
 """
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,8 @@ from torch import nn
 from moeslim.artifacts.commit import check_vacant, committed_folder, discard, read_json
 from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.artifacts.lock import run_lock
-from moeslim.calibrate.observe import LayerObserver, Observe, Trial
+from moeslim.calibrate.lanes import Lanes, Part, lanes_for, share, watch, within
+from moeslim.calibrate.observe import Observe, Trial
 from moeslim.calibrate.room import batch_of
 from moeslim.calibrate.sums import sample_positions
 from moeslim.checkpoint.reader import Reader
@@ -113,7 +115,7 @@ def calibrate(
     with run_lock(work):
         places = _places(work, num_batches=-(-len(rows) // settings.rows_per_batch), searching=observe.search)
         _clear(work, places, job=job, redo=observe.redo)
-        walkers = _Walkers(Path(model), places, job, settings, observe)
+        walkers = _Walkers(reader, places, job, settings, observe)
         if len(places) == 1:  # one process, or rows for no more: the others wait
             _walk(walkers, rows)
         else:
@@ -136,7 +138,7 @@ def calibrate(
 class _Walkers:
     """Who walks: one process per place (a folder), each over its share of the rows of one job."""
 
-    model: Path
+    reader: Reader
     places: Sequence[Path]
     job: _Job
     settings: WalkSettings
@@ -197,12 +199,6 @@ def _check_seen(places: Sequence[Path]) -> None:
             )
 
 
-def share(num_rows: int, rows_per_batch: int, *, rank: int, size: int) -> np.ndarray:
-    """The numbers, ascending, of rank's rows: whole batches, every size-th one."""
-    numbers = np.arange(num_rows)
-    return numbers[numbers // rows_per_batch % size == rank]
-
-
 def _walk(walkers: _Walkers, rows: np.ndarray) -> None:
     """This rank's walk over its share of `rows`; returns when all ranks have arrived."""
     size, rank = len(walkers.places), parallel.world().rank
@@ -211,23 +207,22 @@ def _walk(walkers: _Walkers, rows: np.ndarray) -> None:
         own = share(len(rows), settings.rows_per_batch, rank=rank, size=size)
         observed = int((own < job.sequences).sum())
         own_job = replace(job, tokens=observed * length, sequences=observed)
-        reader = Reader(walkers.model)
+        reader = walkers.reader
         positions = sample_positions(job.tokens, experts=reader.shape["experts"], top_k=reader.shape["top_k"])
-        positions = _within(own, positions, length=length)
+        positions = within(own, positions, length=length)
         visits = walk(reader, rows[own], workdir=walkers.places[rank], settings=settings, name=job.name)
+        lanes = Lanes(1)
+        if size == 1 and walkers.observe.search is None:
+            lanes = lanes_for(reader.shape, settings, num_rows=observed, length=length)
         num_visits = len(reader.layer_keys) + 1
-        _observe(visits, positions, num_visits=num_visits, job=own_job, observe=walkers.observe)
+        _observe(visits, positions, lanes=lanes, num_visits=num_visits, job=own_job, observe=walkers.observe)
     if size > 1:
         parallel.barrier()
 
 
-def _within(own: np.ndarray, positions: np.ndarray, *, length: int) -> np.ndarray:
-    """The positions (counted over all tokens) that lie in the rows `own`, counted over the tokens of those alone."""
-    places, inside = np.searchsorted(own, positions // length), np.isin(positions // length, own)
-    return (places * length + positions % length)[inside]
-
-
-def _observe(visits: Visits, positions: np.ndarray, *, num_visits: int, job: _Job, observe: Observe) -> None:
+def _observe(
+    visits: Visits, positions: np.ndarray, *, lanes: Lanes, num_visits: int, job: _Job, observe: Observe
+) -> None:
     """Drive a walk to its end, with statistics left at every visit; `positions` of the shared sample."""
     length = job.tokens // job.sequences
     with progress("calibrate", num_visits * (job.tokens + job.held_out * length), unit="tokens") as advance:
@@ -237,36 +232,42 @@ def _observe(visits: Visits, positions: np.ndarray, *, num_visits: int, job: _Jo
                 visit = visits.send(replacement)
             except StopIteration:
                 return
-            observer = LayerObserver(visit, positions=positions, removal=observe.removal)
+            tell = partial(_tell, advance, visit.key, length)
             trial = None
             if observe.search is not None:
                 trial = observe.search.visit(visit, observed=job.tokens, held_out=job.held_out * length)
             with nullcontext() if trial is None else trial.watching():
-                with observer.watching():
-                    for batch in visit.batches(end=job.sequences):
-                        advance((batch.stop - batch.start) * length, f"layer {visit.key}")
-                for batch in visit.batches(first=job.sequences):
-                    advance((batch.stop - batch.start) * length, f"layer {visit.key}")
-            replacement = _leave(visit, observer, trial=trial, job=job)
-
-
-def _leave(visit: LayerVisit, observer: LayerObserver, *, trial: Trial | None, job: _Job) -> nn.Module | None:
-    """Put the visit's statistics, and what its trial decides from them, where the walk commits them."""
-    part = job.stats()
-    layer, part.norms = observer.result()
-    if layer is not None:
-        part.layers[visit.key] = layer
-    for sums in (*part.layers.values(), *part.norms.values()):
-        for name, array in sums.state().items():
-            if not np.isfinite(array).all():
-                raise CheckpointError(
-                    f"layer {visit.key}: its {name} is NaN or Inf, so some weight or activation is; "
-                    "look for bad weights with `moeslim verify`"
+                parts = watch(
+                    visit, lanes, end=job.sequences, positions=positions, removal=observe.removal, advance=tell
                 )
-    found, replacement = (None, None) if trial is None else trial.decide(layer)
+                for batch in visit.batches(first=job.sequences):
+                    tell(batch.stop - batch.start)
+            replacement = _leave(visit, parts, trial=trial, job=job)
+
+
+def _tell(advance: Callable[..., None], key: str, length: int, rows: int) -> None:
+    advance(rows * length, f"layer {key}")
+
+
+def _leave(visit: LayerVisit, parts: list[Part], *, trial: Trial | None, job: _Job) -> nn.Module | None:
+    """Put the visit's statistics, and what its trial decides from them, where the walk commits them."""
+    length, observed = job.tokens // job.sequences, []
+    for part in parts:
+        for sums in (*filter(None, [part.layer]), *part.norms.values()):
+            for name, array in sums.state().items():
+                if not np.isfinite(array).all():
+                    raise CheckpointError(
+                        f"layer {visit.key}: its {name} is NaN or Inf, so some weight or activation is; "
+                        "look for bad weights with `moeslim verify`"
+                    )
+        stats = replace(job, tokens=part.sequences * length, sequences=part.sequences).stats()
+        stats.layers, stats.norms = {visit.key: part.layer} if part.layer else {}, part.norms
+        observed.append(stats)
+    stats = pool(observed)
+    found, replacement = (None, None) if trial is None else trial.decide(stats.layers.get(visit.key))
     if found is not None:
-        part.found[visit.key] = found
-    part.save(visit.folder)
+        stats.found[visit.key] = found
+    stats.save(visit.folder)
     return replacement
 
 

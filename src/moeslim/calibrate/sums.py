@@ -98,9 +98,10 @@ def per_expert(routing: Routing, values_SC: torch.Tensor) -> torch.Tensor:
     return torch.segment_reduce(values_SC, "sum", lengths=lengths, axis=0, initial=0)
 
 
-def neuron_sums(gates_N: torch.Tensor, h_NI: torch.Tensor) -> torch.Tensor:
-    """`sum over n of g_n |h_ni|` (I) of an expert, routed or shared, over its tokens."""
-    return wide(gates_N) @ wide(h_NI).abs()
+def neuron_sums(gates_N: torch.Tensor, h_NI: torch.Tensor, *, counts: list[int]) -> torch.Tensor:
+    """`sum over n of g_n |h_ni|` (E, I) of consecutive experts, routed or shared, over `counts` of the tokens each."""
+    own = zip(wide(gates_N).split(counts), wide(h_NI).abs().split(counts), strict=True)
+    return torch.stack([gates @ magnitudes for gates, magnitudes in own])
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

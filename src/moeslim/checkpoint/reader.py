@@ -162,12 +162,13 @@ class Reader:
     def _descriptor(self, name: str) -> int:
         """The open file, closed with this reader."""
         if name not in self._files:
-            self._files[name] = (self.folder / name).open("rb", buffering=0)
+            # setdefault, since another thread may just have opened it
+            self._files.setdefault(name, (self.folder / name).open("rb", buffering=0))
         return self._files[name].fileno()
 
     def _map(self, name: str) -> mmap.mmap:
         if name not in self._maps:
             with (self.folder / name).open("rb") as file:
                 # a private map is writable in the eyes of torch (no warning), and never reaches the file
-                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._maps.setdefault(name, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         return self._maps[name]

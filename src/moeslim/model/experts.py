@@ -2,28 +2,41 @@
 
 A stacked experts module hides E_e(x), and stacking a large layer makes gigabytes of anonymous memory; here at most
 `group` experts are in memory. The arithmetic is that of transformers' "eager" back end, operation by operation and in
-the same order (experts ascending, each adding its rows), so the outputs are bit-identical to it.
+the same order (experts ascending, each adding its rows), so the outputs are bit-identical to it. Small experts, which
+would be more calls than arithmetic, run all at once: the same products, and each token's rows added in the same order.
 
-Legend: T tokens, K experts per token, N of the tokens go to expert e, d hidden size, I expert size, F = 2I.
+Legend: T tokens, K experts per token, S = T K items, N of them go to expert e of E, d hidden size, I expert size,
+F = 2I.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import grouped_mm, linear
 
 from moeslim.checkpoint.reader import Reader
+from moeslim.families import Shape
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 _MEMORY_SHARE = 8  # experts kept between batches may fill an eighth of a GPU
 _CPU_BYTES = 2 << 30
 _WORTH_A_THREAD = 1 << 20  # bytes of an expert: fewer are read in less time than two threads take to meet
+_SMALL = (
+    1 << 22
+)  # multiply-additions of a product: 0.1 ms; two cores took 7 % less all at once at 2 M, 27 % more at 34 M
+_ALIGNMENT = 64  # bytes
+
+
+def are_small(shape: Shape, items: int) -> bool:
+    """Whether the products of an expert's share of a batch's `items` (tokens times K) are too small for two threads."""
+    return items * shape["hidden"] * shape["expert_size"] < _SMALL * shape["experts"]
 
 
 class ExpertFile:
@@ -32,6 +45,7 @@ class ExpertFile:
     The first group-1 stay in memory from batch to batch, the others pass through one at a time. `group` None means as
     many as fit 2 GiB on a CPU or an eighth of a GPU. Of those that are expected the next one is read, as it lies in the
     file, by a thread while the current one computes, unless it is so small that handing it over takes longer.
+    `whole`: nobody has bounded the memory, and there is room for all of them. Several threads may ask.
     """
 
     def __init__(
@@ -46,21 +60,60 @@ class ExpertFile:
         self.reader, self.key, self.dtype, self.device = reader, key, dtype, torch.device(device)
         self.count = reader.shape["experts"]
         self.group = self._fitting() if group is None else group
+        self.whole = group is None and self.group >= self.count
         self._held: dict[int, Pair] = {}
+        self._stack: Pair | None = None
         self._expected: list[int] = []  # the next one last
         self._ahead: dict[int, Future[Pair]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="experts")
+        self._lock = threading.Lock()
 
     def expect(self, experts: Iterable[int]) -> None:
         """Say which experts will be asked for, in their order; others may be asked for too."""
-        self._ahead.clear()
-        if self._expert_bytes >= _WORTH_A_THREAD:
-            self._expected = [expert for expert in experts if expert not in self._held][::-1]
+        with self._lock:
+            self._ahead.clear()
+            if self._expert_bytes >= _WORTH_A_THREAD:
+                self._expected = [expert for expert in experts if expert not in self._held][::-1]
 
     def weights(self, expert: int) -> Pair:
         """[gate; up] (F, d) and down (d, I) of one expert, in memory of their own on the device."""
-        if expert in self._held:
-            return self._held[expert]
+        with self._lock:
+            if expert in self._held:
+                return self._held[expert]
+            pair = self._read(expert)
+            if self.group >= self.count or len(self._held) < self.group - 1:
+                self._held[expert] = pair
+            return pair
+
+    def stacked(self, items: int) -> Pair | None:
+        """[gate; up] (E, F, d) and down (E, d, I) of all experts, where `items` items make each one's work small.
+
+        None where it is not, where they are not all in memory, or where products of the stack may have other bits.
+        """
+        sizes = self.reader.shape["hidden"], self.reader.shape["expert_size"]
+        exact = self.device.type == "cpu" and self.dtype == torch.float32  # what a product's last bits may depend on
+        exact = exact and not any(size * self.dtype.itemsize % _ALIGNMENT for size in sizes)
+        if not (self.whole and exact and are_small(self.reader.shape, items)):
+            return None
+        with self._lock:
+            if self._stack is None:
+                hidden, size = sizes
+                gate_up = torch.empty(self.count, 2 * size, hidden, dtype=self.dtype)
+                down = torch.empty(self.count, hidden, size, dtype=self.dtype)
+                for expert in range(self.count):
+                    pair = self._held.get(expert) or self._read(expert)
+                    gate_up[expert], down[expert] = pair
+                    self._held[expert] = gate_up[expert], down[expert]
+                self._stack = gate_up, down
+            return self._stack
+
+    def release(self) -> None:
+        """Let go of what is held."""
+        self._held.clear()
+        self._stack = None
+        self.expect([])
+
+    def _read(self, expert: int) -> Pair:
         read = self._ahead.pop(expert, None)
         found = self.reader.expert_pair(self.key, expert) if read is None else read.result()
         if self._expected and self._expected[-1] == expert:
@@ -68,15 +121,7 @@ class ExpertFile:
             if self._expected:
                 coming = self._expected[-1]
                 self._ahead[coming] = self._thread.submit(self.reader.expert_pair, self.key, coming)
-        pair = found[0].to(self.device, self.dtype), found[1].to(self.device, self.dtype)
-        if self.group >= self.count or len(self._held) < self.group - 1:
-            self._held[expert] = pair
-        return pair
-
-    def release(self) -> None:
-        """Let go of what is held."""
-        self._held.clear()
-        self.expect([])
+        return found[0].to(self.device, self.dtype), found[1].to(self.device, self.dtype)
 
     @property
     def _expert_bytes(self) -> int:
@@ -114,6 +159,25 @@ class Routing:
         """The values (T, K) in the order of the items (S)."""
         return values_TK.t().reshape(-1).index_select(0, self.places)
 
+    def of_token(self, tokens: int) -> torch.Tensor:
+        """Every token's items (K, T), the lowest expert's first."""
+        items_S = torch.empty_like(self.places)
+        items_S[self.places] = torch.arange(len(self.places), device=self.places.device)
+        return items_S.view(-1, tokens).sort(dim=0).values
+
+
+class Run(NamedTuple):
+    """What consecutive experts did with their N items, `counts` of them each, in the order of the batch's `Routing`.
+
+    `activated` (N, I) is gate times up; no gate value (N) has touched `outputs` (N, d).
+    """
+
+    experts: range
+    counts: list[int]
+    gates: torch.Tensor
+    activated: torch.Tensor
+    outputs: torch.Tensor
+
 
 class ExpertWatch(Protocol):
     """Sees one layer's experts at work, batch by batch: `route`, then every reached expert ascending, then `end`."""
@@ -121,11 +185,11 @@ class ExpertWatch(Protocol):
     def route(self, x_Td: torch.Tensor, indices_TK: torch.Tensor, *, gates_TK: torch.Tensor) -> torch.Tensor | None:
         """What the experts get from the router; may name one more expert per token (T), run for the watch alone."""
 
-    def expert(self, expert: int, gates_N: torch.Tensor, *, h_NI: torch.Tensor, out_Nd: torch.Tensor) -> None:
-        """One expert's gate values, gated activation and ungated output, in the order of the batch's `Routing`."""
+    def ran(self, run: Run) -> None:
+        """One expert, or several at once and those without items among them, have run."""
 
     def beside(self, tokens_N: torch.Tensor, out_Nd: torch.Tensor) -> None:
-        """The output that the one more expert of these tokens would give them."""
+        """The outputs that these tokens' one more expert would give them."""
 
     def end(self, routing: Routing) -> None:
         """All experts have run."""
@@ -142,13 +206,32 @@ class FileExperts(nn.Module):
 
     def forward(self, x_Td: torch.Tensor, indices_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
         """sum over k of g_tk E_{i_tk}(x_t) as (T, d)."""
-        watch, out_Td = self.watch, torch.zeros_like(x_Td)
-        more_T = None if watch is None else watch.route(x_Td, indices_TK, gates_TK=gates_TK)
+        more_T = None if self.watch is None else self.watch.route(x_Td, indices_TK, gates_TK=gates_TK)
         routing = Routing.of(indices_TK, experts=self.file.count)
-        parts = (routing.tokens.split(routing.counts), routing.items(gates_TK).split(routing.counts))
+        beside = None if more_T is None else Routing.of(more_T[:, None], experts=self.file.count)
+        stack, gates_S = self.file.stacked(indices_TK.numel()), routing.items(gates_TK)
+        if stack is None:
+            out_Td = self._one_by_one(x_Td, routing, gates_S=gates_S, beside=beside)
+        else:
+            out_Td = self._at_once(x_Td, routing, gates_S=gates_S, beside=beside, stack=stack)
+        if self.watch is not None:
+            self.watch.end(routing)
+        return out_Td
+
+    def every_output(self, x_Sd: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Per expert, ascending, its outputs for all S tokens given (S, d) and its down projection (d, I)."""
+        self.file.expect(range(self.file.count))
+        for expert in range(self.file.count):
+            weights = self.file.weights(expert)
+            yield self._run(x_Sd, weights)[1], weights[1]
+
+    def _one_by_one(
+        self, x_Td: torch.Tensor, routing: Routing, *, gates_S: torch.Tensor, beside: Routing | None
+    ) -> torch.Tensor:
+        watch, out_Td = self.watch, torch.zeros_like(x_Td)
+        parts = (routing.tokens.split(routing.counts), gates_S.split(routing.counts))
         more: Sequence[torch.Tensor] = [routing.tokens[:0]] * self.file.count
-        if more_T is not None:
-            beside = Routing.of(more_T[:, None], experts=self.file.count)
+        if beside is not None:
             more = beside.tokens.split(beside.counts)
         self.file.expect(e for e, count in enumerate(routing.counts) if count or len(more[e]))
         for expert, (tokens_N, gates_N, more_N) in enumerate(zip(*parts, more, strict=True)):
@@ -159,21 +242,33 @@ class FileExperts(nn.Module):
                 h_NI, out_Nd = self._run(x_Td.index_select(0, tokens_N), weights)
                 out_Td.index_add_(0, tokens_N, (out_Nd * gates_N[:, None]).to(out_Td.dtype))
                 if watch is not None:
-                    watch.expert(expert, gates_N, h_NI=h_NI, out_Nd=out_Nd)
+                    watch.ran(Run(range(expert, expert + 1), [len(tokens_N)], gates_N, h_NI, out_Nd))
             if watch is not None and len(more_N):  # a product of its own: more rows above would change bits there
                 watch.beside(more_N, self._run(x_Td.index_select(0, more_N), weights)[1])
-        if watch is not None:
-            watch.end(routing)
         return out_Td
 
-    def every_output(self, x_Sd: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Per expert, ascending, its outputs for all S tokens given (S, d) and its down projection (d, I)."""
-        self.file.expect(range(self.file.count))
-        for expert in range(self.file.count):
-            weights = self.file.weights(expert)
-            yield self._run(x_Sd, weights)[1], weights[1]
+    def _at_once(
+        self, x_Td: torch.Tensor, routing: Routing, *, gates_S: torch.Tensor, beside: Routing | None, stack: Pair
+    ) -> torch.Tensor:
+        h_SI, out_Sd = self._run_all(x_Td, routing, stack)
+        if self.watch is not None:
+            self.watch.ran(Run(range(self.file.count), routing.counts, gates_S, h_SI, out_Sd))
+            if beside is not None:
+                self.watch.beside(beside.tokens, self._run_all(x_Td, beside, stack)[1])
+        gated_Sd = out_Sd * gates_S[:, None]
+        first_T, *others = routing.of_token(len(x_Td))
+        out_Td = gated_Sd.index_select(0, first_T)
+        for items_T in others:
+            out_Td += gated_Sd.index_select(0, items_T)
+        return out_Td
 
-    def _run(self, x_Nd: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run_all(self, x_Td: torch.Tensor, routing: Routing, stack: Pair) -> Pair:
+        ends_E = torch.tensor(routing.counts).cumsum(0).int()
+        gate, up = grouped_mm(x_Td.index_select(0, routing.tokens), stack[0].mT, offs=ends_E).chunk(2, dim=-1)
+        h_SI = self.act_fn(gate) * up
+        return h_SI, grouped_mm(h_SI, stack[1].mT, offs=ends_E)
+
+    def _run(self, x_Nd: torch.Tensor, weights: Pair) -> Pair:
         gate, up = linear(x_Nd, weights[0]).chunk(2, dim=-1)
         h_NI = self.act_fn(gate) * up
         return h_NI, linear(h_NI, weights[1])

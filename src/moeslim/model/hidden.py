@@ -38,7 +38,7 @@ class HiddenFiles:
     def write(self, start: int, y_BTd: torch.Tensor) -> None:
         """Output rows from `start` on."""
         path = self._path(self.target)
-        with disk_told(path), path.open("r+b" if path.exists() else "w+b") as file:
+        with disk_told(path), open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             file.seek(start * self.row_bytes)
             file.write(y_BTd.to(self.dtype).contiguous().cpu().flatten().view(torch.uint8).numpy().data)
 

@@ -15,11 +15,13 @@ WORKDIR/hidden-{a,b}.bin    (rows, T, d) in the compute dtype
 WORKDIR/layers/<key>/       the driver's files
 """
 
+import copy
 import json
 import shutil
+import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,15 +88,33 @@ class LayerVisit:
         """The live module whose weight is the tensor of that row."""
         return self.root.get_submodule(row.name.removeprefix(self.prefix).removesuffix("weight").rstrip("."))
 
-    def batches(self, root: nn.Module | None = None, *, first: int = 0, end: int | None = None) -> Iterator[Batch]:
+    def twin(self) -> "LayerVisit":
+        """The same layer for another thread: modules and hooks of its own, on the same weights and experts' file."""
+        kept: list[Any] = [*self.root.parameters(), *self.root.buffers()]
+        if self.experts is not None:
+            kept.append(self.experts.file)
+        copies: dict[int, Any] = {id(each): each for each in kept}
+        root = copy.deepcopy(self.root, copies)
+        decoder, experts = (copies.get(id(module)) for module in (self.decoder, self.experts))
+        return replace(self, root=root, decoder=decoder, experts=experts)
+
+    def batches(
+        self,
+        root: nn.Module | None = None,
+        *,
+        first: int = 0,
+        end: int | None = None,
+        lane: tuple[int, int] = (0, 1),
+    ) -> Iterator[Batch]:
         """Run the layer (or `root` in its place) over rows [first, end), all unless told, writing its outputs.
 
         Rows go in whole sequences, `rows_per_batch` at a time from `first` on; whoever runs a part runs the parts in
-        order.
+        order. A `lane` (l, n) is every n-th batch, from the l-th one on.
         """
         self.done_rows = first
         rows = self.hidden.shape[0] if end is None else end
-        for start in range(first, rows, self.rows_per_batch):
+        number, step = (count * self.rows_per_batch for count in lane)
+        for start in range(first + number, rows, step):
             stop = min(start + self.rows_per_batch, rows)
             x_BTd = self.hidden.read(start, stop)
             with torch.no_grad():
@@ -189,6 +209,7 @@ class _Skeleton:
         # Built anew outside meta: its frequencies are a buffer that is in no file.
         self.trunk.rotary_emb = type(self.trunk.rotary_emb)(self.trunk.config).to(settings.device)
         self._recorded: tuple[int, ...] = ()
+        self._recording = threading.Lock()
 
     def embed(self, tokens_BT: np.ndarray) -> torch.Tensor:
         """Embeddings (B, T, d) of token ids, only the rows that occur being read from the file."""
@@ -233,10 +254,12 @@ class _Skeleton:
 
     def _trunk_run(self, index: int) -> Callable[[nn.Module, torch.Tensor, int, int], torch.Tensor]:
         def run(layer: nn.Module, x_BTd: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-            if self._recorded != tuple(x_BTd.shape):  # they depend on the shape alone: rows are whole and unpadded
-                self.trunk(inputs_embeds=x_BTd, use_cache=False)
-                self._recorded = tuple(x_BTd.shape)
-            return layer(x_BTd, **self.recorders[index].arguments)
+            with self._recording:
+                if self._recorded != tuple(x_BTd.shape):  # they depend on the shape alone: rows are whole and unpadded
+                    self.trunk(inputs_embeds=x_BTd, use_cache=False)
+                    self._recorded = tuple(x_BTd.shape)
+                arguments = self.recorders[index].arguments
+            return layer(x_BTd, **arguments)
 
         return run
 
