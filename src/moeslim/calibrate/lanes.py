@@ -4,9 +4,10 @@ Two threads hardly share a small operation. Where the experts are so small that 
 lanes instead, each with half of the threads: every lane has modules of its own, on the same weights, and an observer
 whose sums are added to the other's in the end, as those of processes are. Which rows go to which lane depends on the
 model, the batches and the number of threads; where memory is bounded, or does not hold all experts, the lanes run one
-after the other, to the same bits.
+after the other, with half of the threads all the same: that is slower, and gives the same bits.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +57,8 @@ def within(own: np.ndarray, positions: np.ndarray, *, length: int) -> np.ndarray
 def lanes_for(shape: Shape, settings: WalkSettings, *, num_rows: int, length: int) -> Lanes:
     """Two where there are the threads, the batches and the small experts for it, else one."""
     small = are_small(shape, settings.rows_per_batch * length * shape["top_k"])
-    several = num_rows > settings.rows_per_batch and torch.get_num_threads() >= LANES
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else LANES  # OMP_PROC_BIND leaves one
+    several = num_rows > settings.rows_per_batch and min(cores, torch.get_num_threads()) >= LANES
     bounded = settings.group is not None or settings.max_memory is not None
     return Lanes(LANES if small and several and settings.device == "cpu" else 1, bounded)
 
@@ -76,35 +78,39 @@ def watch(
     """
     stop, telling = threading.Event(), threading.Lock()
 
-    def run(visit: LayerVisit, number: int) -> Part:
-        own = share(end, visit.rows_per_batch, rank=number, size=lanes.count)
-        sample = within(own, positions, length=visit.hidden.shape[1])
-        observer = LayerObserver(visit, positions=sample, removal=removal)
+    def run(own: LayerVisit, number: int) -> Part | None:
+        rows = share(end, own.rows_per_batch, rank=number, size=lanes.count)
+        sample = within(rows, positions, length=own.hidden.shape[1])
+        observer = LayerObserver(own, positions=sample, removal=removal)
         with observer.watching():
-            for batch in visit.batches(end=end, lane=(number, lanes.count)):
+            for batch in own.batches(end=end, lane=(number, lanes.count)):
                 with telling:
                     advance(batch.stop - batch.start)
-                if stop.is_set():
-                    break
-        return Part(len(own), *observer.result())
+                if stop.is_set():  # the other lane has failed, or a signal came
+                    return None
+        return Part(len(rows), *observer.result())
 
-    if lanes.count == 1:
-        return [run(visit, 0)]
-    threads = torch.get_num_threads()
-
-    def in_thread(number: int) -> Part:
+    def run_twin(number: int) -> Part | None:
         torch.set_num_threads(threads // lanes.count)
-        return run(visit.twin(), number)
+        try:
+            return run(visit.twin(), number)
+        except BaseException:
+            stop.set()
+            raise
 
-    room = not lanes.bounded and (visit.experts is None or visit.experts.file.whole)
+    threads, numbers = torch.get_num_threads(), range(lanes.count)
     try:
-        with ThreadPoolExecutor(lanes.count if room else 1, thread_name_prefix="lane") as pool:
-            try:
-                parts = list(pool.map(in_thread, range(lanes.count)))
-            except BaseException:  # a signal too
-                stop.set()
-                raise
+        if lanes.count == 1:
+            parts = [run(visit, 0)]
+        elif lanes.bounded or not (visit.experts is None or visit.experts.file.whole):
+            parts = [run_twin(number) for number in numbers]
+        else:
+            with ThreadPoolExecutor(lanes.count, thread_name_prefix="lane") as pool:
+                try:
+                    parts = list(pool.map(run_twin, numbers))
+                finally:  # a signal comes to this thread
+                    stop.set()
     finally:
         torch.set_num_threads(threads)
     visit.done_rows = end
-    return parts
+    return [part for part in parts if part is not None]

@@ -76,11 +76,11 @@ class RemovalBatch:
         self._beside: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def ran(self, out_Nd: torch.Tensor) -> None:
-        """The output of the next reached expert for its tokens."""
+        """The outputs of the next reached experts for their tokens."""
         self._chosen.append(out_Nd)
 
     def beside(self, tokens_N: torch.Tensor, out_Nd: torch.Tensor) -> None:
-        """The output of a next expert for the tokens that have it next."""
+        """The outputs of next experts for the tokens that have them next."""
         self._beside.append((tokens_N, out_Nd))
 
     def sums(self, routing: Routing) -> torch.Tensor:

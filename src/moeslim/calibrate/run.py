@@ -1,7 +1,7 @@
 """Calibration: one walk through the model, layer by layer, that leaves a folder of statistics.
 
 There is no other path, for small models either. Hidden states and finished layers stand in a hidden folder next to the
-output until all is done, so a killed calibration goes on at its layer and ends with the same bits.
+output until all is done, so a killed calibration goes on at its layer and ends with the same bits (on as many threads).
 
 Several processes walk side by side, each over batches of its own: batch b is rank b mod R's, so every row runs in the
 batch in which one process runs it, and the sums are added when all have arrived. They need no word from each other on
@@ -115,9 +115,9 @@ def calibrate(
     with run_lock(work):
         places = _places(work, num_batches=-(-len(rows) // settings.rows_per_batch), searching=observe.search)
         _clear(work, places, job=job, redo=observe.redo)
-        walkers = _Walkers(reader, places, job, settings, observe)
+        walkers = _Walkers(Path(model), places, job, settings, observe)
         if len(places) == 1:  # one process, or rows for no more: the others wait
-            _walk(walkers, rows)
+            _walk(walkers, rows, reader)
         else:
             _check_disk(walkers, rows, hidden=reader.shape["hidden"])
             parallel.together(_walk, walkers, rows)
@@ -138,7 +138,7 @@ def calibrate(
 class _Walkers:
     """Who walks: one process per place (a folder), each over its share of the rows of one job."""
 
-    reader: Reader
+    model: Path
     places: Sequence[Path]
     job: _Job
     settings: WalkSettings
@@ -199,7 +199,7 @@ def _check_seen(places: Sequence[Path]) -> None:
             )
 
 
-def _walk(walkers: _Walkers, rows: np.ndarray) -> None:
+def _walk(walkers: _Walkers, rows: np.ndarray, reader: Reader | None = None) -> None:
     """This rank's walk over its share of `rows`; returns when all ranks have arrived."""
     size, rank = len(walkers.places), parallel.world().rank
     if rank < size:
@@ -207,7 +207,7 @@ def _walk(walkers: _Walkers, rows: np.ndarray) -> None:
         own = share(len(rows), settings.rows_per_batch, rank=rank, size=size)
         observed = int((own < job.sequences).sum())
         own_job = replace(job, tokens=observed * length, sequences=observed)
-        reader = walkers.reader
+        reader = reader or Reader(walkers.model)
         positions = sample_positions(job.tokens, experts=reader.shape["experts"], top_k=reader.shape["top_k"])
         positions = within(own, positions, length=length)
         visits = walk(reader, rows[own], workdir=walkers.places[rank], settings=settings, name=job.name)

@@ -28,14 +28,14 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 _MEMORY_SHARE = 8  # experts kept between batches may fill an eighth of a GPU
 _CPU_BYTES = 2 << 30
 _WORTH_A_THREAD = 1 << 20  # bytes of an expert: fewer are read in less time than two threads take to meet
-_SMALL = (
-    1 << 22
-)  # multiply-additions of a product: 0.1 ms; two cores took 7 % less all at once at 2 M, 27 % more at 34 M
+_SMALL = 1 << 22
+"""Multiply-additions of an expert's down product: some 0.1 ms. At 2 M, two threads took a seventh less for all experts
+at once than for one by one, at 34 M a quarter more."""
 _ALIGNMENT = 64  # bytes
 
 
 def are_small(shape: Shape, items: int) -> bool:
-    """Whether the products of an expert's share of a batch's `items` (tokens times K) are too small for two threads."""
+    """Whether an expert's products, over its part of a batch's T K `items`, are too small for two threads."""
     return items * shape["hidden"] * shape["expert_size"] < _SMALL * shape["experts"]
 
 
@@ -76,7 +76,7 @@ class ExpertFile:
                 self._expected = [expert for expert in experts if expert not in self._held][::-1]
 
     def weights(self, expert: int) -> Pair:
-        """[gate; up] (F, d) and down (d, I) of one expert, in memory of their own on the device."""
+        """[gate; up] (F, d) and down (d, I) of one expert, in memory on the device."""
         with self._lock:
             if expert in self._held:
                 return self._held[expert]
@@ -88,7 +88,8 @@ class ExpertFile:
     def stacked(self, items: int) -> Pair | None:
         """[gate; up] (E, F, d) and down (E, d, I) of all experts, where `items` items make each one's work small.
 
-        None where it is not, where they are not all in memory, or where products of the stack may have other bits.
+        None where it is not, where they are not all in memory or are held already, one by one, or where products of the
+        stack may have other bits.
         """
         sizes = self.reader.shape["hidden"], self.reader.shape["expert_size"]
         exact = self.device.type == "cpu" and self.dtype == torch.float32  # what a product's last bits may depend on
@@ -96,13 +97,12 @@ class ExpertFile:
         if not (self.whole and exact and are_small(self.reader.shape, items)):
             return None
         with self._lock:
-            if self._stack is None:
+            if self._stack is None and not self._held:
                 hidden, size = sizes
                 gate_up = torch.empty(self.count, 2 * size, hidden, dtype=self.dtype)
                 down = torch.empty(self.count, hidden, size, dtype=self.dtype)
                 for expert in range(self.count):
-                    pair = self._held.get(expert) or self._read(expert)
-                    gate_up[expert], down[expert] = pair
+                    gate_up[expert], down[expert] = self._read(expert)
                     self._held[expert] = gate_up[expert], down[expert]
                 self._stack = gate_up, down
             return self._stack

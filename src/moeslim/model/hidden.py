@@ -38,6 +38,7 @@ class HiddenFiles:
     def write(self, start: int, y_BTd: torch.Tensor) -> None:
         """Output rows from `start` on."""
         path = self._path(self.target)
+        # Made if it is not there, and never emptied: another thread may just have made it.
         with disk_told(path), open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             file.seek(start * self.row_bytes)
             file.write(y_BTd.to(self.dtype).contiguous().cpu().flatten().view(torch.uint8).numpy().data)
@@ -52,7 +53,8 @@ class HiddenFiles:
     @property
     def missing_bytes(self) -> int:
         """What both generations will take beyond what stands."""
-        standing = sum(path.stat().st_size for g in "ab" if (path := self._path(g)).exists())
+        found = [path.stat() for g in "ab" if (path := self._path(g)).exists()]
+        standing = sum(min(file.st_size, 512 * file.st_blocks) for file in found)  # a part may be a hole
         return 2 * self.shape[0] * self.row_bytes - standing
 
     def check_disk(self, *others: "HiddenFiles") -> None:

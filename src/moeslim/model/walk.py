@@ -6,7 +6,8 @@ modules, and leaves files of its own in `visit.folder`. Advancing the generator 
 that folder, by renaming one file; `send` may hand over a replacement for the layer, whose outputs then go on instead.
 
 A killed walk goes on at the layer it was in, from the same inputs: the outputs of a layer are written beside its
-inputs and never over them. The hidden states equal the whole model's bit by bit (same rows per batch, "eager" experts).
+inputs and never over them. The hidden states equal the whole model's bit by bit (same rows per batch, same number of
+threads, "eager" experts).
 Masks, rotary and position arguments are those of the class's own forward, taken by recorders in place of its layers:
 by hand, "eager" attention with a mask of None is silently not causal.
 

@@ -99,7 +99,8 @@ def _put(visit: LayerVisit, cut: LayerCut, *, top_k: int, rows: torch.Tensor | N
     file = visit.experts.file
     assert not isinstance(file.reader, CutExperts), "the layer is cut already"
     view = cast(Reader, CutExperts(file.reader, cut))
-    smaller = ExpertFile(view, visit.key, dtype=file.dtype, device=file.device, group=file.group)
+    group = None if file.whole else file.group
+    smaller = ExpertFile(view, visit.key, dtype=file.dtype, device=file.device, group=group)
     weight = cast(torch.Tensor, router_of(visit).weight)
     # In memory of their own either way: a matmul's last bits may depend on its alignment.
     kept = weight[list(cut.kept)] if rows is None else rows.to(weight.device, weight.dtype, copy=True)
