@@ -117,7 +117,7 @@ def calibrate(
         _clear(work, places, job=job, redo=observe.redo)
         walkers = _Walkers(Path(model), places, job, settings, observe)
         if len(places) == 1:  # one process, or rows for no more: the others wait
-            _walk(walkers, rows, reader)
+            _walk(walkers, rows, reader=reader)
         else:
             _check_disk(walkers, rows, hidden=reader.shape["hidden"])
             parallel.together(_walk, walkers, rows)
@@ -199,7 +199,7 @@ def _check_seen(places: Sequence[Path]) -> None:
             )
 
 
-def _walk(walkers: _Walkers, rows: np.ndarray, reader: Reader | None = None) -> None:
+def _walk(walkers: _Walkers, rows: np.ndarray, *, reader: Reader | None = None) -> None:
     """This rank's walk over its share of `rows`; returns when all ranks have arrived."""
     size, rank = len(walkers.places), parallel.world().rank
     if rank < size:

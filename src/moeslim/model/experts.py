@@ -250,11 +250,11 @@ class FileExperts(nn.Module):
     def _at_once(
         self, x_Td: torch.Tensor, routing: Routing, *, gates_S: torch.Tensor, beside: Routing | None, stack: Pair
     ) -> torch.Tensor:
-        h_SI, out_Sd = self._run_all(x_Td, routing, stack)
+        h_SI, out_Sd = self._run_all(x_Td, routing, stack=stack)
         if self.watch is not None:
             self.watch.ran(Run(range(self.file.count), routing.counts, gates_S, h_SI, out_Sd))
             if beside is not None:
-                self.watch.beside(beside.tokens, self._run_all(x_Td, beside, stack)[1])
+                self.watch.beside(beside.tokens, self._run_all(x_Td, beside, stack=stack)[1])
         gated_Sd = out_Sd * gates_S[:, None]
         first_T, *others = routing.of_token(len(x_Td))
         out_Td = gated_Sd.index_select(0, first_T)
@@ -262,7 +262,7 @@ class FileExperts(nn.Module):
             out_Td += gated_Sd.index_select(0, items_T)
         return out_Td
 
-    def _run_all(self, x_Td: torch.Tensor, routing: Routing, stack: Pair) -> Pair:
+    def _run_all(self, x_Td: torch.Tensor, routing: Routing, *, stack: Pair) -> Pair:
         ends_E = torch.tensor(routing.counts).cumsum(0).int()
         gate, up = grouped_mm(x_Td.index_select(0, routing.tokens), stack[0].mT, offs=ends_E).chunk(2, dim=-1)
         h_SI = self.act_fn(gate) * up
