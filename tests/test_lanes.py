@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from moeslim.calibrate import lanes
 from moeslim.calibrate.observe import LayerObserver, Observe
 from moeslim.calibrate.run import calibrate
 from moeslim.checkpoint.reader import Reader
+from moeslim.demo import teacher_path, text_path
 from moeslim.errors import CheckpointError
 from moeslim.families import Shape
 from moeslim.model.experts import ExpertFile, FileExperts, Routing, Run, are_small
@@ -286,3 +289,35 @@ def test_a_signal_ends_both_lanes_after_their_batch(
         calibrate(folder, np.concatenate([ROWS] * 20), out=tmp_path / "out", settings=SETTINGS)
     assert calls[0] < 60  # of 90 in the first layer
     assert torch.get_num_threads() == 2
+
+
+VERBS = """
+import sys
+from moeslim import cli
+for line in sys.argv[1:]:
+    sys.argv = ["moeslim", *line.split()]
+    try:
+        cli.main()
+    except SystemExit as ending:
+        assert not ending.code, line
+"""
+
+
+def test_a_training_is_the_same_bits_behind_a_calibration_and_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """So a run that goes on behind its calibration ends as one that nobody stopped: MKL heeds who has set threads."""
+    model, text = teacher_path(), text_path("calibration")
+    few = "--set data.sequence_length=256 --set device=cpu"
+    steps = "--set distill.tokens=8192 --set distill.rows_per_step=16 --set distill.micro_rows=16"
+    calibrate = f"calibrate {model} {tmp_path}/stats --data {text} {few} --set calibrate.sequences=32"
+    distil = f"distill {model} {tmp_path}/NAME --data {text} {few} {steps}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    for name, lines in (("alone", [distil]), ("behind", [calibrate, distil])):
+        command = [sys.executable, "-c", VERBS, *(line.replace("NAME", name) for line in lines)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+    alone, behind = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
+        for name in ("alone", "behind")
+    )
+    assert alone
+    assert alone == behind

@@ -11,12 +11,15 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
 
 
 def tune_cpu() -> None:
-    """Keep freed memory in the process and treat denormal numbers as zero; call once before a model runs on a CPU.
+    """Fix the number of threads, keep freed memory, treat denormal numbers as zero; call before a model runs on a CPU.
 
     glibc hands tensors of some MB back to the kernel after every use, and the kernel clears the pages again: keeping
     them made a training step 30 % faster on two cores. Denormals, which decays and moments are full of, cost another
-    10 %. Bit-identical reruns need the same setting, so every verb that runs a model calls this.
+    10 %. MKL takes fewer threads as it sees fit until someone has set their number: a run whose calibration did would
+    train to other bits than one that goes on behind it in a new process. Bit-identical reruns need all three, so every
+    verb that runs a model calls this.
     """
+    torch.set_num_threads(torch.get_num_threads())
     torch.set_flush_denormal(True)
     _allocator({_MMAP_MAX: 0, _TOP_PAD: 256 << 20, _TRIM_THRESHOLD: 1 << 30})
 
