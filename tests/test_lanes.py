@@ -142,8 +142,8 @@ def test_what_is_let_go_of_is_read_again(folder: Path) -> None:
 def test_a_twin_has_the_same_weights_and_hooks_of_its_own(folder: Path, tmp_path: Path) -> None:
     for visit in walk(Reader(folder), ROWS, workdir=tmp_path, settings=SETTINGS):
         twin = visit.twin()
-        for mine, theirs in (("parameters", "parameters"), ("buffers", "buffers")):
-            pairs = zip(getattr(visit.root, mine)(), getattr(twin.root, theirs)(), strict=True)
+        for kind in ("parameters", "buffers"):
+            pairs = zip(getattr(visit.root, kind)(), getattr(twin.root, kind)(), strict=True)
             assert all(one.data_ptr() == other.data_ptr() for one, other in pairs)
         assert twin.root is not visit.root
         assert (twin.decoder is None, twin.experts is None) == (visit.decoder is None, visit.experts is None)
@@ -152,12 +152,10 @@ def test_a_twin_has_the_same_weights_and_hooks_of_its_own(folder: Path, tmp_path
             assert twin.experts.file is visit.experts.file
         seen: list[nn.Module] = []
         twin.root.register_forward_hook(lambda module, *_, seen=seen: seen.append(module))
-        for batch in visit.batches(end=4):
-            assert not seen
-            twins = next(batch_ for batch_ in twin.batches(end=4) if batch_.start == batch.start)
-            assert torch.equal(batch.y, twins.y)
-            assert seen.pop() is twin.root
-            seen.clear()
+        for mine, other in zip(visit.batches(end=4), twin.batches(end=4), strict=True):
+            assert torch.equal(mine.y, other.y)
+        assert seen == [twin.root] * 2
+        visit.complete(None)  # the next layer's inputs
 
 
 def test_two_lanes_for_small_experts_where_there_are_threads_and_batches(

@@ -23,7 +23,7 @@ from moeslim.model.experts import are_small
 from moeslim.model.walk import LayerVisit, WalkSettings
 from moeslim.statistics import LayerStats, NormStats
 
-LANES = 2  # more would wait for each other's Python
+LANES = 2  # more were not tried
 
 
 @dataclass(frozen=True)
@@ -90,27 +90,36 @@ def watch(
                     return None
         return Part(len(rows), *observer.result())
 
-    def run_twin(number: int) -> Part | None:
-        torch.set_num_threads(threads // lanes.count)
+    if lanes.count == 1:
+        parts = [run(visit, 0)]
+    else:
+        at_once = not lanes.bounded and (visit.experts is None or visit.experts.file.whole)
+        parts = _in_lanes(lambda number: run(visit.twin(), number), lanes.count, at_once=at_once, stop=stop)
+        visit.done_rows = end
+    return [part for part in parts if part is not None]
+
+
+def _in_lanes(
+    run: Callable[[int], Part | None], count: int, *, at_once: bool, stop: threading.Event
+) -> list[Part | None]:
+    """What every lane returns, each on its share of the threads; sets `stop` where one fails or a signal comes."""
+    threads = torch.get_num_threads()
+
+    def lane(number: int) -> Part | None:
+        torch.set_num_threads(threads // count)
         try:
-            return run(visit.twin(), number)
+            return run(number)
         except BaseException:
             stop.set()
             raise
 
-    threads, numbers = torch.get_num_threads(), range(lanes.count)
     try:
-        if lanes.count == 1:
-            parts = [run(visit, 0)]
-        elif lanes.bounded or not (visit.experts is None or visit.experts.file.whole):
-            parts = [run_twin(number) for number in numbers]
-        else:
-            with ThreadPoolExecutor(lanes.count, thread_name_prefix="lane") as pool:
-                try:
-                    parts = list(pool.map(run_twin, numbers))
-                finally:  # a signal comes to this thread
-                    stop.set()
+        if not at_once:
+            return [lane(number) for number in range(count)]
+        with ThreadPoolExecutor(count, thread_name_prefix="lane") as pool:
+            try:
+                return list(pool.map(lane, range(count)))
+            finally:  # a signal comes to this thread, which would wait for the lanes to end
+                stop.set()
     finally:
         torch.set_num_threads(threads)
-    visit.done_rows = end
-    return [part for part in parts if part is not None]

@@ -253,15 +253,9 @@ def _leave(visit: LayerVisit, parts: list[Part], *, trial: Trial | None, job: _J
     """Put the visit's statistics, and what its trial decides from them, where the walk commits them."""
     length, observed = job.tokens // job.sequences, []
     for part in parts:
-        for sums in (*filter(None, [part.layer]), *part.norms.values()):
-            for name, array in sums.state().items():
-                if not np.isfinite(array).all():
-                    raise CheckpointError(
-                        f"layer {visit.key}: its {name} is NaN or Inf, so some weight or activation is; "
-                        "look for bad weights with `moeslim verify`"
-                    )
         stats = replace(job, tokens=part.sequences * length, sequences=part.sequences).stats()
-        stats.layers, stats.norms = {visit.key: part.layer} if part.layer else {}, part.norms
+        stats.layers, stats.norms = {} if part.layer is None else {visit.key: part.layer}, part.norms
+        _check_finite(visit.key, stats)
         observed.append(stats)
     stats = pool(observed)
     found, replacement = (None, None) if trial is None else trial.decide(stats.layers.get(visit.key))
@@ -269,6 +263,16 @@ def _leave(visit: LayerVisit, parts: list[Part], *, trial: Trial | None, job: _J
         stats.found[visit.key] = found
     stats.save(visit.folder)
     return replacement
+
+
+def _check_finite(key: str, stats: Stats) -> None:
+    for sums in (*stats.layers.values(), *stats.norms.values()):
+        for name, array in sums.state().items():
+            if not np.isfinite(array).all():
+                raise CheckpointError(
+                    f"layer {key}: its {name} is NaN or Inf, so some weight or activation is; "
+                    "look for bad weights with `moeslim verify`"
+                )
 
 
 def _job(model: Path | str, rows: np.ndarray, *, held_out: int, settings: WalkSettings, observe: Observe) -> _Job:
