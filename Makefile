@@ -8,7 +8,7 @@ SERVE := .venv-serve
 BENCH := $(VENV)/bench
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: demo test check format serve-check study-smoke soak fuzz clean
+.PHONY: demo test test-cpus check format serve-check study-smoke soak fuzz clean
 .PHONY: bench-calibrate bench-stream bench-experts bench-loss bench-cache bench-train
 
 demo: $(INSTALLED)  ## a trained model gets smaller, end to end, on two CPU cores
@@ -16,6 +16,9 @@ demo: $(INSTALLED)  ## a trained model gets smaller, end to end, on two CPU core
 
 test: $(INSTALLED)  ## all tests that need neither a GPU nor minutes, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+test-cpus: $(INSTALLED)  ## the bit-exact tests as older CPUs would run them; minutes each (ARGS=--short: what CI runs)
+	$(BIN)/python tests/cpus.py $(ARGS)
 
 check: $(INSTALLED)  ## style, types and the house's rules
 	$(BIN)/ruff check src tests benchmarks

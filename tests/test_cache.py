@@ -40,6 +40,8 @@ from moeslim.model.load import load_student
 from moeslim.recipe import Recipe
 from tiny import write_tiny
 
+pytestmark = pytest.mark.bits("a cache holds the same bytes however it was made, and the same numbers on every CPU")
+
 T, ROWS, V = 8, 24, 64
 ASK = Ask(k=5, samples=3, rows_per_batch=2, shard_tokens=5 * T)
 

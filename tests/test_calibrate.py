@@ -42,6 +42,8 @@ from moeslim.search.run import expert_search
 from moeslim.statistics import ENOUGH_TOKENS, Stats
 from tiny import tiny_config, write_tiny
 
+pytestmark = pytest.mark.bits("statistics do not depend on groups, kills, layouts or lanes")
+
 E, K, D, T = 8, 2, 16, 40
 ROWS = np.random.default_rng(3).integers(0, 64, (6, T + 1))
 EXACT = WalkSettings(rows_per_batch=4, dtype=torch.float64)

@@ -18,6 +18,8 @@ from moeslim.model.student import Student
 from oracle import in_float64
 from test_drafting import CASES, last_state, make_student
 
+pytestmark = pytest.mark.bits("depth 1 of a chain is the plain MTP block")
+
 T, D = 6, 3
 
 

@@ -23,6 +23,8 @@ from moeslim.errors import CheckpointError, FamilyError, MoeslimError, ResourceE
 from spoil import rewrite, write_good, write_raw
 from tiny import LAYOUTS, tiny_config, write_tiny
 
+pytestmark = pytest.mark.bits("values are copied, not computed")
+
 Header = dict[str, Any]
 
 

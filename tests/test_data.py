@@ -19,6 +19,8 @@ from moeslim.data.chat import render
 from moeslim.data.cursor import Cursor, batches, permutation, take
 from moeslim.errors import DataError, RunError
 
+pytestmark = pytest.mark.bits("tokens and their order are copied, not computed")
+
 EOS = 0
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}|\n{% endfor %}"

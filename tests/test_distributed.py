@@ -20,6 +20,8 @@ from moeslim.data.tokens import TokenSet
 from moeslim.distill.cache import Ask, make_cache
 from moeslim.distill.watch import read_log
 
+pytestmark = pytest.mark.bits("every rank ends with the same weights, and what is gathered is what was shared out")
+
 Records = list[dict[str, Any]]
 
 
@@ -183,7 +185,7 @@ def start(home: Path, said: Path) -> subprocess.Popen[bytes]:
 
 def wait_for(home: Path, process: subprocess.Popen[bytes], step: int) -> None:
     """Until the training has logged `step`."""
-    until = time.monotonic() + 300
+    until = time.monotonic() + 500
     while all(record["step"] < step for record in read_log(home / "run.work" / "curve.jsonl")):
         assert process.poll() is None, "it ended early"
         assert time.monotonic() < until, "it does not get on"

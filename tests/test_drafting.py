@@ -14,6 +14,8 @@ from moeslim.evaluate.generate import generate, greedy, sampler
 from moeslim.model.student import Student
 from tiny import tiny_config
 
+pytestmark = pytest.mark.bits("drafts and verified tokens are ids")
+
 
 def make_student(seed: int, *, kind: str = "random", **changes: object) -> Student:
     """A random student; "eager" experts make single tokens and batches agree to the last rounding.

@@ -15,6 +15,8 @@ from moeslim.errors import CheckpointError, FamilyError
 from moeslim.families import EXPERT_LAYOUTS, FAMILIES, Shape, count, detect, names, pieces, positions, size, table
 from tiny import LAYOUTS, tiny_config
 
+pytestmark = pytest.mark.bits("values are copied, not computed")
+
 _SIZES = {"a": 3, "b": 2, "c": 4}
 
 RELEASED = {

@@ -28,6 +28,8 @@ from moeslim.propose import propose
 from stock import Stock
 from tiny import FAMILIES, tiny_config, write_tiny
 
+pytestmark = pytest.mark.bits("a cut copies values, keep-all copies all of them")
+
 ON_FILES = [family for family in FAMILIES if not SPECS[family].live]
 CHANNELS = tuple(c for c in range(16) if c not in (0, 6, 7, 13))
 

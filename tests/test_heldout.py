@@ -20,6 +20,8 @@ from moeslim.model import parallel
 from moeslim.model.load import load_student
 from tiny import write_tiny
 
+pytestmark = pytest.mark.bits("a measured training has the weights of one that is not measured")
+
 TEXTS = (
     "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. ",
     "日本語の文章は、空白なしで書かれる。漢字と仮名。",

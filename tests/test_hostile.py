@@ -47,6 +47,8 @@ from moeslim.surgery.apply import cut
 from spoil import write_good, write_raw
 from tiny import tiny_config
 
+pytestmark = pytest.mark.bits("what is not damaged is copied, not computed")
+
 anything = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 

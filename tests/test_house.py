@@ -1,6 +1,7 @@
 """The rules of CONTRIBUTING.md that a machine can check: direction of imports, sizes, who prints, what loads what."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,6 +120,19 @@ def handed_over(tree: ast.Module) -> set[str]:
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     values = (node for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute) and id(node) not in called)
     return {node.id if isinstance(node, ast.Name) else node.attr for node in values if isinstance(node.ctx, ast.Load)}
+
+
+BITS = re.compile(r"torch\.equal\(|array_equal\(|\.tobytes\(\)")
+"""How a test compares bits."""
+TESTS = sorted(Path(__file__).parent.glob("test_*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+def test_a_test_that_compares_bits_says_why(path: Path) -> None:
+    """`make test-cpus` runs what is marked; a comparison that it does not know fails first on somebody's machine."""
+    text = path.read_text(encoding="utf-8")
+    if path.name != Path(__file__).name and BITS.search(text):
+        assert "pytest.mark.bits(" in text, 'compare to a tolerance, or add pytestmark = pytest.mark.bits("why")'
 
 
 def crowded(tree: ast.Module) -> list[str]:

@@ -28,6 +28,8 @@ from moeslim.model.experts import ExpertFile, FileExperts, Routing, Run, are_sma
 from moeslim.model.walk import Batch, LayerVisit, WalkSettings, walk
 from tiny import tiny_config, write_tiny
 
+pytestmark = pytest.mark.bits("lanes, groups and small experts change no bit")
+
 E, K, D, SIZE, T = 8, 2, 32, 16, 24
 ROWS = np.random.default_rng(3).integers(0, 64, (9, T + 1))
 SETTINGS = WalkSettings(rows_per_batch=2)
@@ -204,7 +206,7 @@ def test_two_lanes_find_what_one_finds(folder: Path, tmp_path: Path, two_threads
 def test_lanes_run_at_once_and_where_memory_is_bounded_one_after_the_other_to_the_same_bits(
     folder: Path, tmp_path: Path, two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    meeting = threading.Barrier(2, timeout=20)
+    meeting = threading.Barrier(2, timeout=300)
     most, inside, lock = 0, 0, threading.Lock()
     original = LayerObserver.watching
     meet = True

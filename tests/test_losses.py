@@ -10,6 +10,8 @@ import torch
 from moeslim.losses import Coefficients, LossWeights, Signal, balance, coefficients, fused, fused_loss, term_counts
 from moeslim.losses.terms import means
 
+pytestmark = pytest.mark.bits("what a term reads does not depend on which other terms are asked for")
+
 V, D_STUDENT, D_TEACHER = 7, 5, 3
 ONE = Coefficients({"lm": 1.0})
 

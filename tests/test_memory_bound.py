@@ -35,6 +35,8 @@ from moeslim.surgery.room import check_cut
 from moeslim.surgery.routers import Beside
 from tiny import write_tiny
 
+pytestmark = pytest.mark.bits("a bound of memory changes no bit")
+
 ROWS = np.random.default_rng(0).integers(0, 64, (4, 17)).astype(np.int32)
 
 

@@ -37,6 +37,8 @@ from moeslim.surgery.merge import merged
 from oracle import Oracle
 from tiny import LAYOUTS, rearrange_experts, write_tiny
 
+pytestmark = pytest.mark.bits("what is not merged is copied, not computed")
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 UNEVEN = (0.1, 0.7, 0.3, 1.9)  # in float64, a mean of equal values by these is often off by a bit
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)

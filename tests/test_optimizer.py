@@ -24,6 +24,8 @@ from moeslim.model.student import Student
 from moeslim.recipe import PartSettings
 from tiny import write_tiny
 
+pytestmark = pytest.mark.bits("frozen and untouched weights keep their bits")
+
 SETTINGS = TrainSettings(tokens=1, learning_rate=1e-2, weight_decay=0.1)
 BY_NAME = [  # the first pattern that is found decides
     (r"^mtp\.", "mtp"),

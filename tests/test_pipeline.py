@@ -13,6 +13,8 @@ from moeslim.data.tokens import TokenSet
 from moeslim.distill.watch import read_log
 from moeslim.errors import RecipeError
 
+pytestmark = pytest.mark.bits("a run that goes on ends as one that was not stopped")
+
 MEASURED = (*SMALL, *TRAIN, "distill.measure_every=1", "distill.measure_rows=4")
 
 

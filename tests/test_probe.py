@@ -33,6 +33,8 @@ from moeslim.surgery.apply import cut
 from spoil import rewrite
 from tiny import tiny_config, write_tiny
 
+pytestmark = pytest.mark.bits("a probe that goes on ends as one that was not stopped")
+
 __all__ = ["moeslim"]  # a fixture
 
 EXACT = WalkSettings(rows_per_batch=2, dtype=torch.float64)

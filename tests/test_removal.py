@@ -21,6 +21,8 @@ from moeslim.model.walk import WalkSettings
 from moeslim.statistics import Stats
 from tiny import write_tiny
 
+pytestmark = pytest.mark.bits("sums do not depend on groups and kills")
+
 ROWS = np.random.default_rng(5).integers(0, 64, (3, 15))
 EXACT = WalkSettings(rows_per_batch=2, dtype=torch.float64)
 

@@ -76,7 +76,7 @@ def look(pages: dict[str, str], tmp_path: Path, *, dark: bool = False) -> tuple[
     path.write_text(f'<!doctype html><meta charset="utf-8">{frames}<script>onload = () => {{{LOOK}}}</script>')
     place = [f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
     command = [str(CHROMIUM), *FLAGS, *place, path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     told = done.stdout.partition('<pre id="told">')[2].partition("</pre>")[0]
     console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
     return json.loads(html.unescape(told)), console

@@ -18,6 +18,8 @@ from moeslim.evaluate.sampling import figures, kept, seeded
 from moeslim.model.student import Student
 from test_drafting import last_state, make_student
 
+pytestmark = pytest.mark.bits("drawn ids depend on the seed alone")
+
 VOCAB, DRAFTS = 3, 2
 PROMPT = [1, 2, 0]
 NEW = 4  # starts at the prompt's end and one token later

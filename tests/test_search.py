@@ -42,6 +42,8 @@ from moeslim.statistics import Stats
 from moeslim.surgery.apply import cut
 from tiny import write_tiny
 
+pytestmark = pytest.mark.bits("a search that goes on ends as one that was not stopped, and leaves the layer as it was")
+
 ROWS = np.random.default_rng(5).integers(0, 64, (5, 26))
 KEYS = ("0", "1", "2", "mtp.0")
 SETTINGS = WalkSettings(rows_per_batch=2)

@@ -29,6 +29,8 @@ from moeslim.plan.steps import DropLayers, for_moments
 from moeslim.surgery import cut
 from tiny import write_tiny
 
+pytestmark = pytest.mark.bits("a training that goes on ends as one that was not stopped")
+
 SETTINGS = TrainSettings(tokens=64, rows_per_step=4, micro_rows=2, learning_rate=1e-2, save_every=100, keep_last=2)
 Pair = tuple[Student, torch.optim.Optimizer]
 

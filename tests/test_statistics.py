@@ -11,6 +11,8 @@ import pytest
 from moeslim.errors import RunError
 from moeslim.statistics import LayerStats, NormStats, Starved, Stats, coverage_lines, join, pool
 
+pytestmark = pytest.mark.bits("saved and read again, sums are the same numbers")
+
 D, E, WIDE, S = 6, 4, 3, 5
 SHAPES = {
     "x_sum": (D,),

@@ -33,6 +33,8 @@ from moeslim.study.grid import Grid
 from moeslim.study.run import preview_study, study
 from study_smoke import write_study
 
+pytestmark = pytest.mark.bits("a study that goes on ends as one that was not stopped")
+
 __all__ = ["moeslim"]  # a fixture
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -426,7 +428,7 @@ def test_a_stopped_study_leaves_no_run_behind(tmp_path: Path) -> None:
         assert process.poll() is None, process.communicate()
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate()  # as long as a busy machine takes; pytest's own limit ends a hang
     assert process.returncode == 130, said
     assert "the same command goes on from there" in said
     holder = json.loads((out / "runs" / "kd-seed-0" / ".lock").read_text())["pid"]

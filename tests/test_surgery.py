@@ -38,6 +38,8 @@ from moeslim.surgery.apply import rescaled
 from oracle import Oracle
 from tiny import write_tiny
 
+pytestmark = pytest.mark.bits("a cut copies values, keep-all copies all of them")
+
 GONE = (0, 6, 7, 13)
 CHANNELS = tuple(c for c in range(16) if c not in GONE)
 

@@ -18,7 +18,9 @@ from moeslim.model import hidden as hidden_files
 from moeslim.model.experts import ExpertFile, FileExperts
 from moeslim.model.mtp import MtpBlock
 from moeslim.model.walk import LayerVisit, WalkSettings, walk
-from tiny import write_tiny
+from tiny import in_own_memory, write_tiny
+
+pytestmark = pytest.mark.bits("the walk is the whole model")
 
 ROWS = np.random.default_rng(7).integers(0, 64, (5, 22))
 PER_BATCH = 2  # 5 rows: the last batch is a short one
@@ -39,9 +41,10 @@ def batches() -> Iterator[torch.Tensor]:
 
 
 def whole_model(folder: Path, attn: str) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=attn, experts_implementation="eager"
-    ).eval()
+    )
+    return in_own_memory(model).eval()
 
 
 def mtp_block(folder: Path, config: Any) -> MtpBlock:

@@ -21,6 +21,8 @@ from moeslim.model.walk import WalkSettings
 from test_evaluate import SETTINGS, VOCAB, cut_small, random_documents, text_documents, write_tokenizer
 from tiny import write_tiny
 
+pytestmark = pytest.mark.bits("a measurement through the walk is the whole model's")
+
 LENGTHS = {"a": [23, 1, 9], "b": [40, 12]}
 LAYOUTS = {
     "apart": Layout(window=16, stride=16, batch_tokens=40),  # windows of 16, 12, 9, 8, 7 and 1, padded in batches

@@ -1,8 +1,10 @@
 """Reading single tensors and slices of a checkpoint.
 
 `tensor` maps: a view of the file's pages, of which only what is touched is read, and the system can drop it again. It
-is for reading; clone before changing one. `read`, `read_rows` and `expert_pair` copy into memory of their own: faster
-for what is needed whole, and a file that cannot be read is then an error and not the end of the process.
+is for reading. Clone before changing one, and before multiplying by one: in a file a tensor may lie at any multiple of
+8 bytes, and the last bits of a CPU's matrix product may depend on where in a line of 64 bytes an operand begins.
+`read`, `read_rows` and `expert_pair` copy into torch's own memory, which begins with a line: faster for what is needed
+whole, and a file that cannot be read is then an error and not the end of the process.
 """
 
 import mmap

@@ -206,7 +206,8 @@ class _Trial:
         rows, mask, reader = self.probe.rows, self.probe.mask, self.probe.reader
         skipped = 0 if self.visit.key == "norm" else 1  # the MTP block says one token further
         head = reader.tensor("model.embed_tokens.weight" if reader.shape.tied else "lm_head.weight")
-        head = head.to(self.visit.hidden.device, self.visit.hidden.dtype)
+        # copied: a product's last bits may depend on where in a file a mapped operand lies
+        head = head.to(self.visit.hidden.device, self.visit.hidden.dtype, copy=True)
         targets = Targets(rows[:, 1 + skipped :], mask[:, skipped:], head)
         sums = compare(self.streams, self.probe.cuts, targets=targets)
         bad = [count for count, found in sums.items() if not np.isfinite([found["kl"], found["rise"]]).all()]

@@ -17,6 +17,7 @@ STEPS_PER_NAT = 8
 """Codes of a sample's log-probability: `round(-STEPS_PER_NAT log p)`, at most 255, that is 32 nats."""
 
 _ZLIB_LEVEL = 6
+_LOWER_ENDS = np.arange(LEVELS) ** 3 / LEVELS**3  # whole numbers over a power of two: exact
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ def probability_code(p: np.ndarray) -> np.ndarray:
 
     The harm of a relative error e in p is `p e^2 / 2` nats of KL. For a given number of codes, and outcomes spread
     evenly in log p, its sum is least where the step in log p grows like p^(-1/3) (Bennett's rule for quantisers of
-    many levels), i.e. where the codes are even steps of the cube root.
+    many levels), i.e. where the codes are even steps of the cube root. Found by comparing with the steps' exact lower
+    ends `(code / LEVELS)^3`: a cube root's last bit differs between machines and would move a code.
     """
-    return np.minimum(np.cbrt(p) * LEVELS, LEVELS - 1).astype(np.uint8)
+    return (np.searchsorted(_LOWER_ENDS, p, side="right") - 1).astype(np.uint8)
 
 
 def probability(code: np.ndarray) -> np.ndarray:
@@ -50,7 +52,13 @@ def probability(code: np.ndarray) -> np.ndarray:
 
     That is before the k+1 outcomes are divided by their sum, which mends most of what is off in the largest of them.
     """
-    return ((code.astype(np.float64) + 0.5) / LEVELS) ** 3
+    return _odd_cubes(code) / (2.0 * LEVELS) ** 3
+
+
+def _odd_cubes(code: np.ndarray) -> np.ndarray:
+    """`(2 code + 1)^3` (int64): the middle of a code's step in units of `(2 LEVELS)^-3`, exact on every machine."""
+    odd = 2 * code.astype(np.int64) + 1
+    return odd * odd * odd
 
 
 def sample_code(log_p: np.ndarray) -> np.ndarray:
@@ -88,8 +96,9 @@ def decode(blob: bytes, *, vocab_size: int, length: int, k: int, samples: int) -
     ]
     if planes[places].max(initial=0) >= LEVELS:
         raise ValueError(f"a probability's code is not below {LEVELS}")
-    p = _OF_CODE[planes[places]]
-    p /= p.sum(1, keepdims=True)
+    cubes = _odd_cubes(planes[places])
+    # Whole numbers and one division: a sum of floats has other last bits on a CPU with wider registers.
+    p = (cubes / cubes.sum(1, keepdims=True)).astype(np.float32)
     if samples:
         sampled, log_p = _ids(planes[places + 1 : -1]), sample_log_p(planes[-1])
     else:
@@ -122,6 +131,3 @@ def _ids(planes: list[np.ndarray]) -> np.ndarray:
     for place, plane in enumerate(planes[1:], start=1):
         gaps += plane.astype(np.int64) << (8 * place)
     return np.cumsum(gaps, axis=1, out=gaps)
-
-
-_OF_CODE = probability(np.arange(LEVELS, dtype=np.uint8)).astype(np.float32)
