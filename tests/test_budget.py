@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from command import SMALL, Command, moeslim, settings, write_model, write_text
-from moeslim.distill.peak import GPUS, peak_of
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape, count, forward_operations
 from moeslim.inputs import target_config
+from moeslim.machine.gpus import GPUS, peak_of
 from moeslim.plan import final_shape, read_plan
 from moeslim.plan.budget import CONTEXT, Wish, axis_weights, proposals
 from moeslim.plan.carried import carried

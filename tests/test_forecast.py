@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from micro import write_micro
 from moeslim import pipeline
-from moeslim.distill.peak import measured_rate
 from moeslim.forecast import preview_run
+from moeslim.machine.gpus import measured_rate
 
 
 def tensor_bytes(folder: Path) -> int:

@@ -11,13 +11,12 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "moeslim"
 FLOORS = [
-    {"errors", "log"},
-    {"artifacts", "recipe"},
+    {"errors", "log", "figures"},
+    {"artifacts", "recipe", "machine"},
     {"losses", "families", "statistics"},
     {"checkpoint", "data"},
     {"model", "plan"},
-    {"evaluate"},
-    {"distill", "calibrate", "surgery"},
+    {"evaluate", "distill", "calibrate", "surgery"},
     {"report", "search"},
     {"inputs"},
     {"describe"},

@@ -258,7 +258,7 @@ def peak_of(program: str, *words: object) -> int:
 CALIBRATE = """
 import sys, numpy, moeslim.log
 from moeslim.calibrate.run import calibrate
-from moeslim.model.host import tune_cpu
+from moeslim.machine.host import tune_cpu
 from moeslim.model.walk import WalkSettings
 tune_cpu()
 rows = numpy.random.default_rng(0).integers(0, 64, (4, 257))

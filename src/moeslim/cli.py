@@ -366,7 +366,7 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         with stoppable():
             sys.exit(ended(app))
-    from moeslim.model.parallel import carry_out, serve
+    from moeslim.machine.parallel import carry_out, serve
 
     sys.exit(ended(lambda: carry_out(lambda: ended(app), help_out=lambda: ended(serve))))
 

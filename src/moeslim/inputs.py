@@ -172,8 +172,8 @@ def device(name: str) -> str:
     """
     import torch
 
-    from moeslim.model.host import tune_cpu
-    from moeslim.model.parallel import world
+    from moeslim.machine.host import tune_cpu
+    from moeslim.machine.parallel import world
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -215,7 +215,7 @@ def check_training(recipe: Recipe, student: Path) -> None:
     """Refuse what the recipe's training cannot work with: its settings, processes, trackers, the parts of `student`."""
     from moeslim.distill.parts import trained_parts
     from moeslim.distill.trackers import check_trackers
-    from moeslim.model.parallel import world
+    from moeslim.machine.parallel import world
 
     if recipe.distill.tokens:
         check_trackers(recipe.distill.watch)

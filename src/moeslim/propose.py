@@ -11,10 +11,10 @@ from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import refuse_quantised
 from moeslim.describe import amount, storage
-from moeslim.distill.peak import GPUS, Gpu
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape
 from moeslim.inputs import has_mtp, has_weights, model_folder, options_recipe
+from moeslim.machine.gpus import GPUS, Gpu
 from moeslim.plan.budget import RULES, Proposal, Wish, proposals, read_number, resized
 from moeslim.plan.footprint import ROW, Footprint, Footprints
 from moeslim.plan.schedule import AXES, Target, resolve, stages, units
