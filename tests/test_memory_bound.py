@@ -20,8 +20,8 @@ from moeslim.checkpoint import shard
 from moeslim.checkpoint.finite import not_finite
 from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.writer import ShardWriter
+from moeslim.commands.settings import memory_bound
 from moeslim.errors import CheckpointError, MoeslimError, RecipeError, ResourceError
-from moeslim.inputs import memory_bound
 from moeslim.model import experts, room
 from moeslim.model.experts import ExpertFile
 from moeslim.model.room import Batch, needed, with_room

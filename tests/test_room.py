@@ -277,7 +277,7 @@ def test_other_errors_pass(problem: Exception) -> None:
 TIGHT = """
 import resource, sys
 import torch, transformers.models.qwen3_next.modeling_qwen3_next, moeslim.distill.run
-from moeslim import cli
+from moeslim.cli import main as cli
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), resource.RLIM_INFINITY))
 for arguments in sys.argv[1:]:

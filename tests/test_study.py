@@ -18,13 +18,13 @@ from scipy.stats import t as student_t
 
 import micro
 from command import Command, moeslim
+from moeslim.commands.settings import check_search, stage_targets
 from moeslim.data.tokens import TokenSet
 from moeslim.demo import teacher_path
 from moeslim.errors import DataError, PlanError, RecipeError, RunError
 from moeslim.evaluate import Record
 from moeslim.evaluate.pairs import Estimate, difference_over_seeds, over_seeds, paired
 from moeslim.figures import Figure
-from moeslim.inputs import check_search, stage_targets
 from moeslim.recipe import Recipe
 from moeslim.report import figures
 from moeslim.report.study import markdown, study_page, study_table

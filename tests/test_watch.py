@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moeslim import display
+from moeslim.cli import display
 from moeslim.distill import trackers, watch
 from moeslim.distill.settings import TrainSettings
 from moeslim.distill.watch import Watch, read_log, spike, told
