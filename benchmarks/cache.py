@@ -40,7 +40,7 @@ import numpy as np
 import torch
 import yaml
 
-from moeslim import pipeline, verbs
+from moeslim import api, pipeline
 from moeslim.data.corpus import read_corpus, read_source
 from moeslim.data.tokens import pack
 from moeslim.demo import recipe_path, teacher_path, text_path
@@ -133,9 +133,9 @@ def bundled(student: Path, work: Path, rows: int) -> Iterator[Pair]:
 
 
 def half_of_the_experts(work: Path) -> Path:
-    verbs.calibrate("demo", work / "stats", overrides=["data.sequence_length=256", "calibrate.sequences=32"])
-    verbs.plan("demo", work / "plan.json", stats=work / "stats", keep={"experts": "50%"})
-    verbs.cut("demo", work / "plan.json", out=work / "half")
+    api.calibrate("demo", work / "stats", overrides=["data.sequence_length=256", "calibrate.sequences=32"])
+    api.plan("demo", work / "plan.json", stats=work / "stats", keep={"experts": "50%"})
+    api.cut("demo", work / "plan.json", out=work / "half")
     return work / "half"
 
 
@@ -235,7 +235,7 @@ def train(arguments: argparse.Namespace) -> dict[str, object]:
             settings = [f"seed={seed}", *arguments.settings]
             if samples is not None:
                 cache = out.with_name(out.name + ".cache")
-                verbs.cache_teacher("demo", recipe, out=cache, overrides=settings, samples=samples)
+                api.cache_teacher("demo", recipe, out=cache, overrides=settings, samples=samples)
                 settings.append(f"distill.teacher_cache={cache}")
             pipeline.run(recipe, out, overrides=settings)
             record = Record.read(out / "records" / "distilled.json")

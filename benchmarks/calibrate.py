@@ -39,7 +39,7 @@ from moeslim.checkpoint.reader import Reader
 from moeslim.data.corpus import read_corpus
 from moeslim.data.tokens import pack
 from moeslim.demo import teacher_path, text_path
-from moeslim.model.host import tune_cpu
+from moeslim.machine.host import tune_cpu
 from moeslim.model.init import write_random
 from moeslim.model.load import load_student
 from moeslim.model.student import Student

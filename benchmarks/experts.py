@@ -38,7 +38,7 @@ from moeslim.evaluate.measure import Ground, load
 from moeslim.evaluate.score import Scores, score
 from moeslim.evaluate.settings import Settings
 from moeslim.families import Shape
-from moeslim.inputs import device
+from moeslim.machine.host import tune_cpu
 from moeslim.model.walk import WalkSettings
 from moeslim.plan.make import make_plan
 from moeslim.plan.schedule import Target
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=int, nargs="+", default=[75, 50, 25], help="per cent of the experts kept")
     parser.add_argument("--only", nargs="+", choices=[*OPERATIONS, *WHOLE], help="operations, all unless given")
     arguments = parser.parse_args()
-    device("cpu")
+    tune_cpu()
     torch.manual_seed(0)  # nothing draws from it
     bench, chosen = Bench.of(arguments), methods(arguments.only)
     ground = experts_page.Documents(

@@ -14,7 +14,8 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-from moeslim import verbs
+from moeslim import api
+from moeslim.commands.inputs import labels, model_folder
 from moeslim.evaluate.task_record import TaskRecord
 
 PICK = """output_type: multiple_choice
@@ -65,13 +66,13 @@ def main() -> None:
     folder = write_tasks(told.work)
     files = [str(folder / f"{name}.yaml") for name in FILES]
     out = told.work / f"records-{told.limit or 'all'}"
-    ours = verbs.evaluate_tasks(
+    ours = api.evaluate_tasks(
         told.models, out, tasks=files, limit=told.limit, overrides=[f"calibrate.rows_per_batch={BATCH}", "device=cpu"]
     )
     print("\n".join(" | ".join(row) for row in ours["table"]))
     facts: dict[str, Any] = {"metrics": 0, "questions": 0, "unequal": 0, "largest_difference": 0.0}
     for model in told.models:
-        label, where = next(iter(verbs.labels([model]))), verbs.model_folder(model)
+        label, where = next(iter(labels([model]))), model_folder(model)
         record = TaskRecord.read(out / "tasks" / f"{label}.json")
         compare(record, lm_eval_itself(where, folder, limit=told.limit), facts)
     print(json.dumps({"models": len(told.models), **facts}))

@@ -29,17 +29,17 @@ from unittest import mock
 import torch
 
 from moeslim.checkpoint.config_json import read_config
+from moeslim.commands.settings import stage_targets, target_config
 from moeslim.data.corpus import read_corpus
 from moeslim.data.tokens import TokenSet, pack
 from moeslim.demo import recipe_path, teacher_path, text_path
 from moeslim.distill.loop import Material, train
-from moeslim.distill.peak import device_peak
 from moeslim.distill.settings import Stage, TrainSettings
 from moeslim.distill.teacher import OnlineTeacher
 from moeslim.distill.watch import Watch
 from moeslim.families import training_operations
-from moeslim.inputs import stage_targets, target_config
-from moeslim.model.host import tune_cpu
+from moeslim.machine.gpus import device_peak
+from moeslim.machine.host import tune_cpu
 from moeslim.model.load import load_student
 from moeslim.model.sorted_experts import NAME as SORTED
 from moeslim.model.student import Student

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moeslim import log
-from moeslim.cli import main
+from moeslim.cli.main import main
 from tiny import write_tiny
 
 TOKENIZER = Path(log.__file__).parent / "demo" / "tokenizer"

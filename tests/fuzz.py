@@ -36,8 +36,8 @@ from safetensors import safe_open
 
 import mutations
 from command import MEASURE, SMALL, TRAIN, settings, write_model, write_text
-from moeslim import cli
 from moeslim.artifacts.commit import write_json
+from moeslim.cli import main as cli
 
 CPU_SECONDS, WALL_SECONDS, MEMORY = 10, 30, 1 << 30
 RAN = Path("/tmp/fuzz-ran-code")  # what the inputs that hold code would make
@@ -200,8 +200,8 @@ def _command(line: list[str], said: Path, *, seconds: int) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (space + 6 * MEMORY,) * 2)  # so that the machine survives
-        from moeslim.display import err
-        from moeslim.display import out as shown
+        from moeslim.cli.display import err
+        from moeslim.cli.display import out as shown
 
         shown.file, err.file = sys.stdout, sys.stderr
         sys.argv = ["moeslim", *line]

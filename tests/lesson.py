@@ -16,7 +16,7 @@ from moeslim.distill.run import Place, distill
 from moeslim.distill.settings import TrainSettings
 from moeslim.distill.watch import read_log
 from moeslim.errors import MoeslimError
-from moeslim.model import parallel
+from moeslim.machine import parallel
 from moeslim.model.student import Student
 from tiny import write_tiny
 

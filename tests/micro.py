@@ -24,7 +24,7 @@ from tiny import write_tiny
 
 WORDS = ["state", "house", "tax", "law", "man", "war", "year", "bank", "road", "ship", "farm", "note", "bill", "vote"]
 PRELOAD = [
-    "moeslim.cli",
+    "moeslim.cli.main",
     "moeslim.pipeline",
     "moeslim.calibrate.run",
     "moeslim.distill.run",
@@ -300,7 +300,7 @@ def _place(source: Path, target: Path, out: Path) -> str | None:
 
 def command_line(*arguments: str) -> None:
     """The command line in this process; ends it with its exit code."""
-    from moeslim import cli
+    from moeslim.cli import main as cli
 
     sys.argv = ["moeslim", *arguments]
     cli.main()

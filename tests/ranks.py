@@ -36,13 +36,13 @@ def lead(function: Callable[..., Any], *args: Any, world: int = 2, **kwargs: Any
 
 
 def _everywhere(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    from moeslim.model import parallel
+    from moeslim.machine import parallel
 
     return parallel.together(_gathered, function, args, kwargs)
 
 
 def _gathered(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    from moeslim.model import parallel
+    from moeslim.machine import parallel
 
     return parallel.gather(function(*args, **kwargs))
 
@@ -110,7 +110,7 @@ def _lead(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 def _work(pipe: Connection) -> None:
     """What a process does until its parent goes: one job after another, each in a world of its own."""
-    from moeslim.model import parallel
+    from moeslim.machine import parallel
 
     torch.set_num_threads(1)
     while True:

@@ -1,4 +1,4 @@
-"""What the tests of model/parallel.py do on every rank, and the batch that all of them see."""
+"""What the tests of machine/parallel.py and model/sharding.py do on every rank, and the batch that all of them see."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moeslim.distill.teacher import OnlineTeacher
 from moeslim.errors import RecipeError, ResourceError, TrainingError
 from moeslim.losses import Coefficients, LossWeights, Signal, coefficients, term_counts
-from moeslim.model import parallel
+from moeslim.machine import parallel
 from moeslim.model.load import load_student
 from moeslim.model.save import save_student
+from moeslim.model.sharding import is_shared, sharding, whole
 from moeslim.model.student import Student
 
 ROWS, LENGTH, D_TEACHER, MICRO_BATCHES = 8, 8, 6, 2
@@ -54,7 +55,7 @@ def step_gradients(student: Student) -> dict[str, Any]:
         terms.loss.backward()
         loss = loss + terms.loss.detach()
         balance = balance + terms.balance / (MICRO_BATCHES * here.size)
-    gradients = {n: parallel.whole(p.grad) for n, p in student.named_parameters() if p.grad is not None}
+    gradients = {n: whole(p.grad) for n, p in student.named_parameters() if p.grad is not None}
     facts = {"loss": parallel.total(loss), "balance": parallel.total(balance)}
     return {**facts, "gradients": gradients, "assigned": dict(student.routers.assigned)}
 
@@ -63,7 +64,7 @@ def gradients(
     folder: Path, *, shard_over: int | None = None, checkpointing: bool = False, trained: Sequence[str] = ()
 ) -> dict[str, Any]:
     """`step_gradients` of the model in `folder`, shared out where there are several ranks."""
-    student = load_student(folder, sharding=parallel.sharding(shard_over))
+    student = load_student(folder, sharding=sharding(shard_over))
     frozen(student, trained)
     if checkpointing:
         student.checkpoint_activations()
@@ -85,16 +86,16 @@ class _Largest(TorchDispatchMode):
 def loaded(folder: Path, *, shard_over: int | None = None) -> dict[str, Any]:
     """A model loaded in parts: its whole tensors, the bytes that lie here, and the largest tensor that loading made."""
     with _Largest() as largest:
-        student = load_student(folder, sharding=parallel.sharding(shard_over))
+        student = load_student(folder, sharding=sharding(shard_over))
     own = sum(p._local_tensor.nbytes for p in student.parameters())
-    kept = {name: parallel.whole(tensor).detach() for name, tensor in student.disk_state().items()}
+    kept = {name: whole(tensor).detach() for name, tensor in student.disk_state().items()}
     tied = student.head is student.trunk.model.embed_tokens.weight
     return {"tensors": kept, "own": own, "largest": largest.nbytes, "tied": tied}
 
 
 def saved(folder: Path, out: Path, *, shard_over: int | None = None) -> dict[str, Any]:
     """The receipt of a model that is loaded, changed and saved."""
-    student = load_student(folder, sharding=parallel.sharding(shard_over))
+    student = load_student(folder, sharding=sharding(shard_over))
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1 / 3)
@@ -103,9 +104,9 @@ def saved(folder: Path, out: Path, *, shard_over: int | None = None) -> dict[str
 
 def taught(folder: Path, student: Path) -> dict[str, Any]:
     """A shared-out teacher's word on each rank's rows, twice, and a student that measures and trains with it."""
-    sharding = parallel.sharding()
-    teacher = OnlineTeacher(load_student(folder, sharding=sharding))
-    live = load_student(student, sharding=sharding)
+    layout = sharding()
+    teacher = OnlineTeacher(load_student(folder, sharding=layout))
+    live = load_student(student, sharding=layout)
     rows, mask, _ = batch()
     share = ROWS // parallel.world().size
     part = slice(parallel.world().rank * share, (parallel.world().rank + 1) * share)
@@ -113,16 +114,16 @@ def taught(folder: Path, student: Path) -> dict[str, Any]:
     live.eval()
     with torch.no_grad():
         measured = live(rows[part], mask[part], coefficients=Coefficients({"lm": 1.0})).sums["lm"]
-    assert all(parallel.is_shared(p) for p in live.parameters()), "measuring leaves no weight gathered"
+    assert all(is_shared(p) for p in live.parameters()), "measuring leaves no weight gathered"
     live.train()
     live(rows[part], mask[part], coefficients=step_factors(), teacher=word[1]).loss.backward()
-    gradient = parallel.whole(live.head.grad)
+    gradient = whole(live.head.grad)
     return {"word": word, "measured": parallel.total(measured), "gradient": gradient}
 
 
 def in_bfloat16(folder: Path) -> dict[str, Any]:
     """A step with weights gathered in bf16: what the loss is, and in what dtypes states, weights and gradients are."""
-    student = load_student(folder, sharding=parallel.sharding(precision="bfloat16"))
+    student = load_student(folder, sharding=sharding(precision="bfloat16"))
     states = student.states_and_head(batch()[0])[0].dtype
     student.reshard()
     found = step_gradients(student)

@@ -20,13 +20,13 @@ __all__ = ["bad_models", "bad_requests", "moeslim"]  # cases, and a fixture
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, Path]:
     """Model, statistics, plan and text, made once."""
-    from moeslim import verbs
+    from moeslim import api
 
     home = tmp_path_factory.mktemp("good")
     model = write_model(home / "model", shard_bytes=200_000)
     text = write_text(home / "text.jsonl")
-    verbs.calibrate(str(model), home / "stats", data=[str(text)], overrides=SMALL)
-    verbs.plan(str(model), home / "plan.json", stats=home / "stats", keep={"experts": 4})
+    api.calibrate(str(model), home / "stats", data=[str(text)], overrides=SMALL)
+    api.plan(str(model), home / "plan.json", stats=home / "stats", keep={"experts": 4})
     return model, home / "stats", home / "plan.json", text
 
 
@@ -149,7 +149,7 @@ def test_prune_makes_what_a_kill_left_unrecorded_anew(moeslim: Command, given: G
 )
 def test_a_real_process(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
     (tmp_path / "recipe.yaml").write_text("model: demo\ndistil: {tokens: 3}\n")
-    line = [sys.executable, "-m", "moeslim.cli", *(argument.format(home=tmp_path) for argument in arguments)]
+    line = [sys.executable, "-m", "moeslim", *(argument.format(home=tmp_path) for argument in arguments)]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stdout == ""

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from command import SMALL, Command, moeslim, settings, write_model, write_text
-from moeslim.distill.peak import GPUS, peak_of
+from moeslim.commands.propose import Machines
+from moeslim.commands.settings import target_config
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape, count, forward_operations
-from moeslim.inputs import target_config
+from moeslim.machine.gpus import GPUS, peak_of
 from moeslim.plan import final_shape, read_plan
 from moeslim.plan.budget import CONTEXT, Wish, axis_weights, proposals
 from moeslim.plan.carried import carried
@@ -24,7 +25,6 @@ from moeslim.plan.engines import FAST_EXPERTS
 from moeslim.plan.footprint import ROW, Footprints
 from moeslim.plan.schedule import AXES, Target
 from moeslim.plan.training import Course, Gpus, largest_memory, price
-from moeslim.propose import Machines
 from moeslim.recipe import Methods
 from moeslim.statistics import LayerStats, NormStats, Stats
 from tiny import tiny_config
@@ -378,7 +378,7 @@ def test_a_bare_config_is_answered_at_once_and_without_torch(tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps(RELEASED))
     code = (
         "import sys, time\n"
-        "from moeslim.propose import Wish, propose\n"
+        "from moeslim.commands.propose import Wish, propose\n"
         f"found = propose({str(tmp_path)!r}, Wish.parse(target='23B-A2B'))\n"
         "assert len(found['proposals']) == 10 and found['mtp'] is None\n"
         "assert not {'torch', 'transformers', 'huggingface_hub'} & sys.modules.keys(), 'heavy'\n"

@@ -21,7 +21,7 @@ import ranks
 from command import SMALL, TRAIN, Command, settings, write_model, write_text
 from command import moeslim as moeslim
 from micro import write_micro
-from moeslim import pipeline, verbs
+from moeslim import api, pipeline
 from moeslim.artifacts import commit
 from moeslim.artifacts.commit import write_json
 from moeslim.data.tokens import TokenSet
@@ -686,7 +686,7 @@ def test_cache_and_distill_from_the_command_line(moeslim: Command, tmp_path: Pat
 def test_a_run_learns_from_a_cache_of_its_own_rows(tmp_path: Path) -> None:
     (tmp_path / "micro").mkdir()
     recipe, cache = write_micro(tmp_path / "micro"), tmp_path / "cache"
-    verbs.cache_teacher(yaml.safe_load(recipe.read_text())["model"], recipe, out=cache, samples=0, k=9)
+    api.cache_teacher(yaml.safe_load(recipe.read_text())["model"], recipe, out=cache, samples=0, k=9)
     record = pipeline.run(recipe, tmp_path / "run", overrides=[f"distill.teacher_cache={cache}"])
     for stage in (1, 2):
         steps = read_log(tmp_path / "run" / f"stage-{stage}" / "curve.jsonl")

@@ -32,7 +32,7 @@ from moeslim.calibrate.run import calibrate
 from moeslim.calibrate.sums import expert_sums, gram, layer_sums, neuron_sums, norm_sums, sample_positions
 from moeslim.errors import CheckpointError, DataError, ResourceError, RunError
 from moeslim.families import Shape
-from moeslim.model import parallel
+from moeslim.machine import parallel
 from moeslim.model.experts import FileExperts, Routing, Run
 from moeslim.model.mtp import MtpBlock
 from moeslim.model.walk import WalkSettings

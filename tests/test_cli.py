@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 from command import MEASURE, SMALL, TRAIN, Command, moeslim, settings, write_model, write_text
 from fake_run import fake_run
-from moeslim import __version__, describe
+from moeslim import __version__
+from moeslim.commands import describe
 from tiny import tiny_config
 
 __all__ = ["moeslim"]  # a fixture
@@ -331,7 +332,7 @@ def test_json_is_alone_on_stdout_of_a_real_process(model: Path, run_in_shell: Ca
 @pytest.fixture
 def run_in_shell() -> Callable[..., Any]:
     def call(*arguments: object) -> Any:
-        line = [sys.executable, "-m", "moeslim.cli", *map(str, arguments)]
+        line = [sys.executable, "-m", "moeslim", *map(str, arguments)]
         return subprocess.run(line, capture_output=True, text=True, check=False)
 
     return call

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import ranks
 from lesson import LENGTH, ROWS, STEPS, curve, learn, leave_off, refusal, spoil, stop_in_step, write_home
-from moeslim import verbs
+from moeslim import api
 from moeslim.data.tokens import TokenSet
 from moeslim.distill.cache import Ask, make_cache
 from moeslim.distill.watch import read_log
@@ -224,6 +224,6 @@ def test_ctrl_c_and_a_killed_process_under_torchrun(home: Path, tmp_path: Path) 
     process = start(home, said)
     assert process.wait(300) == 0, said.read_text()
     assert f"going on after step {saved}" in said.read_text()
-    verbs.distill(str(home / "student"), home / "alone", **options(home, micro_rows=4))
+    api.distill(str(home / "student"), home / "alone", **options(home, micro_rows=4))
     found, wanted = (read_log(home / f"{name}.work" / "curve.jsonl") for name in ("run", "alone"))
     assert_close([{**record, "seconds": 0} for record in found], [{**record, "seconds": 0} for record in wanted])

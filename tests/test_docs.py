@@ -1,6 +1,5 @@
 """What the documentation says a reader may type: commands parse, snippets run, links lead somewhere, recipes hold."""
 
-import importlib
 import json
 import re
 import shlex
@@ -14,11 +13,11 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-import moeslim
 from command import MEASURE, SMALL, TRAIN, write_model, write_text
-from moeslim.cli import app
+from moeslim import api
+from moeslim.cli.main import app
+from moeslim.commands.forecast import preview_run
 from moeslim.errors import RecipeError
-from moeslim.forecast import preview_run
 from moeslim.recipe import Recipe
 from moeslim.study.run import preview_study
 from test_cli import RELEASED
@@ -155,14 +154,14 @@ def test_no_two_schedules_of_a_study_are_the_same(name: str, tmp_path: Path) -> 
 
 
 class Recorder:
-    """`moeslim` as a snippet sees it; notes what each verb returned."""
+    """`moeslim.api` as a snippet sees it; notes what each verb returned."""
 
     def __init__(self) -> None:
         self.records: dict[str, dict[str, Any]] = {}
 
     def __getattr__(self, verb: str) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            self.records[verb] = getattr(moeslim, verb)(*arguments, **options)
+            self.records[verb] = getattr(api, verb)(*arguments, **options)
             return self.records[verb]
 
         return call
@@ -183,13 +182,13 @@ def test_python_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
     names: dict[str, Any] = {}
     exec(first, names)
-    names |= {"moeslim": recorder, "model": model, "text": [heap[0]["path"]], "small": overrides}
+    names |= {"api": recorder, "model": model, "text": [heap[0]["path"]], "small": overrides}
     for snippet in others:
         exec(snippet.replace('"distill.tokens=1e4"', '"distill.tokens=128"'), names)
     rows = re.findall(r"^\| `(\w+)\((.*?)\)` \| (.*) \|$", page, flags=re.M)
-    assert {verb for verb, _, _ in rows} == {name for name in moeslim.__all__ if name != "__version__"}
+    assert {verb for verb, _, _ in rows} == {name for name in api.__all__ if name.islower()}
     for verb, arguments, told in rows:
-        found = signature(getattr(importlib.import_module(moeslim._VERBS[verb]), verb))
+        found = signature(getattr(api, verb))
         assert list(found.parameters) == [name for name in arguments.split(", ") if name != "*"], verb
         if verb in recorder.records:
             missing = set(re.findall(r"`(\w+)`", told.partition(";")[0])) - recorder.records[verb].keys()

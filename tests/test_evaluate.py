@@ -15,13 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import ranks
 from moeslim.data.tokens import TokenDocument
 from moeslim.errors import CheckpointError, DataError, RecipeError, RunError
-from moeslim.evaluate import Record, Settings, difference, evaluate, mean, measure, paired, ratio, side_by_side
-from moeslim.evaluate.agreement import kl_and_top1
+from moeslim.evaluate import Record, Settings, evaluate, measure, paired, side_by_side
 from moeslim.evaluate.language import Window, shorten, windows
-from moeslim.evaluate.record import Figure, median
 from moeslim.evaluate.score import Layout, batches, score
 from moeslim.evaluate.share import owners
-from moeslim.model import parallel
+from moeslim.figures import Figure, difference, mean, median, ratio
+from moeslim.losses.metrics import kl_and_top1
+from moeslim.machine import parallel
 from moeslim.model.student import Student
 from tiny import tiny_config, write_tiny
 

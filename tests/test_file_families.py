@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cuts import TOKENS, cut_by, moe_keys, same, some, tensors
-from moeslim import verbs
+from moeslim import api
 from moeslim.checkpoint.config_json import edit_config
 from moeslim.checkpoint.structure import check_structure, read_structure
 from moeslim.checkpoint.verify import verify
+from moeslim.commands.propose import propose
 from moeslim.errors import CheckpointError, FamilyError, PlanError, RecipeError
 from moeslim.families import FAMILIES as SPECS
 from moeslim.families import Shape, count
@@ -24,7 +25,6 @@ from moeslim.pipeline import prune
 from moeslim.plan.budget import Wish
 from moeslim.plan.engines import engine_warnings
 from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK
-from moeslim.propose import propose
 from stock import Stock
 from tiny import FAMILIES, tiny_config, write_tiny
 
@@ -384,25 +384,25 @@ def test_a_bare_config_gives_servable_shapes(tmp_path: Path, config: dict[str, A
 def test_verbs_on_files(tmp_path: Path, family: str) -> None:
     """A plan that needs no statistics is made from the config, and cuts the model; inspect tells its sizes."""
     folder = write_tiny(tmp_path / "model", family=family)
-    told = verbs.inspect(str(folder))
+    told = api.inspect(str(folder))
     assert told["mtp"] is (family == "glm4_moe")
     assert ("no shared expert" in told["lines"][1]) == (family == "qwen3_moe")
-    verbs.plan(
+    api.plan(
         str(folder), tmp_path / "plan.json", keep={"layers": 3, "experts": 6}, overrides=["methods.experts=random"]
     )
-    verbs.cut(str(folder), tmp_path / "plan.json", out=tmp_path / "out")
-    assert verbs.verify(str(tmp_path / "out"))["ok"]
+    api.cut(str(folder), tmp_path / "plan.json", out=tmp_path / "out")
+    assert api.verify(str(tmp_path / "out"))["ok"]
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((folder / "config.json").read_text())
-    bare = verbs.inspect(str(tmp_path / "bare"))
+    bare = api.inspect(str(tmp_path / "bare"))
     assert {key: bare[key] for key in ("parameters", "active", "layers")} == {
         key: told[key] for key in ("parameters", "active", "layers")
     }
     plan = tmp_path / "bare.json"
-    verbs.plan(str(tmp_path / "bare"), plan, keep={"layers": 3, "experts": 6}, overrides=["methods.experts=random"])
+    api.plan(str(tmp_path / "bare"), plan, keep={"layers": 3, "experts": 6}, overrides=["methods.experts=random"])
     assert plan.read_bytes() == (tmp_path / "plan.json").read_bytes()
     with pytest.raises(RecipeError, match=f"keep.shared_size: {family} has no size of its own"):
-        verbs.plan(str(folder), tmp_path / "no.json", keep={"shared_size": 4})
+        api.plan(str(folder), tmp_path / "no.json", keep={"shared_size": 4})
 
 
 @pytest.mark.parametrize("family", ON_FILES)
@@ -413,15 +413,15 @@ def test_what_needs_a_live_model_is_refused_before_weights_are_read(tmp_path: Pa
     recipe.write_text(json.dumps({"model": str(folder), "keep": {"experts": 6}}))
     model, out = str(folder), tmp_path / "out"
     for attempt in (
-        lambda: verbs.calibrate(model, out),
-        lambda: verbs.probe(model, out),
-        lambda: verbs.distill(model, out),
-        lambda: verbs.distill("demo", out, teacher=model),
-        lambda: verbs.cache_teacher(model, "demo", out=out),
-        lambda: verbs.evaluate([model], out),
-        lambda: verbs.evaluate(["demo"], out, teacher=model),
-        lambda: verbs.preview(model, keep={"experts": 6}),
-        lambda: verbs.preview_run(recipe),
+        lambda: api.calibrate(model, out),
+        lambda: api.probe(model, out),
+        lambda: api.distill(model, out),
+        lambda: api.distill("demo", out, teacher=model),
+        lambda: api.cache_teacher(model, "demo", out=out),
+        lambda: api.evaluate([model], out),
+        lambda: api.evaluate(["demo"], out, teacher=model),
+        lambda: api.preview(model, keep={"experts": 6}),
+        lambda: api.preview_run(recipe),
         lambda: prune(model, out, keep={"experts": 6}),
         lambda: Student.from_config(tiny_config(family)),
     ):

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from micro import write_micro
 from moeslim import pipeline
-from moeslim.distill.peak import measured_rate
-from moeslim.forecast import preview_run
+from moeslim.commands.forecast import preview_run
+from moeslim.machine.gpus import measured_rate
 
 
 def tensor_bytes(folder: Path) -> int:
@@ -68,7 +68,7 @@ def test_calibration_may_be_what_takes_most_disk(tmp_path: Path) -> None:
 
 
 def test_time_is_operations_over_an_assumed_share_of_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeslim.forecast.measured_rate", lambda *args, **more: 2e9)
+    monkeypatch.setattr("moeslim.commands.forecast.measured_rate", lambda *args, **more: 2e9)
     recipe = write_micro(tmp_path)
     told = preview_run(recipe)
     for stage in [*told["stages"], told["random_init"]]:

@@ -16,8 +16,9 @@ from moeslim.distill.heldout import HeldOut, count_bytes
 from moeslim.errors import DataError, TrainingError
 from moeslim.evaluate.score import Layout, score
 from moeslim.losses import LossWeights, coefficients, term_counts
-from moeslim.model import parallel
+from moeslim.machine import parallel
 from moeslim.model.load import load_student
+from moeslim.model.sharding import sharding
 from tiny import write_tiny
 
 pytestmark = pytest.mark.bits("a measured training has the weights of one that is not measured")
@@ -182,7 +183,7 @@ def test_nan_ends_the_training(folder: Path, heldout: HeldOut) -> None:
 
 def measured(folder: Path, heldout: HeldOut) -> list[float]:
     """Bits per byte before a training step, after it, and after one without a forward in between."""
-    student = load_student(folder, sharding=parallel.sharding())
+    student = load_student(folder, sharding=sharding())
     optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
     found = [heldout.bits_per_byte(student, 2)]
     mask = heldout.mask

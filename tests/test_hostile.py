@@ -31,9 +31,9 @@ from moeslim.checkpoint.config_json import check_side_files, read_config
 from moeslim.checkpoint.index import INDEX_NAME, read_header, read_index
 from moeslim.checkpoint.structure import read_structure
 from moeslim.checkpoint.verify import verify
+from moeslim.cli.display import printable
 from moeslim.data.corpus import read_corpus
 from moeslim.data.tokens import TokenSet, load_tokenizer, pack
-from moeslim.display import printable
 from moeslim.distill.cache.coding import Words, decode, encode
 from moeslim.distill.stored import Stored, seal, write
 from moeslim.errors import CheckpointError, DataError, FamilyError, MoeslimError, PlanError, RecipeError, RunError

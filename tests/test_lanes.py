@@ -293,7 +293,7 @@ def test_a_signal_ends_both_lanes_after_their_batch(
 
 VERBS = """
 import sys
-from moeslim import cli
+from moeslim.cli import main as cli
 for line in sys.argv[1:]:
     sys.argv = ["moeslim", *line.split()]
     try:

@@ -20,8 +20,8 @@ from moeslim.checkpoint import shard
 from moeslim.checkpoint.finite import not_finite
 from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.writer import ShardWriter
+from moeslim.commands.settings import memory_bound
 from moeslim.errors import CheckpointError, MoeslimError, RecipeError, ResourceError
-from moeslim.inputs import memory_bound
 from moeslim.model import experts, room
 from moeslim.model.experts import ExpertFile
 from moeslim.model.room import Batch, needed, with_room
@@ -260,7 +260,7 @@ def peak_of(program: str, *words: object) -> int:
 CALIBRATE = """
 import sys, numpy, moeslim.log
 from moeslim.calibrate.run import calibrate
-from moeslim.model.host import tune_cpu
+from moeslim.machine.host import tune_cpu
 from moeslim.model.walk import WalkSettings
 tune_cpu()
 rows = numpy.random.default_rng(0).integers(0, 64, (4, 257))

@@ -18,8 +18,8 @@ from moeslim.distill.parts import parts_of, trained_parts
 from moeslim.distill.settings import TrainSettings
 from moeslim.errors import RecipeError
 from moeslim.losses import LossWeights, coefficients, term_counts
-from moeslim.model import parallel
 from moeslim.model.load import load_student
+from moeslim.model.sharding import sharding, whole
 from moeslim.model.student import Student
 from moeslim.recipe import PartSettings
 from tiny import write_tiny
@@ -198,7 +198,7 @@ def test_the_mtp_head_may_be_missing(tied: Path) -> None:
 
 def two_steps(folder: Path, settings: TrainSettings) -> dict[str, torch.Tensor]:
     """The whole weights after two optimizer steps on the batch that all ranks share out."""
-    student = load_student(folder, sharding=parallel.sharding())
+    student = load_student(folder, sharding=sharding())
     freeze(student, settings)
     student.checkpoint_activations()
     optimizer = make_optimizer(student, settings)
@@ -208,7 +208,7 @@ def two_steps(folder: Path, settings: TrainSettings) -> dict[str, torch.Tensor]:
         set_rate(optimizer, rate)
         optimizer.step()
         optimizer.zero_grad()
-    return {name: parallel.whole(tensor).detach() for name, tensor in student.disk_state().items()}
+    return {name: whole(tensor).detach() for name, tensor in student.disk_state().items()}
 
 
 @pytest.mark.parametrize("parts", [("router", "norm", "mtp"), ("mtp",)])

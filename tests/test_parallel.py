@@ -15,9 +15,10 @@ import sharded
 from moeslim.distill.teacher import OnlineTeacher
 from moeslim.errors import RecipeError, RunError
 from moeslim.losses import Coefficients
-from moeslim.model import parallel
+from moeslim.machine import parallel
 from moeslim.model.load import load_student
 from moeslim.model.save import save_student
+from moeslim.model.sharding import sharding, whole
 from tiny import write_tiny
 
 pytestmark = pytest.mark.bits("what is gathered is what was shared out")
@@ -193,7 +194,7 @@ def test_a_lost_rank_ends_the_others_with_a_message(how: str) -> None:
 
 def test_ranks_that_cannot_be_grouped_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"distill.shard_over are 2, and the run's 3 processes"):
-        ranks.run(parallel.sharding, 2, world=3)
+        ranks.run(sharding, 2, world=3)
 
 
 def test_half_a_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,11 +214,11 @@ def test_half_a_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_process_needs_nothing(folder: Path, tmp_path: Path) -> None:
     parallel.join()
     assert (parallel.world().rank, parallel.world().size) == (0, 1)
-    assert parallel.sharding(8) is None
+    assert sharding(8) is None
     assert parallel.gather("x") == ["x"]
     ones = torch.ones(3)
     assert parallel.total(ones) is ones
-    assert parallel.whole(ones) is ones
+    assert whole(ones) is ones
     assert parallel.together(sharded.place) == (0, 1, [0])
     save_student(load_student(folder), folder, out=tmp_path / "out", kind="distilled")
     parallel.leave()

@@ -8,7 +8,7 @@ import pytest
 
 from command import SMALL, TRAIN, write_model, write_text
 from micro import write_micro
-from moeslim import pipeline, verbs
+from moeslim import api, pipeline
 from moeslim.data.tokens import TokenSet
 from moeslim.distill.watch import read_log
 from moeslim.errors import RecipeError
@@ -29,7 +29,7 @@ def words_of(tokens: TokenSet) -> set[bytes]:
 
 def test_distill_measures_on_documents_that_it_does_not_train_on(student: Path, tmp_path: Path) -> None:
     text = write_text(tmp_path / "text.jsonl")
-    record = verbs.distill(str(student), tmp_path / "out", data=[str(text)], overrides=MEASURED)
+    record = api.distill(str(student), tmp_path / "out", data=[str(text)], overrides=MEASURED)
     curve = read_log(tmp_path / "out.work" / "curve.jsonl")
     assert len(curve) == record["steps"] == 2
     assert all(0 < step["bits_per_byte"] < 20 for step in curve)
@@ -38,19 +38,19 @@ def test_distill_measures_on_documents_that_it_does_not_train_on(student: Path, 
     assert held
     assert not trained & held
     # and without, nothing is packed for it
-    verbs.distill(str(student), tmp_path / "not", data=[str(text)], overrides=[*SMALL, *TRAIN])
+    api.distill(str(student), tmp_path / "not", data=[str(text)], overrides=[*SMALL, *TRAIN])
     assert not (tmp_path / "not.work" / "heldout").exists()
 
 
 def test_a_cache_has_no_text_to_measure_on(student: Path, tmp_path: Path) -> None:
     text, other = write_text(tmp_path / "text.jsonl"), write_text(tmp_path / "other.jsonl", 6, seed=1)
     cache = tmp_path / "cache"
-    verbs.cache_teacher(str(student), text, out=cache, overrides=SMALL, k=9, samples=0)
+    api.cache_teacher(str(student), text, out=cache, overrides=SMALL, k=9, samples=0)
     with pytest.raises(RecipeError, match="a cache holds none; give the text that the cache was made from with --data"):
-        verbs.distill(str(student), tmp_path / "out", teacher_cache=cache, overrides=MEASURED)
+        api.distill(str(student), tmp_path / "out", teacher_cache=cache, overrides=MEASURED)
     assert not (tmp_path / "out.work").exists()
     named = [*MEASURED, f"data.heldout=[{{path: {other}}}]"]
-    record = verbs.distill(str(student), tmp_path / "out", teacher_cache=cache, overrides=named)
+    record = api.distill(str(student), tmp_path / "out", teacher_cache=cache, overrides=named)
     assert 0 < record["last"]["bits_per_byte"] < 20
     assert len(words_of(TokenSet.open(tmp_path / "out.work" / "heldout"))) == 6
 

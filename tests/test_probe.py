@@ -16,8 +16,8 @@ from moeslim.calibrate import lanes
 from moeslim.calibrate.run import calibrate
 from moeslim.checkpoint.config_json import read_config
 from moeslim.errors import CheckpointError, DataError, PlanError
-from moeslim.evaluate.record import Figure
 from moeslim.families import Shape
+from moeslim.figures import Figure
 from moeslim.model.experts import FileExperts
 from moeslim.model.load import load_student
 from moeslim.model.walk import WalkSettings

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import micro
 import ranks
-from moeslim import inputs, pipeline
+from moeslim import pipeline
+from moeslim.commands import settings
 from moeslim.errors import RecipeError
 from moeslim.evaluate import Record
 from moeslim.statistics import Stats
@@ -123,7 +124,7 @@ def test_bits_per_byte_are_measured_on_the_held_out_text(whole: Path) -> None:
 
 
 def _device(name: str) -> str:
-    return inputs.device(name)
+    return settings.device(name)
 
 
 def test_a_gpu_by_number_is_refused_for_several_processes(recipe: Path) -> None:

@@ -16,7 +16,7 @@ from moeslim.report.card import card, write_card
 from moeslim.report.collect import collect
 from moeslim.report.cuts import replay
 from moeslim.report.draw import thinned, ticks
-from moeslim.report.figures import Figure, bytes_text, count_text, figure_text, number_text
+from moeslim.report.figures import Quantity, bytes_text, count_text, figure_text, number_text
 from moeslim.report.page import page, write_page
 
 
@@ -33,11 +33,11 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 def test_figures_are_written_with_the_digits_their_error_justifies() -> None:
     plain = {"\u00a0": " ", "\u2009": " "}
     said = [
-        figure_text(Figure(1.51234, 0.0123, 64, "bits/byte")),
-        figure_text(Figure(0.54321, 0.0119, 40, "share")),
-        figure_text(Figure(4_312_064, None, None, "parameters")),
-        figure_text(Figure(1234.6, 21.0, 5, "tokens/s")),
-        figure_text(Figure(-0.00234, 0.00051, 8, "nats")),
+        figure_text(Quantity(1.51234, 0.0123, 64, "bits/byte")),
+        figure_text(Quantity(0.54321, 0.0119, 40, "share")),
+        figure_text(Quantity(4_312_064, None, None, "parameters")),
+        figure_text(Quantity(1234.6, 21.0, 5, "tokens/s")),
+        figure_text(Quantity(-0.00234, 0.00051, 8, "nats")),
     ]
     expected = [
         "1.512 ± 0.012 bits/byte",

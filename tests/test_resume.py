@@ -181,7 +181,7 @@ def test_a_signal_while_an_object_is_destroyed_is_not_lost(number: signal.Signal
     """Python drops what is raised in `__del__`, where a signal's handler runs if it came during garbage collection."""
     program = (
         "import os, signal, sys, time\n"
-        "from moeslim.display import ended, stoppable\n"
+        "from moeslim.cli.display import ended, stoppable\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Thing:\n"
         "    def __del__(self):\n"

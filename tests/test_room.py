@@ -22,9 +22,9 @@ from moeslim.distill.room import Case, check_room, needed, room_named
 from moeslim.distill.settings import TrainSettings
 from moeslim.errors import ResourceError, TrainingError
 from moeslim.losses import LossWeights, coefficients, term_counts
-from moeslim.model import memory
-from moeslim.model.memory import free_memory
-from moeslim.model.parallel import World
+from moeslim.machine import memory
+from moeslim.machine.memory import free_memory
+from moeslim.machine.parallel import World
 from moeslim.model.sorted_experts import NAME as SORTED
 from moeslim.model.student import Student
 from moeslim.recipe import Recipe
@@ -277,7 +277,7 @@ def test_other_errors_pass(problem: Exception) -> None:
 TIGHT = """
 import resource, sys
 import torch, transformers.models.qwen3_next.modeling_qwen3_next, moeslim.distill.run
-from moeslim import cli
+from moeslim.cli import main as cli
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), resource.RLIM_INFINITY))
 for arguments in sys.argv[1:]:

@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from micro import write_micro
-from moeslim import pipeline, verbs
+from moeslim import api, pipeline
 from moeslim.artifacts.fingerprint import hash_file
 from moeslim.calibrate.observe import Observe
 from moeslim.calibrate.run import calibrate, hold_out
 from moeslim.checkpoint.reader import Reader
+from moeslim.commands.text import text_parts
 from moeslim.data.tokens import pack
 from moeslim.demo import teacher_path
 from moeslim.errors import DataError, PlanError
 from moeslim.evaluate.record import Record
-from moeslim.inputs import text_parts
 from moeslim.model.load import load_student
 from moeslim.model.walk import WalkSettings, walk
 from moeslim.plan.experts import layer_scores
@@ -497,7 +497,7 @@ def test_on_the_teacher_a_calibrated_router_brings_the_cut_model_nearer(tmp_path
     cut(teacher_path(), plan.model_copy(update={"steps": plan.steps[:1]}), out_folder=tmp_path / "kept")
     more = ["evaluate.documents_per_domain=24", "evaluate.prompts=0", "evaluate.samples=0", "evaluate.speed_repeats=0"]
     models = [str(tmp_path / name) for name in ("trained", "kept")]
-    verbs.evaluate(models, tmp_path / "records", teacher="demo", overrides=[*overrides[:1], *more])
+    api.evaluate(models, tmp_path / "records", teacher="demo", overrides=[*overrides[:1], *more])
     kl = {
         Path(name).name: Record.read(tmp_path / "records" / f"{Path(name).name}.json").figures["kl"] for name in models
     }

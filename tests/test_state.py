@@ -22,8 +22,9 @@ from moeslim.distill.optimizer import freeze, make_optimizer
 from moeslim.distill.settings import TrainSettings
 from moeslim.distill.state import Position, States, load_moments, load_weights, ranking, slice_moments, step_folders
 from moeslim.errors import ResourceError, RunError
-from moeslim.model import parallel
+from moeslim.machine import parallel
 from moeslim.model.load import load_student
+from moeslim.model.sharding import sharding, whole
 from moeslim.model.student import Student
 from moeslim.plan.steps import DropLayers, for_moments
 from moeslim.surgery import cut
@@ -42,8 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fresh(folder: Path, *, settings: TrainSettings = SETTINGS, shard_over: int | None = None) -> Pair:
-    sharding = parallel.sharding(shard_over)
-    student = load_student(folder, sharding=sharding)
+    student = load_student(folder, sharding=sharding(shard_over))
     freeze(student, settings)
     return student, make_optimizer(student, settings)
 
@@ -66,9 +66,9 @@ def values(pair: Pair) -> dict[str, torch.Tensor]:
     student, optimizer = pair
     found = {}
     for name, tensor in student.disk_state().items():
-        found[f"weights/{name}"] = parallel.whole(tensor.detach()).clone()
+        found[f"weights/{name}"] = whole(tensor.detach()).clone()
         for kind, held in optimizer.state.get(tensor, {}).items():
-            found[f"{kind}/{name}"] = parallel.whole(held).clone()
+            found[f"{kind}/{name}"] = whole(held).clone()
     return found
 
 

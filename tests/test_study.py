@@ -18,13 +18,13 @@ from scipy.stats import t as student_t
 
 import micro
 from command import Command, moeslim
+from moeslim.commands.settings import check_search, stage_targets
 from moeslim.data.tokens import TokenSet
 from moeslim.demo import teacher_path
 from moeslim.errors import DataError, PlanError, RecipeError, RunError
 from moeslim.evaluate import Record
 from moeslim.evaluate.pairs import Estimate, difference_over_seeds, over_seeds, paired
-from moeslim.evaluate.record import Figure
-from moeslim.inputs import check_search, stage_targets
+from moeslim.figures import Figure
 from moeslim.recipe import Recipe
 from moeslim.report import figures
 from moeslim.report.study import markdown, study_page, study_table
@@ -376,7 +376,7 @@ def test_compare_pairs_what_shares_its_text(
     assert moeslim("compare", *runs).out.count("minus kd-seed-1/distilled: ") == 3
     page = Path(moeslim("compare", *runs, "--out", tmp_path / "page", "--json").json["page"]).read_text()
     figure = apart["bits_per_byte"]["a"]
-    assert figures.difference_text(figures.Figure(figure["value"], figure["se"], unit=figure["unit"])) in page
+    assert figures.difference_text(figures.Quantity(figure["value"], figure["se"], unit=figure["unit"])) in page
     assert page.count("<h3 class=") == 1
     cut = compare([runs[0] / "records", runs[1]], model="cut")
     assert cut["differences"]["lm-seed-1/cut"]["bits_per_byte"]["a"]["value"] == 0.0

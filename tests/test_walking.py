@@ -15,7 +15,7 @@ from moeslim.errors import ResourceError
 from moeslim.evaluate import Record, Settings, evaluate, settings, walking
 from moeslim.evaluate.score import Layout, Scores, score
 from moeslim.evaluate.walking import Walked, score_walking
-from moeslim.model import parallel
+from moeslim.machine import parallel
 from moeslim.model.load import load_student
 from moeslim.model.walk import WalkSettings
 from test_evaluate import SETTINGS, VOCAB, cut_small, random_documents, text_documents, write_tokenizer

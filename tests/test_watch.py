@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moeslim import display
+from moeslim.cli import display
 from moeslim.distill import trackers, watch
-from moeslim.distill.peak import device_peak, peak_of
 from moeslim.distill.settings import TrainSettings
 from moeslim.distill.watch import Watch, read_log, spike, told
 from moeslim.errors import RecipeError
 from moeslim.log import progress, set_sink
+from moeslim.machine.gpus import device_peak, peak_of
 
 SETTINGS = TrainSettings(tokens=1000, lm_only=True)
 STEPS, TOKENS = 100, 64

@@ -18,20 +18,22 @@ from typing import Any
 
 import yaml
 
-from moeslim import inputs, verbs
 from moeslim.artifacts.commit import check_vacant, read_json, replace_file, write_bytes, write_json
 from moeslim.artifacts.fingerprint import file_fingerprint, folder_fingerprint
 from moeslim.artifacts.run import Run, open_run
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure
-from moeslim.describe import cut_bytes
+from moeslim.commands import describe, files, inputs, measure, settings
+from moeslim.commands.forecast import left_out, run_bytes
+from moeslim.commands.text import advice, text_parts
 from moeslim.errors import RecipeError
-from moeslim.forecast import left_out, run_bytes
 from moeslim.log import logger
+from moeslim.machine.disk import check_disk
 from moeslim.plan.schedule import StageTarget
 from moeslim.recipe import Methods, Recipe
 
 PARTS = ("train", "calibration", "heldout")
+_LIGHT = {"documents_per_domain": 8, "prompts": 0, "samples": 0, "speed_repeats": 0}
 
 
 @dataclass
@@ -55,8 +57,8 @@ def run(
     """Carry out a recipe in the run folder `out`; going on where it stands. Returns the record with the table."""
     recipe = Recipe.load(recipe_file, overrides)
     source, teacher = find_models(recipe)
-    targets = inputs.stage_targets(recipe, source)
-    inputs.check_search(recipe, source, targets=targets)
+    targets = settings.stage_targets(recipe, source)
+    settings.check_search(recipe, source, targets=targets)
     check_settings(recipe, source, teacher=teacher)
     check_room(recipe, source, folder=Path(out), targets=targets)
     for line in left_out(recipe, targets):
@@ -66,7 +68,8 @@ def run(
         if not folder.path("recipe.yaml").exists():  # what stands there was made by it, until all is made anew
             write_recipe(story)
         pack_text(story)
-        inputs.teaching_folder(recipe, teacher, student=source, tokens=story.tokens["train"])  # refuses a foreign cache
+        # refuses a foreign cache
+        settings.teaching_folder(recipe, teacher, student=source, tokens=story.tokens["train"])
         student, done = story.source, 0.0
         for number, target in enumerate(targets, start=1):
             last = number == len(targets)
@@ -111,32 +114,25 @@ def prune(
     if not work.exists():
         check_vacant(out)
     source, _ = find_models(recipe)
-    target = inputs.stage_targets(recipe.model_copy(update={"schedule": "one_shot"}), source)[-1]
-    inputs.check_search(recipe, source, targets=[target])
+    target = settings.stage_targets(recipe.model_copy(update={"schedule": "one_shot"}), source)[-1]
+    settings.check_search(recipe, source, targets=[target])
     check_settings(recipe, source, teacher=source)
     with open_run(work, redo=redo) as folder:
         story = Story(recipe, folder, source, source)
         check_output(story, "stage-1", out=out)
         if not folder.finished("stage-1-cut"):
-            inputs.check_disk(out, cut_bytes(source, target))
+            check_disk(out, describe.cut_bytes(source, target))
         pack_text(story, parts=("calibration", "heldout"))
         calibrate_stage(story, "stage-1", student=source, target=target)
         plan_stage(story, "stage-1", student=source, target=target)
         cut_stage(story, "stage-1", student=source, output=out)
-        proof = verbs.verify(str(out))
+        proof = files.verify(str(out))
         evaluate_models(story, {"teacher": source, "cut": out})
         text = ", ".join(data) if data else "the bundled mix"
         mark = story.tokens["calibration"].fingerprint
-        lines = [*proof["lines"], f"calibrated on {text} ({mark})", *inputs.advice(data)]
-        return {
-            "model": str(out),
-            "verified": proof["ok"],
-            "table": verbs.comparison(story.path("records")),
-            "lines": lines,
-        }
-
-
-_LIGHT = {"documents_per_domain": 8, "prompts": 0, "samples": 0, "speed_repeats": 0}
+        lines = [*proof["lines"], f"calibrated on {text} ({mark})", *advice(data)]
+        table = measure.comparison(story.path("records"))
+        return {"model": str(out), "verified": proof["ok"], "table": table, "lines": lines}
 
 
 def find_models(recipe: Recipe) -> tuple[Path, Path]:
@@ -159,8 +155,9 @@ def check_settings(recipe: Recipe, source: Path, *, teacher: Path) -> None:
     """Refuse settings that a late stage could not work with, before the first one."""
     from moeslim.distill.words import check_same_words
 
-    inputs.evaluate_settings(recipe).check()
-    inputs.check_training(recipe, source)
+    settings.prepare(recipe)
+    settings.evaluate_settings(recipe).check()
+    settings.check_training(recipe, source)
     if teacher != source:
         check_same_words(source, teacher)
 
@@ -168,7 +165,7 @@ def check_settings(recipe: Recipe, source: Path, *, teacher: Path) -> None:
 def check_room(recipe: Recipe, source: Path, *, folder: Path, targets: Sequence[StageTarget]) -> None:
     """Refuse a run that the disk cannot hold; what stands in its folder already is not asked for again."""
     standing = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    inputs.check_disk(folder, max(0, run_bytes(recipe, source, targets=targets) - standing))
+    check_disk(folder, max(0, run_bytes(recipe, source, targets=targets) - standing))
 
 
 def check_output(story: Story, stage: str, *, out: Path) -> None:
@@ -193,7 +190,7 @@ def pack_text(story: Story, parts: Sequence[str] = PARTS) -> None:
     from moeslim.data.tokens import pack
 
     recipe = story.recipe
-    text = inputs.text_parts(recipe.data)
+    text = text_parts(recipe.data)
     for part in parts:
         story.tokens[part] = pack(
             text[part],
@@ -216,7 +213,7 @@ def calibrate_stage(story: Story, stage: str, *, student: Path, target: StageTar
     recipe, tokens, output = story.recipe, story.tokens["calibration"], f"{stage}/stats"
     removal = recipe.calibrate.removal or recipe.methods.experts == "removal"
     methods = stage_methods(story, stage)
-    search = inputs.stage_search(read_config(student), target, methods=methods, seed=recipe.seed)
+    search = settings.stage_search(read_config(student), target, methods=methods, seed=recipe.seed)
     made_from = {
         "model": folder_fingerprint(student),
         "text": tokens.fingerprint,
@@ -226,12 +223,13 @@ def calibrate_stage(story: Story, stage: str, *, student: Path, target: StageTar
     # Statistics without a record (a kill came between) are not cleared: `calibrate` knows whether they are right.
     if story.run.stands(f"{stage}-calibrate", made_from, outputs=[output] if story.run.redo else []):
         return
+    settings.prepare(recipe)
     calibrate(
         student,
         tokens,
         out=story.path(output),
         sequences=min(recipe.calibrate.sequences, len(tokens)),
-        settings=inputs.walk_settings(recipe),
+        settings=settings.walk_settings(recipe),
         observe=Observe(removal=removal, search=search, redo=story.run.redo),
     )
     story.run.finish(f"{stage}-calibrate", made_from, outputs=[output])
@@ -295,7 +293,7 @@ def cut_stage(story: Story, stage: str, *, student: Path, output: Path | None = 
     made_from = {"model": folder_fingerprint(student), "plan": file_fingerprint(plan_file)}
     if story.run.stands(f"{stage}-cut", made_from, outputs=[name]):
         return
-    plan = check_cut(student, read_plan(plan_file), bound=inputs.memory_bound(story.recipe.max_memory))
+    plan = check_cut(student, read_plan(plan_file), bound=settings.memory_bound(story.recipe.max_memory))
     cut(student, plan, out_folder=story.path(name), recipe=story.recipe.dump(), beside=plan_file.parent)
     story.run.finish(f"{stage}-cut", made_from, outputs=[name])
 
@@ -310,7 +308,7 @@ def distill_stage(story: Story, stage: str, *, student: str, output: str, span: 
     if not tokens:
         return story.path(student)
     text = story.tokens["train"]
-    teacher = inputs.teaching_folder(recipe, story.teacher, student=story.path(student), tokens=text)
+    teacher = settings.teaching_folder(recipe, story.teacher, student=story.path(student), tokens=text)
     made_from = {
         "student": folder_fingerprint(story.path(student)),
         "teacher": None if teacher is None else folder_fingerprint(teacher),
@@ -324,8 +322,9 @@ def distill_stage(story: Story, stage: str, *, student: str, output: str, span: 
     if not run.stands(f"{stage}-distill", made_from, outputs=[output]):
         moments = slice_moments(story, stage)
         place = Place(story.path(stage), *span, moments=moments, redo=run.redo, heldout=heldout)
-        settings = inputs.train_settings(recipe, tokens)
-        distill(story.path(student), teacher, tokens=text, out=story.path(output), settings=settings, place=place)
+        settings.prepare(recipe)
+        own = settings.train_settings(recipe, tokens)
+        distill(story.path(student), teacher, tokens=text, out=story.path(output), settings=own, place=place)
         run.finish(f"{stage}-distill", made_from, outputs=[output])
     return story.path(output)
 
@@ -376,12 +375,13 @@ def evaluate_models(story: Story, models: Mapping[str, Path]) -> None:
     """records/<label>.json of each model on held-out text, and samples.json of their continuations side by side."""
     from moeslim.evaluate.run import evaluate, side_by_side
 
+    settings.prepare(story.recipe)
     records = evaluate(
         models,
         story.tokens["heldout"].documents(),
         teacher=story.teacher,
         tokenizer=story.source,
-        settings=inputs.evaluate_settings(story.recipe),
+        settings=settings.evaluate_settings(story.recipe),
         out=story.path("records"),
     )
     if any(record.samples for record in records.values()):
@@ -395,6 +395,6 @@ def tell(story: Story, student: Path) -> dict[str, Any]:
 
     facts = collect(story.run.folder)
     write_card(facts, student)
-    page = verbs.report(story.run.folder)["page"]
-    lines = [*verbs.differences(story.path("records")), f"model: {student}", f"page: {page}"]
-    return {"model": str(student), "page": page, "table": verbs.comparison(story.path("records")), "lines": lines}
+    page = measure.report(story.run.folder)["page"]
+    lines = [*measure.differences(story.path("records")), f"model: {student}", f"page: {page}"]
+    return {"model": str(student), "page": page, "table": measure.comparison(story.path("records")), "lines": lines}

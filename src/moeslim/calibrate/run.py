@@ -32,7 +32,7 @@ from moeslim.calibrate.sums import sample_positions
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import CheckpointError, DataError, RunError
 from moeslim.log import logger, progress
-from moeslim.model import parallel
+from moeslim.machine import parallel
 from moeslim.model.hidden import HiddenFiles
 from moeslim.model.room import with_room
 from moeslim.model.walk import LayerVisit, WalkSettings, check_standing, walk

@@ -29,6 +29,8 @@ ITEM_BYTES |= {
     "F8_E4M3FNUZ": 1,
     "F8_E5M2FNUZ": 1,
 }
+TENSOR_BYTES = 2048
+"""Of a tensor's entry in the headers' tables, its row in the table of tensors, and what a plan makes of it."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from moeslim.artifacts import strict_json
 from moeslim.artifacts.fingerprint import hash_file
-from moeslim.checkpoint.bound import TENSOR_BYTES, check_bound
 from moeslim.checkpoint.config_json import read_config, side_files
 from moeslim.checkpoint.finite import not_finite
-from moeslim.checkpoint.index import INDEX_NAME, Entry, Index, path_inside
+from moeslim.checkpoint.index import INDEX_NAME, TENSOR_BYTES, Entry, Index, path_inside
 from moeslim.checkpoint.structure import read_structure
 from moeslim.errors import CheckpointError, FamilyError
 from moeslim.log import progress
+from moeslim.machine.bound import check_bound
 
 _BLOCK = 1 << 24  # bytes; a multiple of every item size
 

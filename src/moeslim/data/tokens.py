@@ -5,7 +5,7 @@ so neighbouring rows share one token and every token but the first is a target e
 is EOS with mask False. `mask[r, j]` belongs to target j, i.e. to token j+1 of the row.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,8 @@ from moeslim.errors import DataError, RunError
 from moeslim.log import logger, progress
 
 SCHEMA = 1
+Decode = Callable[[Sequence[int]], str]
+"""What makes text of token ids."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _ARRAYS = ("tokens.npy", "mask.npy", "documents.npy")
 _READ_THROUGH = 1 << 28  # tokens; more are not looked through for ids that no word has

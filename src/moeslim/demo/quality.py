@@ -20,12 +20,13 @@ from moeslim.data.tokens import pack
 from moeslim.demo import teacher_path, text_path, tokenizer_path
 from moeslim.errors import MoeslimError
 from moeslim.evaluate.pairs import paired
-from moeslim.evaluate.record import Figure, Record
+from moeslim.evaluate.record import Record
 from moeslim.evaluate.run import evaluate
 from moeslim.evaluate.settings import Settings
 from moeslim.families import Shape
+from moeslim.figures import Figure
 from moeslim.log import logger
-from moeslim.model.host import tune_cpu
+from moeslim.machine.host import tune_cpu
 from moeslim.plan.make import make_plan
 from moeslim.plan.schedule import Target
 from moeslim.recipe import Methods

@@ -24,7 +24,7 @@ from moeslim.distill.settings import Stage, TrainSettings
 from moeslim.distill.state import load_weights, step_folders
 from moeslim.errors import MoeslimError, RunError
 from moeslim.log import logger
-from moeslim.model.host import tune_cpu
+from moeslim.machine.host import tune_cpu
 from moeslim.model.init import write_random
 from moeslim.model.load import load_student
 from moeslim.model.save import save_student

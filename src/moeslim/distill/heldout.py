@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeslim.data.tokens import TokenSet
+from moeslim.data.tokens import Decode, TokenSet
 from moeslim.errors import DataError, TrainingError
-from moeslim.evaluate.language import BITS_PER_NAT, Decode
 from moeslim.losses import Coefficients
-from moeslim.model import parallel
+from moeslim.losses.metrics import BITS_PER_NAT
+from moeslim.machine import parallel
 from moeslim.model.student import Student
 
 _AROUND = 16  # tokens decoded before a place and after it: more than one character or the space before a word takes

@@ -32,7 +32,8 @@ from moeslim.families import training_operations
 from moeslim.log import logger
 from moeslim.losses import LossWeights, coefficients, term_counts
 from moeslim.losses.terms import means
-from moeslim.model import parallel
+from moeslim.machine import parallel
+from moeslim.model.sharding import whole
 from moeslim.model.student import Student
 
 
@@ -156,7 +157,7 @@ def train(
                 gradient = accumulate(
                     student, batch, weights=weights, settings=settings, teacher=teacher, stopped=stopped
                 )
-                norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)))
+                norm = float(whole(torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)))
                 check_finite(gradient, norm, step=step)
                 set_rate(optimizer, rate)
                 optimizer.step()

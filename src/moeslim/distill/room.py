@@ -18,9 +18,9 @@ from moeslim.distill.settings import TrainSettings
 from moeslim.errors import ResourceError
 from moeslim.families import STACKED, Shape, table
 from moeslim.losses.fused import CHUNK_BYTES, LARGEST_CHUNK
+from moeslim.machine.memory import free_memory
+from moeslim.machine.parallel import world
 from moeslim.model.chain import SCORE_BYTES
-from moeslim.model.memory import free_memory
-from moeslim.model.parallel import world
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,10 @@ from moeslim.distill.trackers import check_trackers
 from moeslim.distill.words import check_knows, check_same_words
 from moeslim.errors import RecipeError
 from moeslim.log import logger
-from moeslim.model import parallel
+from moeslim.machine import parallel
 from moeslim.model.load import load_student
 from moeslim.model.save import save_student
+from moeslim.model.sharding import Sharding, sharding
 from moeslim.model.sorted_experts import NAME as SORTED
 
 
@@ -195,9 +196,9 @@ def carry_out(job: Job) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 def _carry_out(job: Job) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     settings = job.settings
-    sharding = parallel.sharding(settings.shard_over, device=settings.device, precision=settings.precision)
-    student = load_student(job.student, device=settings.device, experts=SORTED, sharding=sharding)
-    teacher = None if job.teacher is None else listen(job.teacher, settings, sharding=sharding)
+    layout = sharding(settings.shard_over, device=settings.device, precision=settings.precision)
+    student = load_student(job.student, device=settings.device, experts=SORTED, sharding=layout)
+    teacher = None if job.teacher is None else listen(job.teacher, settings, sharding=layout)
     heldout = None
     if job.heldout is not None:
         rows = TokenSet.open(job.heldout)
@@ -208,7 +209,7 @@ def _carry_out(job: Job) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return curve, receipt
 
 
-def listen(teacher: Path, settings: TrainSettings, *, sharding: parallel.Sharding | None) -> Teacher:
+def listen(teacher: Path, settings: TrainSettings, *, sharding: Sharding | None) -> Teacher:
     """The teacher in a folder, ready to be asked: a live model, shared out as the student is, or a cache."""
     if is_cache(teacher):
         return CachedTeacher(CacheFolder.open(teacher))

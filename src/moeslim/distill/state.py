@@ -29,7 +29,8 @@ from moeslim.distill.settings import MAY_CHANGE, TrainSettings, differences
 from moeslim.distill.stored import Stored, Writing, seal, write
 from moeslim.errors import MoeslimError, RunError
 from moeslim.log import logger
-from moeslim.model import parallel
+from moeslim.machine import parallel
+from moeslim.model.sharding import as_shared, rows_here
 from moeslim.model.student import Student
 
 SCHEMA = 2
@@ -332,5 +333,5 @@ def _part_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """This process's own copy of a tensor in a file, shared out and placed as `parameter` is."""
     if not isinstance(parameter, DTensor):
         return tensor.to(parameter.device, copy=True)
-    own = tensor[parallel.rows_here(parameter)].to(parameter.device, copy=True)
-    return parallel.as_shared(own, parameter)
+    own = tensor[rows_here(parameter)].to(parameter.device, copy=True)
+    return as_shared(own, parameter)

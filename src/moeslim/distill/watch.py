@@ -15,11 +15,11 @@ from typing import Any, Self
 import torch
 
 from moeslim.artifacts.commit import disk_told, read_json, read_text, write_bytes, write_json
-from moeslim.distill.peak import device_peak
 from moeslim.distill.settings import TrainSettings
 from moeslim.distill.trackers import Told, Trackers
 from moeslim.log import logger, progress
-from moeslim.model.parallel import world
+from moeslim.machine.gpus import device_peak
+from moeslim.machine.parallel import world
 
 SPIKE_WINDOW, SPIKE_FEWEST = 50, 20
 """A loss is held against so many steps before it, and against no fewer."""

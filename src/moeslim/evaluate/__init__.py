@@ -1,8 +1,8 @@
 """What a model can do, with the error of every figure: text, agreement, routing, drafting, speed; records as JSON."""
 
 from moeslim.evaluate.pairs import paired
-from moeslim.evaluate.record import Figure, Record, difference, mean, ratio
+from moeslim.evaluate.record import Record
 from moeslim.evaluate.run import evaluate, side_by_side
 from moeslim.evaluate.settings import Settings
 
-__all__ = ["Figure", "Record", "Settings", "difference", "evaluate", "mean", "paired", "ratio", "side_by_side"]
+__all__ = ["Record", "Settings", "evaluate", "paired", "side_by_side"]

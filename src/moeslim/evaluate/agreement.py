@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from moeslim.evaluate.record import Figure, ratio
+from moeslim.figures import Figure, ratio
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,6 @@ class TeacherStates:
     windows: Windows
 
 
-def kl_and_top1(student_NV: torch.Tensor, teacher_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per position: KL(teacher || student) in nats over the full vocabulary, and whether both name the same token."""
-    log_q_NV = F.log_softmax(_wide(student_NV), dim=-1)
-    log_p_NV = F.log_softmax(_wide(teacher_NV), dim=-1)
-    kl_N = F.kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True).sum(-1)
-    return kl_N, student_NV.argmax(-1) == teacher_NV.argmax(-1)
-
-
 def kl_figure(kl_D: Sequence[float], tokens_D: Sequence[int]) -> Figure:
     """Mean KL(teacher || student) per token, its error over documents."""
     return ratio(kl_D, tokens_D, unit="nats/token", per="document")
@@ -57,7 +49,3 @@ def kl_figure(kl_D: Sequence[float], tokens_D: Sequence[int]) -> Figure:
 def top1_figure(agreed_D: Sequence[float], tokens_D: Sequence[int]) -> Figure:
     """Share of tokens where both models' likeliest token is the same, its error over documents."""
     return ratio(agreed_D, tokens_D, unit="share", per="document")
-
-
-def _wide(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from moeslim.data.tokens import TokenDocument
 from moeslim.errors import DataError
 from moeslim.evaluate.generate import Continuation
-from moeslim.evaluate.record import Figure, ratio
+from moeslim.figures import Figure, ratio
 from moeslim.log import logger
 from moeslim.model.chain import Chain
 from moeslim.model.student import Student

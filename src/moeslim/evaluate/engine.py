@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moeslim.errors import RecipeError
-from moeslim.evaluate.record import Figure, median
+from moeslim.figures import Figure, median
 
 DRAFTS = 2
 _ENVIRONMENT = {

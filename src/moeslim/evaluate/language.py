@@ -4,20 +4,15 @@ A document arrives with the EOS before it, so its first token is predicted too. 
 tokens[1 .. n]; target j is what input j predicts.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-
-from moeslim.data.tokens import TokenDocument
+from moeslim.data.tokens import Decode, TokenDocument
 from moeslim.errors import DataError
-from moeslim.evaluate.record import Figure, ratio
+from moeslim.figures import Figure, ratio
+from moeslim.losses.metrics import BITS_PER_NAT
 
 BITS = "bits/byte"
-BITS_PER_NAT = 1 / math.log(2)
-Decode = Callable[[Sequence[int]], str]
 _LOOK_AHEAD = 8  # tokens after a cut that may belong to the character before it
 
 
@@ -78,12 +73,6 @@ def shorten(document: TokenDocument, *, max_tokens: int, decode: Decode) -> Toke
         if ahead.startswith(text):
             return TokenDocument(document.source, document.domain, document.tokens[:end], len(text.encode()))
     raise DataError(f"{document.source}: no prefix of its first {max_tokens} tokens is text; is this its tokenizer?")
-
-
-def nats(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """`-log softmax(logits)[target]` per position (N), in nats, computed in fp32 or wider."""
-    wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    return F.cross_entropy(wide, targets_N, reduction="none")
 
 
 def bits_per_byte(nats_D: Sequence[float], bytes_D: Sequence[int]) -> Figure:

@@ -18,22 +18,23 @@ import transformers
 from moeslim import __version__
 from moeslim.artifacts.fingerprint import fingerprint
 from moeslim.checkpoint.structure import read_structure
-from moeslim.data.tokens import TokenDocument, load_tokenizer
+from moeslim.data.tokens import Decode, TokenDocument, load_tokenizer
 from moeslim.errors import CheckpointError
 from moeslim.evaluate import drafting, sampling
 from moeslim.evaluate.agreement import TeacherStates
 from moeslim.evaluate.engine import DRAFTS as ENGINE_DRAFTS
 from moeslim.evaluate.engine import engine_figures
 from moeslim.evaluate.generate import generate, sampler
-from moeslim.evaluate.language import Decode, choose
-from moeslim.evaluate.record import Figure, Record
+from moeslim.evaluate.language import choose
+from moeslim.evaluate.record import Record
 from moeslim.evaluate.score import Layout, Scores, score
 from moeslim.evaluate.settings import Settings
 from moeslim.evaluate.share import own
 from moeslim.evaluate.speed import peak_figure, restart_peak, size_figures, speed_figures
 from moeslim.evaluate.walking import Walked, score_walking
+from moeslim.figures import Figure
 from moeslim.log import logger, progress
-from moeslim.model import parallel
+from moeslim.machine import parallel
 from moeslim.model.load import load_student
 from moeslim.model.student import Student
 from moeslim.model.walk import WalkSettings

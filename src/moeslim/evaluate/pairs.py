@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from moeslim.errors import DataError
-from moeslim.evaluate.language import BITS, BITS_PER_NAT
-from moeslim.evaluate.record import Figure, Record, difference, ratio
+from moeslim.evaluate.language import BITS
+from moeslim.evaluate.record import Record
+from moeslim.figures import Figure, difference, ratio
+from moeslim.losses.metrics import BITS_PER_NAT
 
 PAIRED = {
     "bits_per_byte": ("nats", "bytes", BITS, BITS_PER_NAT),

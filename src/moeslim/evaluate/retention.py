@@ -14,8 +14,8 @@ import numpy as np
 from scipy.stats import binomtest, norm
 
 from moeslim.errors import DataError
-from moeslim.evaluate.record import Figure, mean
 from moeslim.evaluate.task_record import TaskRecord, TaskScore
+from moeslim.figures import Figure, mean
 
 Scores = Sequence[Sequence[float]]
 """Per task the score of every question."""

@@ -15,7 +15,7 @@ from moeslim.evaluate.measure import Ground, Job, measure_all
 from moeslim.evaluate.record import SCHEMA, Record
 from moeslim.evaluate.settings import Settings, check_models, walks
 from moeslim.log import logger
-from moeslim.model import parallel
+from moeslim.machine import parallel
 
 
 def evaluate(

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from moeslim.evaluate import drafting
 from moeslim.evaluate.drafting import DRAFTS, follow
 from moeslim.evaluate.generate import Choice, Continuation
-from moeslim.evaluate.record import Figure
+from moeslim.figures import Figure
 from moeslim.model.student import Student
 
 _LOGITS_AT_ONCE = 1 << 24

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from moeslim.data.tokens import TokenDocument
-from moeslim.evaluate.agreement import Head, TeacherStates, kl_and_top1, kl_figure, top1_figure
-from moeslim.evaluate.language import Window, bits_per_byte, nats, windows
-from moeslim.evaluate.record import Figure, ratio
+from moeslim.evaluate.agreement import Head, TeacherStates, kl_figure, top1_figure
+from moeslim.evaluate.language import Window, bits_per_byte, windows
 from moeslim.evaluate.share import own
+from moeslim.figures import Figure, ratio
 from moeslim.log import progress
-from moeslim.model import parallel
+from moeslim.losses.metrics import kl_and_top1, nats
+from moeslim.machine import parallel
 from moeslim.model.student import Student
 
 LOGITS_AT_ONCE = 1 << 24  # numbers in one chunk of logits: 64 MB in fp32, a few times that at the peak

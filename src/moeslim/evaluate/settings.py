@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeslim.checkpoint.bound import memory_used
 from moeslim.checkpoint.structure import check_structure, read_structure
 from moeslim.data.tokens import TokenDocument
 from moeslim.errors import DataError, RecipeError
 from moeslim.evaluate.drafting import DRAFTS
 from moeslim.evaluate.engine import check_engine
-from moeslim.model.memory import free_memory
-from moeslim.model.parallel import world
+from moeslim.machine.bound import memory_used
+from moeslim.machine.memory import free_memory
+from moeslim.machine.parallel import world
 
 DTYPES = ("float32", "bfloat16", "float16")
 THROUGH = ("auto", "memory", "walk")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moeslim.model import parallel
+from moeslim.machine import parallel
 
 
 def owners(sizes: Sequence[int], processes: int) -> list[int]:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 
-from moeslim.evaluate.record import Figure, median
 from moeslim.families import count
+from moeslim.figures import Figure, median
 from moeslim.model.student import Student
 
 _KIB = 1024

@@ -7,7 +7,7 @@ from typing import Any
 
 from moeslim.artifacts.commit import read_json, write_json
 from moeslim.errors import RunError
-from moeslim.evaluate.record import Figure
+from moeslim.figures import Figure
 
 SCHEMA = 1
 

@@ -25,14 +25,14 @@ import torch.nn.functional as F
 
 from moeslim.artifacts.commit import discard, disk_told, read_json, write_bytes
 from moeslim.artifacts.fingerprint import fingerprint
-from moeslim.checkpoint.bound import memory_used
 from moeslim.checkpoint.reader import Reader
 from moeslim.data.tokens import TokenDocument
 from moeslim.evaluate.agreement import Head, TeacherStates
 from moeslim.evaluate.score import LOGITS_AT_ONCE, Layout, Reading, Scores, sums_of, together
 from moeslim.log import progress
-from moeslim.model import parallel
-from moeslim.model.host import give_back
+from moeslim.machine import parallel
+from moeslim.machine.bound import memory_used
+from moeslim.machine.host import give_back
 from moeslim.model.room import Batch, with_room
 from moeslim.model.student import RouterWatch
 from moeslim.model.walk import LayerVisit, WalkSettings, walk

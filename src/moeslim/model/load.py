@@ -8,7 +8,7 @@ import torch
 
 from moeslim.checkpoint.reader import Reader
 from moeslim.families import Row, expert_prefix, layer_prefix
-from moeslim.model.parallel import Sharding, as_shared, rows_here, shard
+from moeslim.model.sharding import Sharding, as_shared, rows_here, shard
 from moeslim.model.student import Student
 
 

@@ -7,12 +7,12 @@ to batch. The result is the same bits whatever stays.
 
 from dataclasses import dataclass, replace
 
-from moeslim.checkpoint.bound import memory_used
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
 from moeslim.errors import ResourceError
 from moeslim.families import Shape
 from moeslim.log import logger
-from moeslim.model.host import return_memory
+from moeslim.machine.bound import memory_used
+from moeslim.machine.host import return_memory
 from moeslim.model.walk import WalkSettings
 
 _CHUNK = 64  # tokens that DeltaNet's reference kernel takes together

@@ -14,7 +14,8 @@ from moeslim.checkpoint.index import path_inside
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, write_receipt
 from moeslim.families import Row
-from moeslim.model.parallel import gather, is_shared, whole, world
+from moeslim.machine.parallel import gather, world
+from moeslim.model.sharding import is_shared, whole
 from moeslim.model.student import Student
 
 

@@ -18,7 +18,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausa
 
 from moeslim.families import check_live
 from moeslim.losses import Coefficients, Outcomes, Signal, StepTerms, balance, fused_loss
-from moeslim.model import parallel
+from moeslim.machine import parallel
 from moeslim.model.chain import Chain
 from moeslim.model.mtp import MtpBlock
 

@@ -40,14 +40,14 @@ _LEAST = 1e-6
 
 
 @dataclass(frozen=True)
-class Figure:
+class ParameterTarget:
     """A number of parameters as it was asked for, and how far from it still counts as met."""
 
     value: float
     within: float
 
     @classmethod
-    def parse(cls, digits: str, unit: str) -> "Figure":
+    def parse(cls, digits: str, unit: str) -> "ParameterTarget":
         """From "6.5" and "B": half a unit of the last digit, or ROUGHLY of the value."""
         scale = {"B": 1e9, "M": 1e6}[unit.upper()]
         last = 10.0 ** -len(digits.partition(".")[2])
@@ -62,8 +62,8 @@ class Figure:
 class Wish:
     """What a smaller model must meet; None: nothing is asked. `memory` in bytes, for weights in `precision`."""
 
-    total: Figure | None = None
-    active: Figure | None = None
+    total: ParameterTarget | None = None
+    active: ParameterTarget | None = None
     memory: float | None = None
     speedup: float | None = None
     precision: str = "bf16"
@@ -89,8 +89,8 @@ class Wish:
         if target is not None:
             form = rf"{number}([BM])(?:-A{number}([BM]))?"
             found = _words("--target", target, form=form, such="23B-A2B, 6.5B-A1.1B or 23B")
-            total = Figure.parse(found[1], found[2])
-            active = Figure.parse(found[3], found[4]) if found[3] else None
+            total = ParameterTarget.parse(found[1], found[2])
+            active = ParameterTarget.parse(found[3], found[4]) if found[3] else None
             if active is not None and active.value > total.value:
                 raise RecipeError(f"--target: {target} has more active parameters than parameters; write TOTAL-ACTIVE")
         if memory is not None:

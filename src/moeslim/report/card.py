@@ -13,7 +13,7 @@ import yaml
 from moeslim.artifacts.commit import write_bytes
 from moeslim.errors import RunError
 from moeslim.report.collect import RunFacts
-from moeslim.report.figures import Figure, error_text, shown_unit, value_text
+from moeslim.report.figures import Quantity, error_text, shown_unit, value_text
 from moeslim.report.headline import share_kept, title
 from moeslim.report.records import ModelRecord
 from moeslim.report.tables import GROUPS, domains, heading
@@ -93,7 +93,7 @@ def _results(records: Sequence[ModelRecord]) -> str:
     return "## Results\n\nValue ± one standard error.\n\n" + "\n".join(lines)
 
 
-def _cell(figure: Figure | None) -> str:
+def _cell(figure: Quantity | None) -> str:
     if figure is None:
         return "–"
     error = error_text(figure)

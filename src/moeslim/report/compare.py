@@ -12,7 +12,7 @@ from moeslim.errors import RunError
 from moeslim.report.boxes import card, cards, paragraph, rows_table, swatch
 from moeslim.report.collect import RunFacts
 from moeslim.report.draw import Bar, Series, row_chart, thinned
-from moeslim.report.figures import Figure, difference_text
+from moeslim.report.figures import Quantity, difference_text
 from moeslim.report.page import Head, document
 from moeslim.report.records import ModelRecord
 from moeslim.report.sections import CURVES, token_chart
@@ -70,7 +70,7 @@ def _differences(record: Mapping[str, Any]) -> str:
 def _chart(metric: str, domains: Mapping[str, Mapping[str, Any]]) -> str:
     bars = []
     for domain, value in domains.items():
-        figure = Figure(value["value"], value["se"], value["n"], value["unit"])
+        figure = Quantity(value["value"], value["se"], value["n"], value["unit"])
         factor = 100.0 if figure.is_share else 1.0
         error = None if figure.se is None else factor * figure.se
         name = domain or "all"

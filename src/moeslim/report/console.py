@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeslim.report.figures import Figure, error_text, shown_unit, value_text
+from moeslim.report.figures import Quantity, error_text, shown_unit, value_text
 from moeslim.report.records import ModelRecord
 from moeslim.report.tables import GROUPS, MISSING, Group, domains, heading
 
@@ -16,7 +16,7 @@ class _Row:
 
     label: str
     domain: str
-    figures: list[Figure | None]
+    figures: list[Quantity | None]
 
 
 def comparison(records: Sequence[ModelRecord]) -> Rows:
@@ -54,7 +54,7 @@ def _block(title: str, rows: Sequence[tuple[str, _Row]]) -> Rows:
     return [head, *([f"  {name}", *(_cell(figure) for figure in row.figures)] for name, row in rows)]
 
 
-def _cell(figure: Figure | None) -> str:
+def _cell(figure: Quantity | None) -> str:
     if figure is None:
         return MISSING
     error = error_text(figure)

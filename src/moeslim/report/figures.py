@@ -14,7 +14,7 @@ _COUNTS = frozenset({"parameters", "params", "count"})
 
 
 @dataclass(frozen=True)
-class Figure:
+class Quantity:
     """A value in `unit`, its standard error and the number of independent items `n` (None: not sampled)."""
 
     value: float
@@ -35,7 +35,7 @@ def shown_unit(unit: str) -> str:
     return "" if unit in _BYTES | _COUNTS else unit
 
 
-def value_text(figure: Figure) -> str:
+def value_text(figure: Quantity) -> str:
     """The value alone, with as many digits as its error justifies (two digits of the error), without the unit."""
     if figure.unit in _BYTES:
         return bytes_text(figure.value)
@@ -45,7 +45,7 @@ def value_text(figure: Figure) -> str:
     return number_text(value, digits=_decimals(error) if error else None)
 
 
-def error_text(figure: Figure) -> str:
+def error_text(figure: Quantity) -> str:
     """The standard error with the digits of `value_text`; empty where there is none."""
     if not figure.se or figure.unit in _BYTES | _COUNTS:  # an error of 0 means counted, not sampled
         return ""
@@ -53,13 +53,13 @@ def error_text(figure: Figure) -> str:
     return number_text(error, digits=_decimals(error)) if error else ""
 
 
-def figure_text(figure: Figure) -> str:
+def figure_text(figure: Quantity) -> str:
     """`1.512 ± 0.012 bits/byte`, `54.3 ± 1.2 %`, `4.31 M`."""
     error, unit = error_text(figure), shown_unit(figure.unit)
     return value_text(figure) + (f"{NBSP}±{NBSP}{error}" if error else "") + (f"{NBSP}{unit}" if unit else "")
 
 
-def difference_text(figure: Figure) -> str:
+def difference_text(figure: Quantity) -> str:
     """`+0.012 ± 0.003`; that of shares in `points` of a percent."""
     sign, error, unit = "+" if figure.value > 0 else "", error_text(figure), " points" if figure.is_share else ""
     return f"{sign}{value_text(figure)}" + (f" ± {error}" if error else "") + unit
@@ -124,7 +124,7 @@ def _stepped(value: float, steps: tuple[tuple[float, str], ...]) -> str:
     return number_text(value)
 
 
-def _scaled(figure: Figure) -> tuple[float, float | None]:
+def _scaled(figure: Quantity) -> tuple[float, float | None]:
     factor = 100.0 if figure.is_share else 1.0
     return figure.value * factor, None if figure.se is None else figure.se * factor
 

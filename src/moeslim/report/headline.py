@@ -4,7 +4,7 @@ from html import escape
 
 from moeslim.report.boxes import tile
 from moeslim.report.collect import RunFacts
-from moeslim.report.figures import NBSP, Figure, bytes_text, count_text, figure_text, shown_unit, value_text
+from moeslim.report.figures import NBSP, Quantity, bytes_text, count_text, figure_text, shown_unit, value_text
 from moeslim.report.records import ModelRecord
 from moeslim.report.tables import domains, heading
 
@@ -92,7 +92,7 @@ def _speed(teacher: ModelRecord, small: ModelRecord) -> list[str]:
 def _figure_tile(facts: RunFacts, small: ModelRecord, *, what: tuple[str, str], label: str) -> str:
     figure, (_, domain) = small.figures[what], what
     value, _, rest = figure_text(
-        Figure(figure.value, figure.se, unit=figure.unit if figure.is_share else "")
+        Quantity(figure.value, figure.se, unit=figure.unit if figure.is_share else "")
     ).partition(NBSP)
     return tile(value, rest, label=f"{label}, {domain}" if domain else label, beside=_beside(facts, small, what=what))
 

@@ -8,7 +8,7 @@ from typing import Any
 from moeslim.artifacts.commit import write_bytes
 from moeslim.report.boxes import card, cards, paragraph, rows_table, scroll_table, swatch, tile
 from moeslim.report.draw import Series, curve_chart
-from moeslim.report.figures import NBSP, Figure, count_text, error_text, number_text, value_text
+from moeslim.report.figures import NBSP, Quantity, count_text, error_text, number_text, value_text
 from moeslim.report.page import Head, document
 
 _LINES = (("", "next token", "tone-cut"), ("mtp_", "MTP head", "tone-random-init"))
@@ -141,6 +141,6 @@ def _how(record: Record) -> str:
 
 def _cell(value: Mapping[str, Any]) -> str:
     """`0.0120 ± 0.0011`."""
-    figure = Figure(value["value"], value["se"], value["n"], value["unit"])
+    figure = Quantity(value["value"], value["se"], value["n"], value["unit"])
     error = error_text(figure)
     return f"{value_text(figure)} ± {error}" if error else value_text(figure)

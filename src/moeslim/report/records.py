@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeslim.errors import RunError
-from moeslim.report.figures import Figure
+from moeslim.report.figures import Quantity
 
 SCHEMA = 1
 ORDER = ("teacher", "cut", "distilled", "random-init")
@@ -26,12 +26,12 @@ class ModelRecord:
     """
 
     label: str
-    figures: Mapping[tuple[str, str], Figure]
+    figures: Mapping[tuple[str, str], Quantity]
     load: Mapping[str, tuple[float, ...]]
     facts: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
-    def get(self, metric: str, domain: str = "") -> Figure | None:
+    def get(self, metric: str, domain: str = "") -> Quantity | None:
         """The figure, None where it was not measured."""
         return self.figures.get((metric, domain))
 
@@ -65,13 +65,13 @@ def model_record(label: str, value: Mapping[str, Any], *, where: str) -> ModelRe
     return ModelRecord(label, figures, load, {str(key): str(fact) for key, fact in facts.items()}, notes)
 
 
-def _figure(entry: Mapping[str, Any]) -> Figure:
+def _figure(entry: Mapping[str, Any]) -> Quantity:
     """A figure; one with an error of exactly 0 was counted, not sampled, and has neither error nor n."""
     error = None if entry.get("se") is None else float(entry["se"])
     if not math.isfinite(float(entry["value"])) or not 0 <= (error or 0.0) < math.inf:
         raise ValueError(f"a figure of {entry['value']} with the error {error}")
     counted = error == 0.0 and entry.get("n") == 1
-    return Figure(
+    return Quantity(
         value=float(entry["value"]),
         se=None if counted else error,
         n=None if counted or entry.get("n") is None else int(entry["n"]),

@@ -12,7 +12,7 @@ from typing import Any
 from moeslim.artifacts.commit import write_bytes
 from moeslim.report.boxes import card, cards, paragraph, rows_table
 from moeslim.report.draw import Bar, row_chart
-from moeslim.report.figures import Figure, count_text, error_text, shown_unit, value_text
+from moeslim.report.figures import Quantity, count_text, error_text, shown_unit, value_text
 from moeslim.report.page import Head, document
 from moeslim.report.tables import MISSING
 
@@ -139,8 +139,8 @@ def _title(record: Record, metric: str) -> str:
     return f"{_NAMES[metric]}{unit} ({'less' if metric in _LESS_IS_BETTER else 'more'} is better)"
 
 
-def _figure(value: Record, *, error: str = "se") -> Figure:
-    return Figure(value["value"], value[error], None, value["unit"])
+def _figure(value: Record, *, error: str = "se") -> Quantity:
+    return Quantity(value["value"], value[error], None, value["unit"])
 
 
 def _cell(value: Record | None, *, signed: bool = False) -> str:
@@ -159,7 +159,7 @@ def _interval(value: Record | None) -> str:
     ends = []
     for side in (-1, 1):
         end = value["value"] + side * value["half_width"]
-        figure = Figure(end, value["se"], None, value["unit"])
+        figure = Quantity(end, value["se"], None, value["unit"])
         ends.append(f"{'+' if end > 0 else ''}{value_text(figure)}")
     return f"{ends[0]} to {ends[1]}{' *' if abs(value['value']) > value['half_width'] else ''}"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 
 from moeslim.report.boxes import group_row, long, scroll_table, swatch
-from moeslim.report.figures import Figure, error_text, number_text, shown_unit, value_text
+from moeslim.report.figures import Quantity, error_text, number_text, shown_unit, value_text
 from moeslim.report.records import ModelRecord
 
 NAMES = {"teacher": "Teacher", "cut": "Cut", "distilled": "Distilled", "random-init": "Random init"}
@@ -139,7 +139,7 @@ def _column(record: ModelRecord) -> str:
     return record.label if record.label in NAMES else ""
 
 
-def _row(label: str, figures: Sequence[Figure | None], *, records: Sequence[ModelRecord], unit: bool) -> str:
+def _row(label: str, figures: Sequence[Quantity | None], *, records: Sequence[ModelRecord], unit: bool) -> str:
     cells = "".join(_cell(figure, column=_column(record)) for figure, record in zip(figures, records, strict=True))
     units = {shown_unit(figure.unit) for figure in figures if figure}
     words = f" <small>{escape(', '.join(sorted(units)))}</small>" if unit and units != {""} else ""
@@ -147,7 +147,7 @@ def _row(label: str, figures: Sequence[Figure | None], *, records: Sequence[Mode
     return f'{head}{cells}<td class="num n">{_items(figures)}</td></tr>'
 
 
-def _cell(figure: Figure | None, *, column: str) -> str:
+def _cell(figure: Quantity | None, *, column: str) -> str:
     if figure is None:
         return f'<td class="num off {column}">{MISSING}</td>'
     error = error_text(figure)
@@ -155,7 +155,7 @@ def _cell(figure: Figure | None, *, column: str) -> str:
     return f'<td class="num {column}">{value_text(figure)}{after}</td>'
 
 
-def _items(figures: Sequence[Figure | None]) -> str:
+def _items(figures: Sequence[Quantity | None]) -> str:
     counts = sorted({figure.n for figure in figures if figure and figure.n is not None})
     if not counts:
         return ""

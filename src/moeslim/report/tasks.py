@@ -8,7 +8,7 @@ from typing import Any
 
 from moeslim.report.boxes import paragraph, rows_table
 from moeslim.report.collect import RunFacts
-from moeslim.report.figures import Figure, figure_text, number_text
+from moeslim.report.figures import Quantity, figure_text, number_text
 from moeslim.report.tables import MISSING
 
 Rows = list[list[str]]
@@ -63,7 +63,7 @@ def _block(title: str, row: Mapping[str, Any], *, models: list[str], base: str) 
 def _text(figure: Mapping[str, Any] | None) -> str:
     if figure is None:
         return MISSING
-    return figure_text(Figure(**{key: value for key, value in figure.items() if key != "per"}))
+    return figure_text(Quantity(**{key: value for key, value in figure.items() if key != "per"}))
 
 
 def _paired(test: Mapping[str, Any] | None) -> str:

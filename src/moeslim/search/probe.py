@@ -23,8 +23,8 @@ from moeslim.calibrate.observe import Observe
 from moeslim.calibrate.run import calibrate, hold_out
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import CheckpointError, DataError, PlanError
-from moeslim.evaluate.record import Figure, ratio
 from moeslim.families import Shape
+from moeslim.figures import Figure, ratio
 from moeslim.log import progress
 from moeslim.model.hidden import HiddenFiles
 from moeslim.model.walk import LayerVisit, WalkSettings

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moeslim.evaluate.agreement import kl_and_top1
-from moeslim.evaluate.language import nats
+from moeslim.losses.metrics import kl_and_top1, nats
 from moeslim.model.hidden import HiddenFiles
 from moeslim.model.walk import LayerVisit
 

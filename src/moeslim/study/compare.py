@@ -10,7 +10,7 @@ from moeslim.errors import DataError, RunError
 from moeslim.report.collect import collect
 from moeslim.report.compare import write_comparison
 from moeslim.report.console import comparison
-from moeslim.report.figures import Figure, difference_text
+from moeslim.report.figures import Quantity, difference_text
 from moeslim.report.records import ModelRecord, model_record, place
 from moeslim.study.tasks import compare_tasks
 
@@ -128,7 +128,7 @@ def _difference(a: Any, b: Any) -> tuple[list[str], dict[str, Any]]:
             lines.append(f"no difference in {metric.replace('_', ' ')}: {problem}")
             continue
         told = ", ".join(
-            f"{domain} {difference_text(Figure(figure.value, figure.se, figure.n, figure.unit))}"
+            f"{domain} {difference_text(Quantity(figure.value, figure.se, figure.n, figure.unit))}"
             for domain, figure in figures.items()
         )
         lines.append(f"{metric.replace('_', ' ')}, {a.label} minus {b.label}: {told}")

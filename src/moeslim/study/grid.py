@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from moeslim.commands.inputs import BUNDLED
 from moeslim.errors import RecipeError
-from moeslim.inputs import BUNDLED
 from moeslim.recipe import Recipe, explain, read_yaml
 
 SEED_MEANS = (

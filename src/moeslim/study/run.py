@@ -16,8 +16,8 @@ import yaml
 from moeslim import __version__
 from moeslim.artifacts.commit import write_bytes, write_json
 from moeslim.artifacts.run import Run, open_run
+from moeslim.commands.forecast import preview_run
 from moeslim.errors import Interrupted, MoeslimError, RecipeError, RunError
-from moeslim.forecast import preview_run
 from moeslim.log import logger, progress
 from moeslim.study.grid import METRICS, SEED_MEANS, Cell, Grid, Label, models_of
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moeslim.errors import DataError
-from moeslim.report.figures import Figure, difference_text
+from moeslim.report.figures import Quantity, difference_text
 
 
 def compare_tasks(paths: Mapping[str, Path]) -> tuple[dict[str, Any], list[str]]:
@@ -79,4 +79,4 @@ def _paired(row: Mapping[str, Any]) -> bool:
 
 
 def _text(figure: Mapping[str, Any]) -> str:
-    return difference_text(Figure(figure["value"], figure["se"], figure["n"], figure["unit"]))
+    return difference_text(Quantity(figure["value"], figure["se"], figure["n"], figure["unit"]))

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from moeslim.checkpoint.bound import TENSOR_BYTES, check_bound
-from moeslim.checkpoint.index import ITEM_BYTES
+from moeslim.checkpoint.index import ITEM_BYTES, TENSOR_BYTES
 from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.shard import AHEAD_BYTES
-from moeslim.model.host import return_memory
+from moeslim.machine.bound import check_bound
+from moeslim.machine.host import return_memory
 from moeslim.plan import Plan, check_plan, final_shape
 from moeslim.surgery.fold import view_of
 from moeslim.surgery.outputs import Output, Slot, outputs

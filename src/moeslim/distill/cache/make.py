@@ -22,7 +22,7 @@ from moeslim.distill.words import check_knows, words_fingerprint
 from moeslim.errors import RecipeError
 from moeslim.log import logger, progress
 from moeslim.losses import products
-from moeslim.model import parallel
+from moeslim.machine import parallel
 from moeslim.model.load import load_student
 from moeslim.model.sorted_experts import NAME as SORTED
 from moeslim.model.student import Student

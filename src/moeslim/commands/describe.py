@@ -6,8 +6,9 @@ from typing import Any
 
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure, refuse_quantised
+from moeslim.commands.inputs import has_mtp, has_weights, model_folder, options_recipe
+from moeslim.commands.settings import target_config
 from moeslim.families import Shape, check_live, count
-from moeslim.inputs import has_mtp, has_weights, model_folder, options_recipe, target_config
 from moeslim.plan.engines import engine_warnings
 from moeslim.plan.schedule import StageTarget, resolve
 from moeslim.recipe import Recipe

@@ -10,11 +10,11 @@ from typing import Any
 from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import refuse_quantised
-from moeslim.describe import amount, storage
-from moeslim.distill.peak import GPUS, Gpu
+from moeslim.commands.describe import amount, storage
+from moeslim.commands.inputs import has_mtp, has_weights, model_folder, options_recipe
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape
-from moeslim.inputs import has_mtp, has_weights, model_folder, options_recipe
+from moeslim.machine.gpus import GPUS, Gpu
 from moeslim.plan.budget import RULES, Proposal, Wish, proposals, read_number, resized
 from moeslim.plan.footprint import ROW, Footprint, Footprints
 from moeslim.plan.schedule import AXES, Target, resolve, stages, units
@@ -61,7 +61,7 @@ def propose(
     """The best SHOWN shapes that meet `wish`, with the counts that `keep` names as they are; RecipeError or PlanError
     where nothing is asked or nothing meets it.
 
-    `proposals[n]["keep"]` is what `moeslim.plan`, `prune` and recipes take.
+    `proposals[n]["keep"]` is what `plan`, `prune` and recipes take.
     """
     recipe = options_recipe(model, keep=keep or {}, overrides=overrides)
     folder = model_folder(model, revision=recipe.revision, config_only=True)

@@ -10,9 +10,6 @@ from pathlib import Path
 from moeslim.errors import ResourceError
 from moeslim.log import logger
 
-TENSOR_BYTES = 2048
-"""Of a tensor's entry in the headers' tables, its row in the table of tensors, and what a plan makes of it."""
-
 
 def memory_used() -> int:
     """Bytes of anonymous memory that this process has taken; 0 where the system does not say (outside Linux)."""

@@ -1,4 +1,4 @@
-"""Verbs on a model's files: calibrate, plan, cut, verify, and what each expert count would cost."""
+"""Commands on a model's files: calibrate, plan, cut, verify, and what each expert count would cost."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,20 +9,12 @@ from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.artifacts.run import open_run
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure
-from moeslim.describe import amount, sizes
+from moeslim.commands.describe import amount, sizes
+from moeslim.commands.inputs import has_mtp, has_weights, live_folder, model_folder, options_recipe
+from moeslim.commands.settings import memory_bound, prepare, walk_settings
+from moeslim.commands.text import advice, text_parts
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape
-from moeslim.inputs import (
-    advice,
-    has_mtp,
-    has_weights,
-    live_folder,
-    memory_bound,
-    model_folder,
-    options_recipe,
-    text_parts,
-    walk_settings,
-)
 from moeslim.plan.schedule import resolve
 from moeslim.recipe import Keep
 
@@ -44,6 +36,7 @@ def calibrate(
     length, beside = recipe.data.sequence_length, out.with_name(out.name + ".tokens")
     tokens = pack(text, folder, out_folder=beside, sequence_length=length, seed=recipe.seed)
     sequences = min(recipe.calibrate.sequences, len(tokens))
+    prepare(recipe)
     stats = observe(folder, tokens, out=out, sequences=sequences, settings=walk_settings(recipe))
     lines = [f"{out}: {stats.tokens:,} tokens in {stats.sequences} sequences of text {tokens.fingerprint}"]
     lines += coverage_lines(stats.coverage())
@@ -159,6 +152,7 @@ def probe(
         }
         # Statistics without a record (a kill came between) are not cleared: the probe knows whether they are right.
         stands = run.stands("probe", made_from, outputs=["stats"] if redo else [])
+        prepare(recipe)
         found = predict(folder, tokens, out=out / "stats", ask=ask, settings=walk_settings(recipe), redo=redo)
         if not stands:
             run.finish("probe", made_from, outputs=["stats"])

@@ -7,10 +7,11 @@ from typing import Any
 
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import read_structure
-from moeslim.describe import amount, duration, operations, sizes, storage
-from moeslim.distill.peak import device_peak, measured_rate, peak_of
+from moeslim.commands.describe import amount, duration, operations, sizes, storage
+from moeslim.commands.inputs import has_mtp, has_weights, model_folder
+from moeslim.commands.settings import device, prepare, stage_targets, target_config
 from moeslim.families import STACKED, Shape, check_live, forward_operations, table, training_operations
-from moeslim.inputs import device, has_mtp, has_weights, model_folder, stage_targets, target_config
+from moeslim.machine.gpus import device_peak, measured_rate, peak_of
 from moeslim.plan.schedule import NAMED, StageTarget
 from moeslim.plan.training import UTILISATION
 from moeslim.recipe import Recipe
@@ -176,9 +177,10 @@ def _memory(recipe: Recipe, before: Mapping[str, int], *, stages: Sequence[Mappi
 
 def _rate(recipe: Recipe) -> tuple[float, str]:
     """Operations per second that this machine can do, over all processes, and how that is known."""
-    from moeslim.model.parallel import world
+    from moeslim.machine.parallel import world
 
     where, ranks = device(recipe.device), world().size
+    prepare(recipe)
     peak = device_peak(where, precision=recipe.precision)
     if peak is None:
         rate, source = measured_rate(where, precision=recipe.precision), "measured just now in a product of matrices"

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from moeslim import __version__, options
-from moeslim.display import complain, ended, out, printable, show_progress, show_table, stoppable
-from moeslim.options import AsJson, DataOption, DryRun, Kept, MaxMemory, Model, Redo, Revision, Settings
+from moeslim import __version__
+from moeslim.cli import options
+from moeslim.cli.display import complain, ended, out, printable, show_progress, show_table, stoppable
+from moeslim.cli.options import AsJson, DataOption, DryRun, Kept, MaxMemory, Model, Redo, Revision, Settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,9 +46,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def inspect(model: Model, revision: Revision = None, as_json: AsJson = False) -> None:
     """Shape, parameters per component and what engines need; reads config and headers only."""
-    from moeslim import verbs
+    from moeslim.commands import describe
 
-    record = verbs.inspect(model, revision=revision)
+    record = describe.inspect(model, revision=revision)
     _emit(record, as_json=as_json, lines=record["lines"])
 
 
@@ -61,9 +62,9 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Observe the model on calibration text, layer by layer; goes on where it was killed."""
-    from moeslim import verbs
+    from moeslim.commands import files
 
-    record = verbs.calibrate(model, out_folder, data=data, overrides=options.bounded(settings, max_memory))
+    record = files.calibrate(model, out_folder, data=data, overrides=options.bounded(settings, max_memory))
     _emit(record, as_json=as_json, lines=record["lines"])
 
 
@@ -94,7 +95,7 @@ def plan(
 
     With --target, --memory, --speedup: propose shapes that meet them; PLAN is then the best, or the one you --choose.
     """
-    from moeslim import propose, verbs
+    from moeslim.commands import files, propose
 
     keep = options.kept(
         layers=layers, hidden=hidden, experts=experts, expert_size=expert_size, shared_size=shared_size, top_k=top_k
@@ -111,7 +112,7 @@ def plan(
             show_table(record["table"])
             _emit(record, as_json=False, lines=record["lines"])
     if out_file is not None:
-        made = verbs.plan(model, out_file, stats=stats, keep=keep, overrides=settings or [])
+        made = files.plan(model, out_file, stats=stats, keep=keep, overrides=settings or [])
         _emit(record | made, as_json=as_json, lines=made["lines"])
     elif as_json:
         _emit(record, as_json=True, lines=[])
@@ -126,9 +127,9 @@ def cut(
     as_json: AsJson = False,
 ) -> None:
     """Carry a plan out, one tensor at a time; the result appears whole or not at all."""
-    from moeslim import verbs
+    from moeslim.commands import files
 
-    record = verbs.cut(model, plan_file, out=out_folder, max_memory=max_memory)
+    record = files.cut(model, plan_file, out=out_folder, max_memory=max_memory)
     _emit(record, as_json=as_json, lines=record["lines"])
 
 
@@ -150,13 +151,14 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Calibrate, plan, cut, verify, and measure before and after: `moeslim prune MODEL OUT --experts 50%`."""
-    from moeslim import pipeline, verbs
+    from moeslim import pipeline
+    from moeslim.commands import describe
 
     keep = options.kept(
         layers=layers, hidden=hidden, experts=experts, expert_size=expert_size, shared_size=shared_size, top_k=top_k
     )
     settings = options.bounded(settings, max_memory)
-    preview = verbs.preview(model, keep=keep, overrides=settings)
+    preview = describe.preview(model, keep=keep, overrides=settings)
     if not as_json:
         _emit(preview, as_json=False, lines=preview["lines"] if dry_run else preview["lines"][:1])
     if dry_run:
@@ -185,9 +187,9 @@ def cache_teacher(
     as_json: AsJson = False,
 ) -> None:
     """Write down once what a teacher says on a text, for any number of trainings; goes on where it was killed."""
-    from moeslim import verbs
+    from moeslim.commands import training
 
-    record = verbs.cache_teacher(model, data, out=out_folder, overrides=settings or [], k=k, samples=samples)
+    record = training.cache_teacher(model, data, out=out_folder, overrides=settings or [], k=k, samples=samples)
     _emit(record, as_json=as_json, lines=record["lines"])
 
 
@@ -204,9 +206,9 @@ def distill(
     as_json: AsJson = False,
 ) -> None:
     """Train with LM + KD + MTP losses; saves, and goes on exactly where it was stopped."""
-    from moeslim import verbs
+    from moeslim.commands import training
 
-    record = verbs.distill(
+    record = training.distill(
         student, out_folder, teacher=teacher, teacher_cache=teacher_cache, data=data, overrides=settings or []
     )
     _emit(record, as_json=as_json, lines=record["lines"])
@@ -225,15 +227,15 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Bits per byte, agreement, drafting acceptance, speed; or tasks. Each with n and standard error."""
-    from moeslim import verbs
+    from moeslim.commands import measure
 
     given: dict[str, Any] = {"teacher": teacher, "overrides": options.bounded(settings, max_memory)}
     if tasks is None and limit is None:
-        record = verbs.evaluate(models, out_folder, data=data, **given)
+        record = measure.evaluate(models, out_folder, data=data, **given)
     elif tasks is None or data:
         raise typer.BadParameter("--tasks bring questions of their own: --limit goes with them, --data does not")
     else:
-        record = verbs.evaluate_tasks(models, out_folder, tasks=tasks.split(","), limit=limit, **given)
+        record = measure.evaluate_tasks(models, out_folder, tasks=tasks.split(","), limit=limit, **given)
     _show(record, as_json=as_json)
 
 
@@ -252,10 +254,10 @@ def probe(
     as_json: AsJson = False,
 ) -> None:
     """Predict what every number of experts would cost: where the knee is, what is safe. Trains and cuts nothing."""
-    from moeslim import verbs
+    from moeslim.commands import files
     from moeslim.report.probe import probe_table
 
-    record = verbs.probe(model, out_folder, data=data, overrides=settings or [], tolerance=tolerance, redo=redo)
+    record = files.probe(model, out_folder, data=data, overrides=settings or [], tolerance=tolerance, redo=redo)
     if not as_json:
         show_table(probe_table(record))
     _emit(record, as_json=as_json, lines=record["lines"])
@@ -264,9 +266,9 @@ def probe(
 @app.command()
 def verify(model: Model, max_memory: MaxMemory = None, as_json: AsJson = False) -> None:
     """Prove a checkpoint: every tensor once, shapes, values, index, hashes of the receipt."""
-    from moeslim import verbs
+    from moeslim.commands import files
 
-    record = verbs.verify(model, max_memory=max_memory)
+    record = files.verify(model, max_memory=max_memory)
     _emit(record, as_json=as_json, lines=record["lines"][:1])
     for problem in record["problems"]:
         complain(problem)
@@ -279,9 +281,9 @@ def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False
 ) -> None:
     """Write RUN/report.html again from the records that stand there."""
-    from moeslim import verbs
+    from moeslim.commands import measure
 
-    record = verbs.report(run_folder)
+    record = measure.report(run_folder)
     _emit(record, as_json=as_json, lines=record["lines"])
 
 
@@ -295,10 +297,11 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Carry out a whole recipe: per stage calibrate, plan, cut, distill; then evaluate and report."""
-    from moeslim import pipeline, verbs
+    from moeslim import pipeline
+    from moeslim.commands import forecast
 
     if dry_run:
-        record = verbs.preview_run(recipe, settings or [])
+        record = forecast.preview_run(recipe, settings or [])
         _emit(record, as_json=as_json, lines=record["lines"])
         return
     record = pipeline.run(recipe, out_folder, overrides=settings or [], redo=redo)
@@ -366,10 +369,6 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         with stoppable():
             sys.exit(ended(app))
-    from moeslim.model.parallel import carry_out, serve
+    from moeslim.machine.parallel import carry_out, serve
 
     sys.exit(ended(lambda: carry_out(lambda: ended(app), help_out=lambda: ended(serve))))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Verbs that measure, and what their records tell."""
+"""Commands that measure, and what their records tell."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,17 +8,10 @@ from moeslim.artifacts.commit import write_json
 from moeslim.artifacts.lock import run_lock
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure
+from moeslim.commands.inputs import BUNDLED, labels, live_folder, model_folder, options_recipe
+from moeslim.commands.settings import device, evaluate_settings, prepare
 from moeslim.errors import RunError
 from moeslim.families import FAMILIES
-from moeslim.inputs import (
-    BUNDLED,
-    device,
-    evaluate_settings,
-    labels,
-    live_folder,
-    model_folder,
-    options_recipe,
-)
 
 
 def evaluate(
@@ -45,6 +38,7 @@ def evaluate(
     length = recipe.data.sequence_length
     with run_lock(out):
         tokens = pack(text, first, out_folder=out / ".tokens", sequence_length=length, seed=recipe.seed)
+        prepare(recipe)
         measure(
             folders,
             tokens.documents(),
@@ -84,6 +78,7 @@ def evaluate_tasks(
             check_structure(read_structure(folder))
     loaded = load_tasks([name.strip() for name in tasks if name.strip()])
     rows, where = recipe.calibrate.rows_per_batch, device(recipe.device)
+    prepare(recipe)
     running = Running(recipe.precision, where, batch=rows, limit=limit)
     with run_lock(out):
         scores = ask(folders, loaded, running=running, out=out)

@@ -1,4 +1,4 @@
-"""Verbs that train, or prepare it."""
+"""Commands that train, or prepare it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,18 +7,11 @@ from typing import Any
 from moeslim.artifacts.commit import check_vacant
 from moeslim.artifacts.lock import run_lock
 from moeslim.checkpoint.structure import check_structure, read_structure
+from moeslim.commands.inputs import live_folder, model_folder, options_recipe
+from moeslim.commands.settings import cache_settings, check_training, prepare, teaching_folder, train_settings
+from moeslim.commands.text import text_parts
 from moeslim.errors import RecipeError
-from moeslim.inputs import (
-    cache_settings,
-    check_disk,
-    check_training,
-    live_folder,
-    model_folder,
-    options_recipe,
-    teaching_folder,
-    text_parts,
-    train_settings,
-)
+from moeslim.machine.disk import check_disk
 from moeslim.recipe import Recipe
 
 
@@ -49,6 +42,7 @@ def cache_teacher(
         check_vacant(out, hidden=True)
     text, words = text_parts(recipe.data)["train"], model_folder(recipe.model, revision=recipe.revision)
     length, ask = recipe.data.sequence_length, cache_settings(recipe, k=k, samples=samples)
+    prepare(recipe)
     tokens = pack(text, words, out_folder=out / "tokens", sequence_length=length, seed=recipe.seed)
     standing = sum(path.stat().st_size for path in out.glob("shard-*.bin"))
     check_disk(out, max(0, estimated_bytes(tokens, ask) - standing))
@@ -88,6 +82,7 @@ def distill(
     check_vacant(out)
     check_training(recipe, folder)
     settings, cached = train_settings(recipe, recipe.distill.tokens), recipe.distill.teacher_cache if not data else None
+    prepare(recipe)
     if cached and settings.measure_every and not any(text.startswith("data.heldout=") for text in overrides):
         raise RecipeError(
             "distill.measure_every measures on held-out text, and a cache holds none; give the text that the cache was "

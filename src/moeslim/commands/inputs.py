@@ -1,0 +1,68 @@
+"""From what a user names (a model, options) to folders and a recipe.
+
+`demo` as a model or as data is what the package brings along.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeslim.checkpoint.config_json import read_config
+from moeslim.checkpoint.source import resolve as find_model
+from moeslim.checkpoint.structure import read_structure
+from moeslim.errors import RunError
+from moeslim.families import check_live, family_of
+from moeslim.recipe import Recipe
+
+BUNDLED = Path(__file__).parents[1] / "demo"
+"""The bundled teacher, tokenizer and text; as files, since the code in demo/ stands above this room."""
+
+
+def model_folder(model: str, *, revision: str | None = None, config_only: bool = False) -> Path:
+    """The folder of a model: a path, a hub name (fetched), or `demo`."""
+    if model == "demo":
+        return BUNDLED / "teacher"
+    return find_model(model, revision=revision, config_only=config_only)
+
+
+def labels(models: Sequence[str]) -> dict[str, str]:
+    """What each model is called in records and tables: the last part of its name, which must tell them apart."""
+    found: dict[str, str] = {}
+    for model in models:
+        label = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
+        if label in found:
+            raise RunError(
+                f"{model}: {found[label]} is called {label} too, and their records would overwrite each other; "
+                "rename a folder, or evaluate them apart with two --out"
+            )
+        found[label] = model
+    return found
+
+
+def live_folder(model: str, *, revision: str | None = None) -> Path:
+    """`model_folder` of a model that can be run here; FamilyError for another one, before its weights are fetched."""
+    check_live(read_config(model_folder(model, revision=revision, config_only=True)))
+    return model_folder(model, revision=revision)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there is more than a bare config."""
+    return folder.is_dir() and any(folder.glob("*.safetensors"))
+
+
+def has_mtp(folder: Path) -> bool | None:
+    """Whether the model has an MTP head; None where there are no weights to tell and its family may have one."""
+    if has_weights(folder):
+        return read_structure(folder).has_mtp
+    return None if family_of(read_config(folder)).mtp_prefix is not None else False
+
+
+def options_recipe(
+    model: str, *, keep: Mapping[str, Any], overrides: Sequence[str], data: Sequence[str] | None = None, **more: Any
+) -> Recipe:
+    """The recipe that a verb's options amount to; `data` is one heap of text, of which some is held out."""
+    values: dict[str, Any] = {"model": model, "keep": dict(keep), **more}
+    if data:
+        sources = [{"path": path} for path in data]
+        values["data"] = {**values.get("data", {}), "train": sources, "calibration": sources, "heldout": []}
+    return Recipe.parse(values, overrides, where="options")
