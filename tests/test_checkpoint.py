@@ -266,7 +266,7 @@ def test_reader_reads_what_safetensors_reads(model: Path) -> None:
     assert torch.equal(reader.rows_of("lm_head.weight", slice(3, 5)), truth["lm_head.weight"][3:5])
     reader.release()
     assert torch.equal(reader.tensor("lm_head.weight"), truth["lm_head.weight"])
-    assert reader.layer_keys == ("0", "1", "2", "3", "mtp.0")
+    assert reader.shape.layer_keys == ("0", "1", "2", "3", "mtp.0")
     with pytest.raises(CheckpointError, match="no tensor nothing"):
         reader.tensor("nothing")
 
@@ -302,7 +302,7 @@ def test_an_expert_is_the_same_in_every_layout(tmp_path: Path, layouts: str) -> 
     plain = Reader(write_tiny(tmp_path / "plain"))
     other = Reader(write_tiny(tmp_path / "other", layouts=layouts))
     assert other.layouts == LAYOUTS[layouts]
-    for key in plain.layer_keys:
+    for key in plain.shape.layer_keys:
         for expert in (0, 3, 7):
             for matrix, tensor in plain.expert(key, expert).items():
                 assert torch.equal(other.expert(key, expert)[matrix], tensor)
