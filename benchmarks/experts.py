@@ -31,6 +31,7 @@ from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.calibrate.observe import Observe
 from moeslim.calibrate.run import calibrate
 from moeslim.checkpoint.config_json import read_config
+from moeslim.checkpoint.structure import read_structure
 from moeslim.data.corpus import read_corpus
 from moeslim.data.tokens import TokenSet, pack
 from moeslim.demo import teacher_path, text_path, tokenizer_path
@@ -113,13 +114,13 @@ class Bench:
 
     def plan(self, stats: Stats, *, count: int, by: Methods, sample: int) -> Plan:
         """The plan of one cell; methods that search calibrate for it."""
-        config, target = read_config(teacher_path()), Target(experts=count)
-        search = expert_search(Shape.from_config(config), target, methods=by, seed=sample)
+        shape, target = read_structure(teacher_path()).shape, Target(experts=count)
+        search = expert_search(shape, target, methods=by, seed=sample)
         if search is not None:
             with tempfile.TemporaryDirectory(dir=self.out) as folder:
                 rows, observe = self.samples[sample], Observe(search=search)
                 stats = calibrate(teacher_path(), rows, out=Path(folder) / "stats", settings=WALK, observe=observe)
-        return make_plan(config, stats=stats, target=target, methods=by, mtp=True, seed=sample)
+        return make_plan(shape, stats=stats, target=target, methods=by, seed=sample)
 
     def scored(self, plan: Plan) -> dict[str, list[float]]:
         """KL and nats per document of the model that the plan leaves."""

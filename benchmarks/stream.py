@@ -59,7 +59,7 @@ def make(folder: Path, layout: str, *, layers: int, experts: int) -> Path:
     """The checkpoint; every tensor is a stretch of one pool of normal values, which is quick to make."""
     made = config(layers, experts)
     pool = (torch.randn(_POOL, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
-    rows = table(Shape.from_config(made), {"trunk": layout, "mtp": layout}, mtp=True)
+    rows = table(Shape.from_config(made), {"trunk": layout, "mtp": layout})
     with committed_folder(folder) as temporary:
         write_config(temporary, made)
         copy_side_files(teacher_path(), temporary)

@@ -28,8 +28,8 @@ from unittest import mock
 
 import torch
 
-from moeslim.checkpoint.config_json import read_config
-from moeslim.commands.settings import stage_targets, target_config
+from moeslim.checkpoint.config_json import edit_config, read_config
+from moeslim.commands.settings import stage_targets, target_shape
 from moeslim.data.corpus import read_corpus
 from moeslim.data.tokens import TokenSet, pack
 from moeslim.demo import recipe_path, teacher_path, text_path
@@ -37,7 +37,7 @@ from moeslim.distill.loop import Material, train
 from moeslim.distill.settings import Stage, TrainSettings
 from moeslim.distill.teacher import OnlineTeacher
 from moeslim.distill.watch import Watch
-from moeslim.families import training_operations
+from moeslim.families import Shape, training_operations
 from moeslim.machine.gpus import device_peak
 from moeslim.machine.host import tune_cpu
 from moeslim.model.load import load_student
@@ -89,7 +89,8 @@ def cases(device: str) -> list[Case]:
         teacher = _wide(base, 2048, layers=16, vocabulary=151_936, **heads)
         return [Case("gpu", student, teacher, rows=8, length=2048)]
     recipe = Recipe.load(recipe_path())
-    cut = target_config(base, stage_targets(recipe, teacher_path())[-1], mtp=True)
+    shape = Shape.from_config(base)
+    cut = edit_config(base, target_shape(shape, stage_targets(recipe, shape)[-1]))
     student = _wide(base, 512, layers=4, vocabulary=32_768)
     teacher = _wide(base, 768, layers=8, vocabulary=32_768)
     return [Case("demo", cut, base, rows=8, length=256), Case("wide", student, teacher, rows=4, length=512)]
@@ -104,7 +105,8 @@ def models(case: Case, *, device: str) -> tuple[Student, OnlineTeacher]:
             teacher = load_student(teacher_path(), experts=SORTED)
         else:
             dtype = torch.float32 if device == "cpu" else torch.bfloat16
-            teacher = Student.from_config(case.teacher, mtp=False, experts=SORTED, dtype=dtype)
+            shape = Shape.from_config(case.teacher).trunk
+            teacher = Student.from_config(case.teacher, shape=shape, experts=SORTED, dtype=dtype)
     return student, OnlineTeacher(teacher)
 
 
@@ -212,7 +214,8 @@ def measure(case: Case, tokens: TokenSet, *, args: argparse.Namespace) -> dict[s
     count = case.rows * case.length
     speeds = {name: count / statistics.median(seconds for seconds, _ in found) for name, found in each.items()}
     peak = device_peak(args.device, precision=settings.precision)
-    operations = training_operations(case.student, length=case.length, depths=1, teacher=case.teacher)
+    shapes = Shape.from_config(case.student), Shape.from_config(case.teacher)
+    operations = training_operations(shapes[0], length=case.length, depths=1, teacher=shapes[1])
     return {
         **{f"{name}_tokens_per_second": round(speed, 1) for name, speed in speeds.items()},
         "floor_ratio": round(statistics.median(ratios), 3),

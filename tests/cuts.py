@@ -50,7 +50,7 @@ def write_source(folder: Path, **changes: Any) -> Path:
 
 def plan_for(folder: Path, *steps: Step) -> Plan:
     reader = Reader(folder)
-    return Plan(source=source_shape(reader.config, mtp=reader.has_mtp), steps=steps)
+    return Plan(source=source_shape(reader.shape), steps=steps)
 
 
 def cut_by(folder: Path, out: Path, *steps: Step) -> Path:
@@ -59,8 +59,7 @@ def cut_by(folder: Path, out: Path, *steps: Step) -> Path:
 
 
 def moe_keys(folder: Path) -> list[str]:
-    reader = Reader(folder)
-    return [key for key in reader.layer_keys if reader.shape.is_moe(key)]
+    return list(Reader(folder).shape.moe_keys)
 
 
 def some(of: int, count: int, seed: object) -> tuple[int, ...]:

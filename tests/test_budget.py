@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from command import SMALL, Command, moeslim, settings, write_model, write_text
+from moeslim.checkpoint.config_json import edit_config
 from moeslim.commands.propose import Machines
-from moeslim.commands.settings import target_config
+from moeslim.commands.settings import target_shape
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape, count, forward_operations
 from moeslim.machine.gpus import GPUS, peak_of
@@ -27,7 +28,7 @@ from moeslim.plan.schedule import AXES, Target
 from moeslim.plan.training import Course, Gpus, largest_memory, price
 from moeslim.recipe import Methods
 from moeslim.statistics import LayerStats, NormStats, Stats
-from tiny import tiny_config
+from tiny import tiny_config, tiny_shape
 
 __all__ = ["moeslim"]  # a fixture
 
@@ -58,12 +59,13 @@ BASE = {
     "num_experts_per_tok": 8,
 }
 """24A2B."""
+WHOLE = Shape.from_config(RELEASED)
 PAPER = {"layers": 36, "hidden": 1536, "experts": 256, "top_k": 8, "expert_size": 512, "shared_size": 512}
 SMALL_PAPER = {**PAPER, "layers": 20, "hidden": 1280, "experts": 128}
 
 
 def proposed(config: Mapping[str, Any], pinned: Mapping[str, int] | None = None, **asked: str) -> list[Any]:
-    return proposals(Shape.from_config(config), Wish.parse(**asked), pinned=pinned or {}, mtp=True)
+    return proposals(Shape.from_config(config), Wish.parse(**asked), pinned=pinned or {})
 
 
 @pytest.mark.parametrize(
@@ -93,21 +95,21 @@ def test_the_papers_shapes_rank_high(config: dict[str, Any], target: str, *, pap
 )
 def test_every_proposal_meets_what_is_asked_and_can_be_built(asked: dict[str, str]) -> None:
     found = proposed(RELEASED, **asked)
-    before = forward_operations(RELEASED, length=ROW).total + 2 * 151_936 * 2048
+    before = forward_operations(WHOLE, length=ROW).total + 2 * 151_936 * 2048
     assert len(found) > 10
     assert [each.cost for each in found] == sorted(each.cost for each in found)
     for each in found[:: max(1, len(found) // 12)]:
-        config = target_config(RELEASED, Target(**each.counts), mtp=True)
+        config = edit_config(RELEASED, target_shape(WHOLE, Target(**each.counts)))
         assert Shape.from_config(config) == each.shape
         assert each.warnings == ()
         assert each.shape.layers % 4 == 0
         assert each.shape["hidden"] % 128 == 0
         assert each.shape["experts"] in FAST_EXPERTS
         assert 4 * each.shape["top_k"] <= each.shape["experts"]
-        counted, told = count(config), each.footprint
+        counted, told = count(each.shape), each.footprint
         assert (told.parameters, told.active, told.mtp) == (counted.total, counted.active, counted.mtp)
         assert told.bytes["bf16"] == 2 * (counted.total + counted.mtp)
-        operations = forward_operations(config, length=ROW).total + 2 * 151_936 * each.shape["hidden"]
+        operations = forward_operations(each.shape, length=ROW).total + 2 * 151_936 * each.shape["hidden"]
         assert told.operations == pytest.approx(operations, rel=1e-12)
         if target := asked.get("target"):
             total, _, active = target.partition("-A")
@@ -124,8 +126,8 @@ def test_every_proposal_meets_what_is_asked_and_can_be_built(asked: dict[str, st
 
 def test_bytes_cache_and_state_by_hand() -> None:
     # 16 channels, 8 experts of 12, 2 per token, shared 10, V 64; two DeltaNet, two attention layers, an MTP block
-    config = tiny_config()
-    counted, found = count(config), Footprints(mtp=True).of(Shape.from_config(config))
+    shape = tiny_shape()
+    counted, found = count(shape), Footprints().of(shape)
     # in int4: per layer and in the MTP block 8 experts and a shared one, three matrices each; 4 bits + 20 / 128
     integer = 5 * 3 * 16 * (8 * 12 + 10)
     # in fp8 besides: q (64) k v (16) o (32) with 16, in three layers; qkvz (96) ba (8) out (32) with 16, in two
@@ -137,20 +139,20 @@ def test_bytes_cache_and_state_by_hand() -> None:
     assert found.cache == 3 * 2 * (2 * 8) * 2  # layers, key and value, 2 heads of 8, bf16
     # 4 heads of 8 x 8 in fp32; three inputs of a convolution over 16 + 16 + 32 channels in bf16
     assert found.state == 2 * (4 * 8 * 8 * 4 + 3 * 64 * 2)
-    headless = Footprints(mtp=False).of(Shape.from_config(config))
+    headless = Footprints().of(shape.trunk)
     assert (headless.mtp, headless.bytes["bf16"], headless.cache) == (0, 2 * counted.total, 2 * 64)
     assert headless.state == found.state
 
 
 def test_a_model_without_deltanet_keeps_no_state_and_dense_layers_count() -> None:
-    config = tiny_config(layer_types=["full_attention"] * 4, mlp_only_layers=[1])
-    counted, found = count(config), Footprints(mtp=True).of(Shape.from_config(config))
+    shape = tiny_shape(layer_types=["full_attention"] * 4, mlp_only_layers=[1])
+    counted, found = count(shape), Footprints().of(shape)
     assert (found.parameters, found.active, found.state) == (counted.total, counted.active, 0)
     assert found.cache == 5 * 64
 
 
 def test_published_cache_and_state() -> None:
-    found = Footprints(mtp=True).of(Shape.from_config(RELEASED))
+    found = Footprints().of(WHOLE)
     assert found.cache * 1024 == 13 * 2048 * 1024  # 12 attention layers and the MTP block, 2 x 2 x 256 x 2 bytes
     assert found.state == 36 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
     told = (DOCS / "planner.md").read_text()
@@ -159,11 +161,10 @@ def test_published_cache_and_state() -> None:
 
 def test_weights_and_cost_by_hand() -> None:
     def size(**changes: int) -> float:
-        config = target_config(RELEASED, Target(**changes), mtp=False)
-        counted = count(config)
+        counted = count(target_shape(WHOLE, Target(**changes)))
         return math.sqrt(counted.total * counted.active)
 
-    weights = axis_weights(Shape.from_config(RELEASED))
+    weights = axis_weights(WHOLE)
     halves = {"layers": 24, "hidden": 1024, "experts": 256, "expert_size": 256, "shared_size": 256, "top_k": 5}
     for axis, half in halves.items():
         assert weights[axis] == pytest.approx(math.log2(size() / size(**{axis: half})), rel=1e-9)
@@ -174,7 +175,7 @@ def test_weights_and_cost_by_hand() -> None:
     parts = [weights["layers"] * math.log(4 / 3) ** 2, weights["hidden"] * math.log(4 / 3) ** 2]
     parts += [weights["experts"] * math.log(2) ** 2, weights["top_k"] * math.log(10 / 8) ** 2]
     assert paper.cost == pytest.approx(sum(parts), rel=1e-12)
-    assert axis_weights(Shape.from_config(tiny_config(num_experts_per_tok=1)))["top_k"] == 0
+    assert axis_weights(tiny_shape(num_experts_per_tok=1))["top_k"] == 0
 
 
 def test_what_engines_object_to_comes_last() -> None:
@@ -196,8 +197,8 @@ def test_axes_that_are_named_stay_where_they_are_put() -> None:
     assert {(each.shape["experts"], each.shape["top_k"], each.shape["expert_size"]) for each in found} == {
         (256, 9, 384)
     }
-    (alone,) = proposals(Shape.from_config(RELEASED), Wish(), pinned={"layers": 36}, mtp=True)
-    assert alone.counts == {axis: Shape.from_config(RELEASED).sizes.get(axis, 36) for axis in AXES}
+    (alone,) = proposals(WHOLE, Wish(), pinned={"layers": 36})
+    assert alone.counts == {axis: WHOLE.sizes.get(axis, 36) for axis in AXES}
 
 
 @pytest.mark.parametrize(
@@ -258,28 +259,28 @@ def calibrated(shape: Shape, *, mass: np.ndarray, share: np.ndarray, cosines: li
     """Statistics of 10 tokens: expert e puts out mass[e], channel c has share[c] of the squares, layer l cosines[l]."""
     d, E = shape["hidden"], shape["experts"]
     layers = {}
-    for key, cosine in zip(shape.layer_keys, cosines, strict=True):
+    for key, cosine in zip(shape.trunk_keys, cosines, strict=True):
         routed = {"routed": np.ones(E), "gate_norm_sum": mass, "gate_sum": np.ones(E), "norm_sum": mass}
         layers[key] = LayerStats(10.0, x_sum=np.ones(d), y_sum=np.ones(d), cos_sum=10 * cosine, **routed)
-    names = [f"model.layers.{key}.{name}" for key in shape.layer_keys for name in ("input_", "post_attention_")]
+    names = [f"model.layers.{key}.{name}" for key in shape.trunk_keys for name in ("input_", "post_attention_")]
     norm = NormStats(10 * share, share, 10 * share, tokens=10.0, sequences=1.0)
     norms = {**{f"{name}layernorm.weight": norm for name in names}, "model.norm.weight": norm}
     return Stats("m", ("t",), tokens=10, sequences=1, layers=layers, norms=norms)
 
 
 def test_statistics_that_find_all_alike_change_nothing() -> None:
-    shape = Shape.from_config(tiny_config())
+    shape = tiny_shape()
     stats = calibrated(shape, mass=np.ones(8), share=np.full(16, 1 / 16), cosines=[0.5] * 4)
     shares = carried(stats, shape, methods=Methods())
     wish = Wish.parse(speedup="1.5x")
-    plain = proposals(shape, wish, pinned={}, mtp=True)
-    judged = proposals(shape, wish, pinned={}, mtp=True, carried=shares)
+    plain = proposals(shape, wish, pinned={})
+    judged = proposals(shape, wish, pinned={}, carried=shares)
     costs = {tuple(each.counts.values()): each.cost for each in plain}
     assert costs == pytest.approx({tuple(each.counts.values()): each.cost for each in judged})
 
 
 def test_statistics_that_find_differences_by_hand() -> None:
-    shape = Shape.from_config(tiny_config())
+    shape = tiny_shape()
     mass = np.array([1.0, 1, 1, 5, 1, 1, 5, 1])  # experts 3 and 6 put out 10 of 16
     share = np.array([0.4, 0.2] + [0.4 / 14] * 14)
     stats = calibrated(shape, mass=mass, share=share, cosines=[0.2, 0.8, 0.9, 0.9])  # influence 0.8, 0.2, 0.1, 0.1
@@ -295,10 +296,10 @@ def test_statistics_that_find_differences_by_hand() -> None:
     assert carried(turned, shape, methods=Methods())["layers"][2] == pytest.approx(0.2 / 1.2)
     protected = carried(stats, shape, methods=Methods(protect={"0": (0,)}))
     assert protected["experts"][1] == pytest.approx((3 * 5 + 1) / 4 / 16)
-    kept = proposals(shape, Wish.parse(speedup="1.1x"), pinned={"experts": 2, "top_k": 2}, mtp=True, carried=shares)
+    kept = proposals(shape, Wish.parse(speedup="1.1x"), pinned={"experts": 2, "top_k": 2}, carried=shares)
     assert [each.kept["experts"] for each in kept] == pytest.approx([10 / 16] * len(kept))
     with pytest.raises(PlanError, match="of another model"):
-        carried(stats, Shape.from_config(tiny_config(num_experts=4)), methods=Methods())
+        carried(stats, tiny_shape(num_experts=4), methods=Methods())
 
 
 def test_price_by_hand_and_as_scaling_tells_it() -> None:
@@ -326,10 +327,10 @@ def test_price_by_hand_and_as_scaling_tells_it() -> None:
     each = {stage: train + wanted["teacher"]["forward"] for stage, train in stages.items()}
     total = 120e9 * (0.1 * each["first"] + 0.9 * each["second"])
 
-    teacher = Shape.from_config(RELEASED)
-    first = Shape.from_config(target_config(RELEASED, Target(layers=42), mtp=True))
-    student = Shape.from_config(target_config(RELEASED, Target(**PAPER), mtp=True))
-    course = Course([(first, 12e9), (student, 108e9)], teacher, length=T, mtp=True)
+    teacher = WHOLE
+    first = target_shape(teacher, Target(layers=42))
+    student = target_shape(teacher, Target(**PAPER))
+    course = Course([(first, 12e9), (student, 108e9)], teacher, length=T)
     gpus = Gpus(64, peak=989e12, memory=80e9)
     found = price(course, gpus)
     assert found.operations == pytest.approx(total, rel=1e-9)
@@ -426,8 +427,8 @@ def test_a_proposal_becomes_a_plan(moeslim: Command, tmp_path: Path) -> None:
         answer = moeslim(*line[:2], out, *line[2:], *more)
         assert f"{out}: " in answer.out
         made, wanted = read_plan(out), record["proposals"][number - 1]["shape"]
-        after = final_shape(made, tiny_config(torch_dtype="float32"), mtp=True)
-        assert {axis: after.layers if axis == "layers" else after[axis] for axis in AXES} == wanted
+        after = final_shape(made, tiny_shape(torch_dtype="float32"))
+        assert {axis: after.count(axis) for axis in AXES} == wanted
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from moeslim.checkpoint.config_json import copy_side_files, read_config
 from moeslim.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_header, read_index
 from moeslim.checkpoint.reader import Reader
+from moeslim.checkpoint.structure import Opened
 from moeslim.checkpoint.verify import verify
 from moeslim.checkpoint.writer import ShardWriter
 from moeslim.errors import CheckpointError, FamilyError, MoeslimError, ResourceError
@@ -268,7 +269,7 @@ def test_reader_reads_what_safetensors_reads(model: Path) -> None:
     assert torch.equal(reader.rows_of("lm_head.weight", slice(3, 5)), truth["lm_head.weight"][3:5])
     reader.release()
     assert torch.equal(reader.tensor("lm_head.weight"), truth["lm_head.weight"])
-    assert reader.layer_keys == ("0", "1", "2", "3", "mtp.0")
+    assert reader.shape.layer_keys == ("0", "1", "2", "3", "mtp.0")
     with pytest.raises(CheckpointError, match="no tensor nothing"):
         reader.tensor("nothing")
 
@@ -304,7 +305,7 @@ def test_an_expert_is_the_same_in_every_layout(tmp_path: Path, layouts: str) -> 
     plain = Reader(write_tiny(tmp_path / "plain"))
     other = Reader(write_tiny(tmp_path / "other", layouts=layouts))
     assert other.layouts == LAYOUTS[layouts]
-    for key in plain.layer_keys:
+    for key in plain.shape.layer_keys:
         for expert in (0, 3, 7):
             for matrix, tensor in plain.expert(key, expert).items():
                 assert torch.equal(other.expert(key, expert)[matrix], tensor)
@@ -357,3 +358,19 @@ def test_errors_are_for_people(copy: Path) -> None:
     with pytest.raises(MoeslimError) as caught:
         Reader(copy)
     assert "model-00001" in str(caught.value)
+
+
+@pytest.mark.parametrize(("family", "wanted"), [("qwen3_next", True), ("qwen3_next", False), ("qwen3_moe", False)])
+def test_a_folder_is_opened_as_far_as_its_files_tell(tmp_path: Path, family: str, wanted: bool) -> None:
+    """With weights they say whether there is an MTP head; a bare config leaves it open where one may be."""
+    folder = write_tiny(tmp_path / "model", family=family, form={"mtp": wanted})
+    whole = Opened.read(folder)
+    assert whole.structure is not None
+    assert (whole.mtp, whole.shape) == (wanted, Reader(folder).shape)
+    assert whole.structure is whole.structure  # the headers are read once
+    for bare in (Opened.read(folder / "config.json"), Opened.read(shutil.copytree(folder, tmp_path / "bare"))):
+        for file in (tmp_path / "bare").glob("*.safetensors"):
+            file.unlink()
+        assert bare.structure is None
+        assert bare.mtp is (None if family == "qwen3_next" else False)
+        assert bare.shape.mtp_layers == (family == "qwen3_next")

@@ -10,7 +10,7 @@ from moeslim.checkpoint.index import INDEX_NAME
 from moeslim.checkpoint.source import resolve
 from moeslim.errors import CheckpointError, FamilyError, PlanError
 from moeslim.families import Shape
-from tiny import tiny_config, write_tiny
+from tiny import tiny_config, tiny_shape, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -19,42 +19,48 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_editing_nothing_changes_nothing() -> None:
-    config = tiny_config(unknown_key={"kept": [1]})
-    assert edit_config(config) == config
-    assert list(edit_config(config)) == list(config)
+    config = tiny_config(unknown_key={"kept": [1]}, num_nextn_predict_layers=1)
+    assert edit_config(config, Shape.from_config(config)) == config
+    assert list(edit_config(config, Shape.from_config(config))) == list(config)
 
 
 def test_sizes_and_depth_are_written_where_engines_look() -> None:
     config = {**tiny_config(num_hidden_layers=6, full_attention_interval=3), "unknown": 1}
-    edited = edit_config(config, layers_kept=[0, 1, 2], hidden=8, experts=4, top_k=1, expert_size=6, mtp=True)
+    after = Shape.from_config(config).keep_layers([0, 1, 2]).resized(hidden=8, experts=4, top_k=1, expert_size=6)
+    edited = edit_config(config, after)
     assert edited["num_hidden_layers"] == 3
     assert edited["layer_types"] == ["linear_attention", "linear_attention", "full_attention"]
     assert (edited["full_attention_interval"], edited["hidden_size"], edited["num_experts"]) == (3, 8, 4)
     assert (edited["num_experts_per_tok"], edited["moe_intermediate_size"]) == (1, 6)
     assert edited["shared_expert_intermediate_size"] == config["shared_expert_intermediate_size"]
     assert (edited["num_nextn_predict_layers"], edited["unknown"]) == (1, 1)
-    assert edit_config(config, Shape.from_config(edited), mtp=True) == edited
-    assert "num_nextn_predict_layers" not in edit_config(edited, mtp=False)
+    assert Shape.from_config(edited) == after
+    assert edit_config(config, Shape.from_config(edited)) == edited
+    assert "num_nextn_predict_layers" not in edit_config(edited, after.trunk)
 
 
 def test_irregular_patterns_lose_the_interval() -> None:
     config = tiny_config(num_hidden_layers=6, full_attention_interval=3)
-    irregular = edit_config(config, layers_kept=[0, 2, 3, 4, 5])
+    shape = Shape.from_config(config)
+    irregular = edit_config(config, shape.keep_layers([0, 2, 3, 4, 5]))
     assert irregular["layer_types"][1] == "full_attention"
     assert "full_attention_interval" not in irregular
-    assert edit_config(config, layers_kept=[1, 2, 4, 5])["full_attention_interval"] == 2
+    assert edit_config(config, shape.keep_layers([1, 2, 4, 5]))["full_attention_interval"] == 2
     bare = {key: value for key, value in config.items() if key not in ("layer_types", "full_attention_interval")}
-    assert edit_config(bare)["layer_types"] == ["linear_attention"] * 3 + ["full_attention"] + ["linear_attention"] * 2
-    assert edit_config(bare)["full_attention_interval"] == 4
+    edited = edit_config(bare, Shape.from_config(bare))
+    assert edited["layer_types"] == ["linear_attention"] * 3 + ["full_attention"] + ["linear_attention"] * 2
+    assert edited["full_attention_interval"] == 4
 
 
 def test_dense_layers_are_renumbered() -> None:
     config = tiny_config(mlp_only_layers=[1, 3])
-    assert edit_config(config, layers_kept=[0, 2, 3], mtp=True)["mlp_only_layers"] == [2]
+    shape = Shape.from_config(config)
+    assert edit_config(config, shape.keep_layers([0, 2, 3]))["mlp_only_layers"] == [2]
     with pytest.raises(PlanError, match="would hold 0"):
-        edit_config(config, layers_kept=[1, 2], mtp=True)
-    assert edit_config(config, layers_kept=[1, 2])["mlp_only_layers"] == [0]
-    stepped = edit_config(tiny_config(decoder_sparse_step=2), layers_kept=[1, 2, 3])
+        edit_config(config, shape.keep_layers([1, 2]))
+    assert edit_config(config, shape.trunk.keep_layers([1, 2]))["mlp_only_layers"] == [0]
+    config = tiny_config(decoder_sparse_step=2)
+    stepped = edit_config(config, Shape.from_config(config).keep_layers([1, 2, 3]))
     assert (stepped["mlp_only_layers"], stepped["decoder_sparse_step"]) == ([1], 1)
 
 
@@ -69,7 +75,8 @@ def test_dense_layers_are_renumbered() -> None:
 )
 def test_rope_is_written_in_both_forms(given: dict[str, Any], theta: float, partial: float, kind: str) -> None:
     base = {key: value for key, value in tiny_config().items() if "rope" not in key and "rotary" not in key}
-    edited = edit_config({**base, **given})
+    config = {**base, **given}
+    edited = edit_config(config, Shape.from_config(config))
     assert (edited["rope_theta"], edited["partial_rotary_factor"]) == (theta, partial)
     inside = edited["rope_parameters"]
     assert (inside["rope_theta"], inside["partial_rotary_factor"], inside["rope_type"]) == (theta, partial, kind)
@@ -77,7 +84,7 @@ def test_rope_is_written_in_both_forms(given: dict[str, Any], theta: float, part
 
 def test_a_result_that_contradicts_itself_is_refused() -> None:
     with pytest.raises(FamilyError, match="num_experts_per_tok is 2 but there are 1 experts"):
-        edit_config(tiny_config(), experts=1)
+        edit_config(tiny_config(), tiny_shape().resized(experts=1))
 
 
 def test_sources(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from moeslim.errors import DataError
 from moeslim.evaluate.drafting import accepted, draft, figures, prompts
 from moeslim.evaluate.generate import generate, greedy, sampler
 from moeslim.model.student import Student
-from tiny import tiny_config
+from tiny import tiny_config, tiny_shape
 
 pytestmark = pytest.mark.bits("drafts and verified tokens are ids")
 
@@ -23,7 +23,7 @@ def make_student(seed: int, *, kind: str = "random", **changes: object) -> Stude
     kind "bigram" dims all but the embeddings of trunk and block, so that both continue alike and drafts often match.
     """
     torch.manual_seed(seed)
-    student = Student.from_config(tiny_config(**changes), mtp=True, experts="eager").eval()
+    student = Student.from_config(tiny_config(**changes), shape=tiny_shape(**changes), experts="eager").eval()
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "norm" in name:

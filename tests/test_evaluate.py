@@ -23,7 +23,7 @@ from moeslim.figures import Figure, difference, mean, median, ratio
 from moeslim.losses.metrics import kl_and_top1
 from moeslim.machine import parallel
 from moeslim.model.student import Student
-from tiny import tiny_config, write_tiny
+from tiny import tiny_config, tiny_shape, write_tiny
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCAB = len(ALPHABET) + 1  # one token per byte, and EOS as token 0
@@ -52,7 +52,7 @@ def random_documents(lengths: dict[str, list[int]], *, vocab: int = 64, seed: in
 
 def make_student(seed: int, **changes: object) -> Student:
     torch.manual_seed(seed)
-    return Student.from_config(tiny_config(**changes), mtp=True, experts="eager").eval()
+    return Student.from_config(tiny_config(**changes), shape=tiny_shape(**changes), experts="eager").eval()
 
 
 def log_softmax64(logits: torch.Tensor) -> np.ndarray:

@@ -5,15 +5,29 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeslim.checkpoint.structure import read_structure
 from moeslim.errors import CheckpointError, FamilyError
-from moeslim.families import EXPERT_LAYOUTS, FAMILIES, Shape, count, detect, names, pieces, positions, size, table
-from tiny import LAYOUTS, tiny_config
+from moeslim.families import (
+    EXPERT_LAYOUTS,
+    FAMILIES,
+    Shape,
+    count,
+    detect,
+    is_mtp,
+    names,
+    pieces,
+    positions,
+    size,
+    table,
+)
+from tiny import LAYOUTS, tiny_config, tiny_shape, write_tiny
 
 pytestmark = pytest.mark.bits("values are copied, not computed")
 
@@ -93,10 +107,10 @@ def test_an_unreadable_expression_is_our_mistake() -> None:
 def test_layers_with_heads_grouped_by_key_head() -> None:
     """in_proj_qkvz is [q dk][k dk][v r*dv][z r*dv] per key head; keeping key head 1 keeps that whole block."""
     shape = Shape.from_config(tiny_config())  # 2 key heads of 8, 4 value heads of 8: r = 2, block 8+8+16+16 = 48
-    row = table(shape, mtp=False)["model.layers.0.linear_attn.in_proj_qkvz.weight"]
+    row = table(shape)["model.layers.0.linear_attn.in_proj_qkvz.weight"]
     assert row.shape == (96, 16)
     assert positions(row.axes[0], shape.sizes, kept={"key_heads": np.array([1])}).tolist() == list(range(48, 96))
-    conv = table(shape, mtp=False)["model.layers.0.linear_attn.conv1d.weight"]
+    conv = table(shape)["model.layers.0.linear_attn.conv1d.weight"]
     # flat [q 2*8][k 2*8][v 4*8]: head 1 has 8..15, 24..31 and the value rows 48..63
     expected = [*range(8, 16), *range(24, 32), *range(48, 64)]
     assert positions(conv.axes[0], shape.sizes, kept={"key_heads": np.array([1])}).tolist() == expected
@@ -105,15 +119,15 @@ def test_layers_with_heads_grouped_by_key_head() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layouts", LAYOUTS)
 def test_table_is_one_row_per_tensor_and_layouts_change_no_count(family: str, layouts: str) -> None:
-    config = tiny_config(family)
-    rows = table(config, LAYOUTS[layouts], mtp=True)
-    counted = count(config)
+    shape = tiny_shape(family)
+    rows = table(shape, LAYOUTS[layouts])
+    counted = count(shape)
     assert sum(row.parameters for row in rows.values()) == counted.total + counted.mtp
     assert sum(row.parameters for row in rows.values() if row.subtree == "mtp") == counted.mtp
     assert all(name == row.name for name, row in rows.items())
     present = LAYOUTS[layouts] if counted.mtp else {"trunk": LAYOUTS[layouts]["trunk"]}
-    assert detect(rows, Shape.from_config(config)) == present
-    assert not any(name.startswith("mtp.") for name in table(config, LAYOUTS[layouts], mtp=False))
+    assert detect(rows, shape) == present
+    assert not any(name.startswith("mtp.") for name in table(shape.trunk, LAYOUTS[layouts]))
 
 
 def test_expert_matrices_are_found_in_every_layout() -> None:
@@ -126,7 +140,7 @@ def test_expert_matrices_are_found_in_every_layout() -> None:
 
 
 def test_mixed_layouts_in_one_subtree_are_refused() -> None:
-    both = [*table(tiny_config(), LAYOUTS["stacked"], mtp=False), "model.layers.0.mlp.experts.0.up_proj.weight"]
+    both = [*table(tiny_shape().trunk, LAYOUTS["stacked"]), "model.layers.0.mlp.experts.0.up_proj.weight"]
     with pytest.raises(CheckpointError, match="more than one layout"):
         detect(both, Shape.from_config(tiny_config()))
     with pytest.raises(CheckpointError, match="no known layout"):
@@ -145,21 +159,22 @@ def test_mixed_layouts_in_one_subtree_are_refused() -> None:
 )
 def test_published_sizes(changes: dict[str, int], total: float, active: float) -> None:
     """SlimQwen (arXiv 2605.08738), table of shapes, in billions and to the last digit given."""
-    counted = count({**RELEASED, **changes})
+    counted = count(Shape.from_config({**RELEASED, **changes}))
     assert round(counted.total / 1e9, 3) == total
     assert round(counted.active / 1e9, 3) == active
     assert sum(counted.components.values()) == counted.total
 
 
 def test_mtp_head_is_counted_apart() -> None:
-    assert round(count(RELEASED).mtp / 1e9, 2) == 1.65
-    student = count({**RELEASED, "hidden_size": 1536, "num_hidden_layers": 36, "num_experts": 256})
+    assert round(count(Shape.from_config(RELEASED)).mtp / 1e9, 2) == 1.65
+    sizes = {"hidden_size": 1536, "num_hidden_layers": 36, "num_experts": 256}
+    student = count(Shape.from_config({**RELEASED, **sizes}))
     assert round((student.total + student.mtp) / 1e9, 3) == 23.808
 
 
 def test_count_of_a_tiny_model_by_hand() -> None:
     # d=16, V=64, E=8, k=2, I=12, S=10; two DeltaNet and two attention layers.
-    counted = count(tiny_config())
+    counted = count(tiny_shape())
     assert counted.components["embedding"] == counted.components["head"] == 64 * 16
     assert counted.components["router"] == 4 * 8 * 16
     assert counted.components["experts"] == 4 * 8 * 3 * 12 * 16
@@ -173,20 +188,73 @@ def test_count_of_a_tiny_model_by_hand() -> None:
 
 
 def test_tied_embeddings_have_no_head() -> None:
-    tied = tiny_config(tie_word_embeddings=True)
-    assert "lm_head.weight" not in table(tied, mtp=True)
+    tied = tiny_shape(tie_word_embeddings=True)
+    assert "lm_head.weight" not in table(tied)
     assert "head" not in count(tied).components
 
 
 def test_dense_layers_and_patterns() -> None:
     shape = Shape.from_config(tiny_config(mlp_only_layers=[1]))
-    assert [shape.is_moe(key) for key in (*shape.layer_keys, "mtp.0")] == [True, False, True, True, True]
-    assert table(shape, mtp=False)["model.layers.1.mlp.up_proj.weight"].shape == (24, 16)
+    assert [shape.is_moe(key) for key in shape.layer_keys] == [True, False, True, True, True]
+    assert table(shape)["model.layers.1.mlp.up_proj.weight"].shape == (24, 16)
     assert shape.period == 2
     stepped = Shape.from_config(tiny_config(decoder_sparse_step=2))
     assert stepped.dense_layers == {0, 2}
     bare = {key: value for key, value in tiny_config(full_attention_interval=4).items() if key != "layer_types"}
     assert Shape.from_config(bare).layer_types == ("linear_attention",) * 3 + ("full_attention",)
+
+
+def test_a_family_without_the_head_has_none_and_else_the_files_say(tmp_path: Path) -> None:
+    assert [tiny_shape(family).mtp_layers for family in ("qwen3_next", "qwen3_moe", "glm4_moe")] == [1, 0, 1]
+    for family in FAMILIES:
+        for wanted in (False, True):
+            folder = write_tiny(tmp_path / f"{family}-{wanted}", family=family, form={"mtp": wanted})
+            found = read_structure(folder).shape
+            assert found.mtp_layers == (wanted and family != "qwen3_moe")
+            assert found.with_present([]) == found.trunk
+
+
+def test_keys_of_layers_by_what_they_are_wanted_for() -> None:
+    shape = tiny_shape(mlp_only_layers=[1])
+    assert shape.trunk_keys == ("0", "1", "2", "3")
+    assert shape.mtp_keys == ("mtp.0",)
+    assert shape.layer_keys == ("0", "1", "2", "3", "mtp.0")
+    assert shape.moe_keys == ("0", "2", "3", "mtp.0")
+    assert shape.keys == ("0", "1", "2", "3", "norm", "mtp.0")
+    bare = shape.trunk
+    assert (bare.mtp_keys, bare.layer_keys, bare.keys) == ((), bare.trunk_keys, ("0", "1", "2", "3", "norm"))
+    assert [is_mtp(key) for key in shape.keys] == [False] * 5 + [True]
+
+
+def test_the_size_of_an_axis_layers_included() -> None:
+    shape = tiny_shape()
+    assert [shape.count(axis) for axis in ("layers", "hidden", "experts", "top_k")] == [4, 16, 8, 2]
+    assert shape.keep_layers([1, 2]).count("layers") == 2
+    with pytest.raises(KeyError):
+        tiny_shape("qwen3_moe").count("shared_size")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "kept", "dense"),
+    [
+        ("glm4_moe", {"first_k_dense_replace": 2}, [0, 2, 3], {0}),
+        ("glm4_moe", {"first_k_dense_replace": 2}, [2, 3], set()),
+        ("qwen3_moe", {"mlp_only_layers": [1, 3]}, [0, 2, 3], {2}),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, [1, 2, 3], {1}),
+        ("qwen3_next", {"mlp_only_layers": [1]}, [1, 2], {0}),
+    ],
+)
+def test_kept_layers_keep_their_kind(family: str, changes: dict[str, Any], kept: list[int], dense: set[int]) -> None:
+    """A layer is dense under its new number exactly if it was under its old one; sizes and MTP head stay."""
+    before = tiny_shape(family, **changes)
+    after = before.keep_layers(kept)
+    assert after.dense_layers == dense
+    for new, old in enumerate(kept):
+        assert after.is_moe(str(new)) == before.is_moe(str(old))
+        assert after.mixer(str(new)) == before.mixer(str(old))
+    assert (after.sizes, after.mtp_layers) == (before.sizes, before.mtp_layers)
+    assert before.keep_layers(range(before.layers)) == before
+    assert before.keep_layers([0, 2, 3]).keep_layers([1, 2]) == before.keep_layers([2, 3])
 
 
 @pytest.mark.parametrize(
@@ -236,8 +304,8 @@ def test_the_room_is_light(tmp_path: Path) -> None:
         "import sys\n"
         "from moeslim.checkpoint.config_json import read_config, edit_config\n"
         "from moeslim.checkpoint import source, structure, verify\n"
-        "from moeslim.families import count\n"
-        f"count(read_config({str(tmp_path)!r}))\n"
+        "from moeslim.families import Shape, count\n"
+        f"count(Shape.from_config(read_config({str(tmp_path)!r})))\n"
         "assert not {'torch', 'transformers', 'huggingface_hub'} & sys.modules.keys(), 'heavy'\n"
     )
     path = str(Path(__file__).parents[1] / "src")

@@ -22,11 +22,11 @@ from moeslim.families import FAMILIES as SPECS
 from moeslim.families import Shape, count
 from moeslim.model.student import Student
 from moeslim.pipeline import prune
-from moeslim.plan.budget import Wish
+from moeslim.plan.budget import Wish, resized
 from moeslim.plan.engines import engine_warnings
 from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK
 from stock import Stock
-from tiny import FAMILIES, tiny_config, write_tiny
+from tiny import FAMILIES, tiny_config, tiny_shape, write_tiny
 
 pytestmark = pytest.mark.bits("a cut copies values, keep-all copies all of them")
 
@@ -122,7 +122,7 @@ def test_the_page_is_what_transformers_saves(tmp_path: Path, family: str, change
     assert structure.problems() == []
     assert structure.layouts["trunk"] == "per_expert"
     values = {tensor.data_ptr(): tensor.numel() for tensor in stock.state_dict().values()}  # a tied one once
-    assert count(config).total == count(structure.config).total == sum(values.values())
+    assert count(Shape.from_config(config)).total == count(structure.shape).total == sum(values.values())
 
 
 @pytest.mark.parametrize(
@@ -132,18 +132,18 @@ def test_the_page_is_what_transformers_saves(tmp_path: Path, family: str, change
 )
 def test_released_sizes(config: dict[str, Any], total: float, active: float, mtp: float) -> None:
     """In billions: 30.5 and 106 of the model cards; active ones count embedding and head whole, cards do not."""
-    counted = count(config)
+    counted = count(Shape.from_config(config))
     assert (round(counted.total / 1e9, 3), round(counted.active / 1e9, 3)) == (total, active)
     assert round(counted.mtp / 1e9, 3) == mtp
 
 
 def test_count_of_a_tiny_model_by_hand() -> None:
     # d=16, V=64, E=8, I=12, 4 layers; heads 4 and 2 of 8, with biases
-    qwen = count(tiny_config("qwen3_moe", attention_bias=True)).components
+    qwen = count(tiny_shape("qwen3_moe", attention_bias=True)).components
     assert qwen["attention"] == 4 * ((32 + 16 + 16 + 32) * 16 + 32 + 16 + 16 + 16 + 2 * 8)
     assert (qwen["experts"], qwen["router"], qwen["norm"]) == (4 * 8 * 3 * 12 * 16, 4 * 8 * 16, 9 * 16)
     assert "shared" not in qwen
-    glm = count(tiny_config("glm4_moe"))
+    glm = count(tiny_shape("glm4_moe"))
     # one of four layers is dense (24 wide); two shared experts of 12; a bias per expert; no bias behind o_proj
     assert glm.components["dense"] == 3 * 24 * 16
     assert glm.components["shared"] == 3 * 3 * 24 * 16
@@ -349,12 +349,13 @@ def test_shared_experts_follow_the_experts_size(tmp_path: Path) -> None:
 def test_configs_after_a_cut(family: str) -> None:
     """Other spellings move along; a size that follows from another by default is written down."""
     config = {key: value for key, value in tiny_config(family).items() if key != "head_dim"}
-    edited = edit_config({**config, "num_local_experts": 8}, experts=6, hidden=12, mtp=False)
+    shape = Shape.from_config(config)
+    edited = edit_config({**config, "num_local_experts": 8}, shape.trunk.resized(experts=6, hidden=12))
     assert edited["num_local_experts"] == edited[SPECS[family].key("experts")] == 6
     assert edited["head_dim"] == 4
     # transformers takes GLM without the key for a model with a head
     assert edited.get("num_nextn_predict_layers") == (0 if family == "glm4_moe" else None)
-    assert edit_config(config, mtp=True).get("num_nextn_predict_layers") == (1 if family == "glm4_moe" else None)
+    assert edit_config(config, shape).get("num_nextn_predict_layers") == (1 if family == "glm4_moe" else None)
 
 
 # ---- verbs
@@ -373,11 +374,10 @@ def test_a_bare_config_gives_servable_shapes(tmp_path: Path, config: dict[str, A
     assert not best["warnings"]
     assert ("+ MTP head" in record["table"][0]) == heads
     assert not any("moeslim prune" in line or "DeltaNet" in line for line in record["lines"])
-    sizes = {axis: size for axis, size in best["keep"].items() if axis != "layers"}
-    layers = best["keep"].get("layers")
-    cut = edit_config(config, layers_kept=None if layers is None else range(layers), **sizes)
+    before = Shape.from_config(config)
+    cut = Shape.from_config(edit_config(config, resized(before, best["keep"])))
     assert count(cut).total == best["parameters"]
-    assert engine_warnings(cut, before=Shape.from_config(config)) == []
+    assert engine_warnings(cut, before=before) == []
 
 
 @pytest.mark.parametrize("family", ON_FILES)

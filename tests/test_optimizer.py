@@ -11,7 +11,6 @@ import micro
 import ranks
 import sharded
 from moeslim import pipeline
-from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.reader import Reader
 from moeslim.distill.optimizer import freeze, make_optimizer, set_rate
 from moeslim.distill.parts import parts_of, trained_parts
@@ -69,7 +68,7 @@ def gradients(student: Student) -> None:
 @pytest.mark.parametrize("model", ["folder", "tied"])
 def test_every_live_tensor_has_its_part(model: str, request: pytest.FixtureRequest) -> None:
     student = load_student(request.getfixturevalue(model))
-    found = parts_of(student.config, mtp=True)
+    found = parts_of(student.shape)
     assert found == {name: part_by_name(name) for name in student.disk_state()}
     absent = {"folder": set(), "tied": {"head", "dense"}}[model]
     assert {part for _, part in BY_NAME} - set(found.values()) == absent
@@ -185,15 +184,15 @@ def test_a_tied_head_is_the_embedding(tied: Path) -> None:
 )
 def test_parts_that_cannot_be_trained_are_refused(tied: Path, changes: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        trained_parts(replace(SETTINGS, **changes), read_config(tied), mtp=True)
+        trained_parts(replace(SETTINGS, **changes), Reader(tied).shape)
 
 
 def test_the_mtp_head_may_be_missing(tied: Path) -> None:
-    assert "mtp" not in trained_parts(SETTINGS, read_config(tied), mtp=False)
+    assert "mtp" not in trained_parts(SETTINGS, Reader(tied).shape.trunk)
     with pytest.raises(RecipeError, match="train_only names mtp"):
-        trained_parts(replace(SETTINGS, train_only=("mtp",)), read_config(tied), mtp=False)
+        trained_parts(replace(SETTINGS, train_only=("mtp",)), Reader(tied).shape.trunk)
     constant = replace(SETTINGS, train_only=("mtp",), beta_end=0.0, beta_schedule="constant")
-    assert trained_parts(constant, read_config(tied), mtp=True) == {"mtp"}
+    assert trained_parts(constant, Reader(tied).shape) == {"mtp"}
 
 
 def two_steps(folder: Path, settings: TrainSettings) -> dict[str, torch.Tensor]:

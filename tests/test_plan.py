@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeslim.checkpoint.config_json import edit_config
 from moeslim.errors import PlanError
 from moeslim.families import Shape
 from moeslim.plan import (
     Plan,
     check_plan,
-    config_after,
+    final_shape,
     importance,
     make_plan,
     parse_plan,
@@ -30,7 +31,7 @@ from moeslim.plan.schedule import Target
 from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK
 from moeslim.recipe import Methods
 from moeslim.statistics import LayerStats, NormStats, Stats
-from tiny import tiny_config
+from tiny import tiny_config, tiny_shape
 
 
 def layer(**sums: Any) -> LayerStats:
@@ -148,14 +149,15 @@ def test_block_influence_scores_whole_periods() -> None:
 
 
 CONFIG = tiny_config()  # 4 layers 1:1, hidden 16, 8 experts of 12, top-2, shared 10
+SHAPE = Shape.from_config(CONFIG)
 
 
-def hand_stats(config: dict[str, Any], *, mtp: bool = True, seed: int = 0) -> Stats:
+def hand_stats(shape: Shape, *, seed: int = 0) -> Stats:
     """Statistics of the right shapes with made-up positive numbers; expert 5 of layer "1" was never reached."""
-    shape, random = Shape.from_config(config), np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     d, e, i, s = (shape[axis] for axis in ("hidden", "experts", "expert_size", "shared_size"))
     stats = Stats(model="m" * 16, token_sets=("t",), tokens=100, sequences=5)
-    for key in (*shape.layer_keys, *(("mtp.0",) if mtp else ())):
+    for key in shape.layer_keys:
         routed = random.integers(1, 50, e).astype(float)
         if key == "1":
             routed[5] = 0.0
@@ -174,7 +176,7 @@ def hand_stats(config: dict[str, Any], *, mtp: bool = True, seed: int = 0) -> St
             down_norm=random.random((e, i)),
             down_norm_shared=random.random(s),
         )
-    for row in hidden_norms(shape, mtp=mtp):
+    for row in hidden_norms(shape):
         share = random.dirichlet(np.ones(d), 100)
         stats.norms[row.name] = NormStats(random.random(d) * 100, random.random(d), share.sum(0), 100.0, 5.0)
     return stats
@@ -184,8 +186,8 @@ ALL = Target(layers=2, hidden=12, experts=4, expert_size=8, shared_size=6, top_k
 
 
 def test_steps_come_in_order_with_the_numbers_that_each_step_finds() -> None:
-    stats = hand_stats(CONFIG)
-    plan = make_plan(CONFIG, stats=stats, target=ALL, methods=Methods(depth="block_influence"), mtp=True)
+    stats = hand_stats(SHAPE)
+    plan = make_plan(SHAPE, stats=stats, target=ALL, methods=Methods(depth="block_influence"))
     assert [step.step for step in plan.steps] == [
         "drop_layers",
         "cut_hidden",
@@ -199,7 +201,8 @@ def test_steps_come_in_order_with_the_numbers_that_each_step_finds() -> None:
     assert isinstance(experts, CutExperts)
     assert isinstance(size, CutExpertSize)
     assert sorted(experts.kept) == sorted(size.experts) == sorted(size.shared) == ["0", "1", "mtp.0"]
-    after = Shape.from_config(config_after(plan, CONFIG, mtp=True))
+    after = final_shape(plan, SHAPE)
+    assert Shape.from_config(edit_config(CONFIG, after)) == after
     assert after.layers == 2
     assert [after[axis] for axis in ("hidden", "experts", "expert_size", "shared_size", "top_k")] == [12, 4, 8, 6, 1]
     for new, old in [("0", str(layers.kept[0])), ("1", str(layers.kept[1])), ("mtp.0", "mtp.0")]:
@@ -223,13 +226,13 @@ def test_rescale_by_hand() -> None:
     norm = NormStats(share_sum=np.array([0.5, 1.0, 0.5, 2.0]), tokens=4.0)
     assert kept_share(norm, [1, 3]) == 0.75
     assert norm_scale(0.75, before=4, after=2) == math.sqrt(0.75 * 4 / 2)
-    stats = hand_stats(CONFIG)
+    stats = hand_stats(SHAPE)
     names = [f"model.layers.{i}.{kind}_layernorm.weight" for i in (0, 1) for kind in ("input", "post_attention")]
     names += ["model.norm.weight", "mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight"]
     names += ["mtp.norm.weight", "mtp.layers.0.input_layernorm.weight", "mtp.layers.0.post_attention_layernorm.weight"]
     target = Target(layers=2, hidden=12)
     hidden = {
-        rescale: make_plan(CONFIG, stats=stats, target=target, methods=Methods(rescale=rescale), mtp=True).steps[1]
+        rescale: make_plan(SHAPE, stats=stats, target=target, methods=Methods(rescale=rescale)).steps[1]
         for rescale in ("measured", "assume_zero", "none")
     }
     assert all(isinstance(step, CutHidden) for step in hidden.values())
@@ -246,14 +249,14 @@ def test_rescale_by_hand() -> None:
 
 def test_an_axis_that_keeps_its_size_gets_no_step() -> None:
     target = Target(layers=4, hidden=16, experts=8, expert_size=12, shared_size=10, top_k=2)
-    assert make_plan(CONFIG, stats=None, target=target, methods=Methods(), mtp=True).steps == ()
-    assert make_plan(CONFIG, stats=None, target=Target(), methods=Methods(), mtp=True).steps == ()
+    assert make_plan(SHAPE, stats=None, target=target, methods=Methods()).steps == ()
+    assert make_plan(SHAPE, stats=None, target=Target(), methods=Methods()).steps == ()
 
 
 def test_unreached_experts_go_first_and_are_noted_even_among_zeros() -> None:
-    stats = hand_stats(CONFIG)
+    stats = hand_stats(SHAPE)
     stats.layers["1"].gate_norm_sum[6:] = 0.0  # reached, but silent: still before the unreached expert 5
-    plan = make_plan(CONFIG, stats=stats, target=Target(experts=7), methods=Methods(), mtp=True)
+    plan = make_plan(SHAPE, stats=stats, target=Target(experts=7), methods=Methods())
     (step,) = plan.steps
     assert isinstance(step, CutExperts)
     assert step.kept["1"] == (0, 1, 2, 3, 4, 6, 7)
@@ -261,9 +264,9 @@ def test_unreached_experts_go_first_and_are_noted_even_among_zeros() -> None:
 
 
 def test_protected_experts_stay_and_their_numbers_are_the_sources() -> None:
-    stats = hand_stats(CONFIG)
+    stats = hand_stats(SHAPE)
     methods = Methods(depth="block_influence", protect={"1": (5,), "3": (0, 7), "mtp.0": (2,)})
-    plan = make_plan(CONFIG, stats=stats, target=Target(layers=2, experts=2), methods=methods, mtp=True)
+    plan = make_plan(SHAPE, stats=stats, target=Target(layers=2, experts=2), methods=methods)
     layers, experts = plan.steps
     assert isinstance(layers, DropLayers)
     assert isinstance(experts, CutExperts)
@@ -276,23 +279,23 @@ def test_protected_experts_stay_and_their_numbers_are_the_sources() -> None:
         ({"0": (1, 2, 3)}, "layer 0: 3 are protected but only 2 are kept"),
     ]:
         with pytest.raises(PlanError, match=message):
-            make_plan(CONFIG, stats=stats, target=Target(experts=2), methods=Methods(protect=protect), mtp=True)
+            make_plan(SHAPE, stats=stats, target=Target(experts=2), methods=Methods(protect=protect))
 
 
 def test_plans_without_statistics() -> None:
     target, methods = Target(layers=2, experts=4, top_k=1), Methods(experts="random")
-    plan = make_plan(CONFIG, stats=None, target=target, methods=methods, mtp=True, seed=3)
-    assert plan == make_plan(CONFIG, stats=None, target=target, methods=methods, mtp=True, seed=3)
-    assert plan != make_plan(CONFIG, stats=None, target=target, methods=methods, mtp=True, seed=4)
+    plan = make_plan(SHAPE, stats=None, target=target, methods=methods, seed=3)
+    assert plan == make_plan(SHAPE, stats=None, target=target, methods=methods, seed=3)
+    assert plan != make_plan(SHAPE, stats=None, target=target, methods=methods, seed=4)
     for needs in (Target(experts=4), Target(hidden=12), Target(expert_size=8), Target(shared_size=8)):
         with pytest.raises(PlanError, match="calibrat"):
-            make_plan(CONFIG, stats=None, target=needs, methods=Methods(), mtp=True)
+            make_plan(SHAPE, stats=None, target=needs, methods=Methods())
     with pytest.raises(PlanError, match="keep.hidden: 17 of 16"):
-        make_plan(CONFIG, stats=None, target=Target(hidden=17), methods=Methods(), mtp=True)
+        make_plan(SHAPE, stats=None, target=Target(hidden=17), methods=Methods())
 
 
 def test_the_file_gives_the_plan_back_and_keeps_lists_on_a_line(tmp_path: Path) -> None:
-    plan = make_plan(CONFIG, stats=hand_stats(CONFIG), target=ALL, methods=Methods(), mtp=True)
+    plan = make_plan(SHAPE, stats=hand_stats(SHAPE), target=ALL, methods=Methods())
     write_plan(tmp_path / "plan.json", plan)
     again = read_plan(tmp_path / "plan.json")
     assert again == plan
@@ -304,7 +307,7 @@ def test_the_file_gives_the_plan_back_and_keeps_lists_on_a_line(tmp_path: Path) 
 
 
 def edited(step: dict[str, Any] | None = None, **top: Any) -> str:
-    plan = json.loads(plan_text(Plan(source=source_shape(CONFIG, mtp=True), steps=(SetTopK(top_k=1),))))
+    plan = json.loads(plan_text(Plan(source=source_shape(SHAPE), steps=(SetTopK(top_k=1),))))
     plan["steps"] += [step] if step is not None else []
     return json.dumps({**plan, **top})
 
@@ -363,7 +366,7 @@ def sizes(count: int, **other: Any) -> CutExpertSize:
     return CutExpertSize(experts={**lists, **other})
 
 
-NORMS = [row.name for row in hidden_norms(Shape.from_config(CONFIG), mtp=True)]
+NORMS = [row.name for row in hidden_norms(SHAPE)]
 
 
 @pytest.mark.parametrize(
@@ -395,64 +398,66 @@ NORMS = [row.name for row in hidden_norms(Shape.from_config(CONFIG), mtp=True)]
     ],
 )
 def test_check_refuses_what_cannot_work(steps: Any, message: str) -> None:
-    plan = Plan(source=source_shape(CONFIG, mtp=True), steps=steps)
+    plan = Plan(source=source_shape(SHAPE), steps=steps)
     with pytest.raises(PlanError, match=re.escape(message)):
-        check_plan(plan, CONFIG, mtp=True)
+        check_plan(plan, SHAPE)
 
 
 def test_check_refuses_another_model() -> None:
-    plan = Plan(source=source_shape(CONFIG, mtp=True))
+    plan = Plan(source=source_shape(SHAPE))
     with pytest.raises(PlanError, match="the plan was made for a model with mtp True, this one has False"):
-        check_plan(plan, CONFIG, mtp=False)
+        check_plan(plan, SHAPE.trunk)
     with pytest.raises(PlanError, match="the plan was made for a model with experts 8, this one has 16"):
-        check_plan(plan, tiny_config(num_experts=16), mtp=True)
+        check_plan(plan, tiny_shape(num_experts=16))
 
 
 def test_a_dense_layer_must_not_come_first_beside_an_mtp_block() -> None:
-    config = tiny_config(mlp_only_layers=[2])
+    shape = tiny_shape(mlp_only_layers=[2])
     step = DropLayers(kept=(2, 3))
     with pytest.raises(PlanError, match="layer 2 would come first, and it is dense"):
-        check_plan(Plan(source=source_shape(config, mtp=True), steps=(step,)), config, mtp=True)
-    check_plan(Plan(source=source_shape(config, mtp=False), steps=(step,)), config, mtp=False)
-    only = Plan(source=source_shape(config, mtp=False), steps=(DropLayers(kept=(2,)),))
+        check_plan(Plan(source=source_shape(shape), steps=(step,)), shape)
+    check_plan(Plan(source=source_shape(shape.trunk), steps=(step,)), shape.trunk)
+    only = Plan(source=source_shape(shape.trunk), steps=(DropLayers(kept=(2,)),))
     with pytest.raises(PlanError, match="no layer with experts would stay"):
-        check_plan(only, config, mtp=False)
+        check_plan(only, shape.trunk)
 
 
 def test_a_dense_layer_is_renumbered_and_has_no_experts() -> None:
     config = tiny_config(mlp_only_layers=[2])
-    plan = make_plan(CONFIG | config, stats=None, target=Target(experts=4), methods=Methods(experts="random"), mtp=True)
+    shape = Shape.from_config(config)
+    plan = make_plan(shape, stats=None, target=Target(experts=4), methods=Methods(experts="random"))
     (step,) = plan.steps
     assert isinstance(step, CutExperts)
     assert list(step.kept) == ["0", "1", "3", "mtp.0"]
-    plan = Plan(source=source_shape(config, mtp=True), steps=(DropLayers(kept=(0, 2, 3)),))
-    assert config_after(plan, config, mtp=True)["mlp_only_layers"] == [1]
+    plan = Plan(source=source_shape(shape), steps=(DropLayers(kept=(0, 2, 3)),))
+    assert edit_config(config, final_shape(plan, shape))["mlp_only_layers"] == [1]
 
 
-def warnings(config: dict[str, Any], *steps: Any) -> list[str]:
-    return check_plan(Plan(source=source_shape(config, mtp=False), steps=steps), config, mtp=False)
+def warnings(shape: Shape, *steps: Any) -> list[str]:
+    return check_plan(Plan(source=source_shape(shape.trunk), steps=steps), shape.trunk)
 
 
 def test_warnings_name_what_engines_object_to() -> None:
-    assert warnings(CONFIG) == []
-    assert warnings(CONFIG, DropLayers(kept=(0, 1))) == []
-    (irregular,) = warnings(CONFIG, DropLayers(kept=(0, 1, 3)))
+    assert warnings(SHAPE) == []
+    assert warnings(SHAPE, DropLayers(kept=(0, 1))) == []
+    (irregular,) = warnings(SHAPE, DropLayers(kept=(0, 1, 3)))
     assert "SGLang does not" in irregular
-    (bare,) = warnings(CONFIG, DropLayers(kept=(0, 2)))
+    (bare,) = warnings(SHAPE, DropLayers(kept=(0, 2)))
     assert "no full-attention layer" in bare
     kept = {key: tuple(range(7)) for key in KEYS[:4]}
-    (slow,) = warnings(CONFIG, CutExperts(kept=kept))
+    (slow,) = warnings(SHAPE, CutExperts(kept=kept))
     assert slow.startswith("7 experts: the fast top-k kernels")
     lists = {key: (tuple(range(6)),) * 8 for key in KEYS[:4]}  # 12 = 4 * 3 splits four ways, 6 does not
-    (split,) = warnings(CONFIG, CutExpertSize(experts=lists))
+    (split,) = warnings(SHAPE, CutExpertSize(experts=lists))
     assert split == "moe_intermediate_size 6 is not divisible by 4: vLLM cannot split it over 4 GPUs"
-    large = tiny_config(hidden_size=1024, moe_intermediate_size=128)
+    large = tiny_shape(hidden_size=1024, moe_intermediate_size=128)
     (odd,) = warnings(large, CutHidden(kept=tuple(range(960))))  # small now, but cut from a real one
     assert "hidden_size 960 is no multiple of 128" in odd
 
 
 def test_engine_warnings_of_a_bare_config() -> None:
     real = tiny_config(hidden_size=2048, moe_intermediate_size=512, num_experts=512, num_experts_per_tok=10)
-    assert engine_warnings(real) == []
-    found = engine_warnings({**real, "hidden_size": 2000, "moe_intermediate_size": 500, "num_experts": 500})
+    assert engine_warnings(Shape.from_config(real)) == []
+    real |= {"hidden_size": 2000, "moe_intermediate_size": 500, "num_experts": 500}
+    found = engine_warnings(Shape.from_config(real))
     assert [text.split(" ")[0] for text in found] == ["500", "hidden_size", "moe_intermediate_size"]

@@ -28,16 +28,16 @@ from moeslim.plan.steps import (
 from moeslim.recipe import Keep, Methods, Stage
 from moeslim.statistics import LayerStats, Stats
 from test_plan import hand_stats
-from tiny import tiny_config
+from tiny import tiny_shape
 
-CONFIG = tiny_config()  # 4 layers 1:1, hidden 16, 8 experts of 12, top-2, shared 10
+SHAPE = tiny_shape()  # 4 layers 1:1, hidden 16, 8 experts of 12, top-2, shared 10
 KEYS = ("0", "1", "2", "3", "mtp.0")
 SHA = "0123456789abcdef" * 4
 
 
-def learnt(config: dict[str, Any] = CONFIG) -> Stats:
+def learnt(shape: Shape = SHAPE) -> Stats:
     """Made-up statistics that every operation can read; expert 5 of layer "1" was never reached."""
-    stats, random = hand_stats(config), np.random.default_rng(1)
+    stats, random = hand_stats(shape), np.random.default_rng(1)
     for one in stats.layers.values():
         experts = len(one.routed)
         one.mean_output_sum = random.normal(size=(experts, 16))
@@ -59,8 +59,8 @@ def pair(base: int, *others: int, **more: Any) -> Merge:
     return Merge(**{"base": base, "experts": members, "weights": (1.0,) * len(members), **more})
 
 
-def planned(*steps: Any, config: dict[str, Any] = CONFIG) -> Plan:
-    return Plan(source=source_shape(config, mtp=True), steps=steps)
+def planned(*steps: Any, shape: Shape = SHAPE) -> Plan:
+    return Plan(source=source_shape(shape), steps=steps)
 
 
 # the file
@@ -165,7 +165,7 @@ ROUTERS = SetRouters(file="plan.safetensors", sha256=SHA, layers=("0", "mtp.0"))
 )
 def test_check_refuses_what_cannot_be_merged(steps: Any, message: str) -> None:
     with pytest.raises(PlanError, match=re.escape(message)):
-        check_plan(planned(*steps), CONFIG, mtp=True)
+        check_plan(planned(*steps), SHAPE)
 
 
 def test_check_lets_through_what_works() -> None:
@@ -173,7 +173,7 @@ def test_check_lets_through_what_works() -> None:
     merged = {"1": (pair(0, 6, orders=orders), pair(3, 4, 7)), "mtp.0": (pair(1, 4, 5, 6, 7),)}
     sizes = CutExpertSize(experts={key: (tuple(range(8)),) * 4 for key in KEYS})
     small = {"0": (pair(0, 3, orders=(tuple(range(8)), tuple(range(8)))),)}
-    check_plan(planned(experts(4, merged), sizes, experts(3, small), ROUTERS, SetTopK(top_k=1)), CONFIG, mtp=True)
+    check_plan(planned(experts(4, merged), sizes, experts(3, small), ROUTERS, SetTopK(top_k=1)), SHAPE)
 
 
 # decisions from statistics
@@ -198,7 +198,7 @@ def by_hand(stats: LayerStats, count: int, preserved: int) -> LayerCut:
 
 def test_a_merging_plan_is_decided_layer_by_layer() -> None:
     stats, methods = learnt(), Methods(expert_op="partial", depth="block_influence")
-    plan = make_plan(CONFIG, stats=stats, target=Target(layers=2, experts=4), methods=methods, mtp=True)
+    plan = make_plan(SHAPE, stats=stats, target=Target(layers=2, experts=4), methods=methods)
     layers, cut = plan.steps
     assert isinstance(layers, DropLayers)
     assert isinstance(cut, CutExperts)
@@ -210,7 +210,7 @@ def test_a_merging_plan_is_decided_layer_by_layer() -> None:
         assert [(m.base, m.experts) for m in cut.merged[new]] == [(m.base, m.experts) for m in wanted.merged]
         for mine, theirs in zip(cut.merged[new], wanted.merged, strict=True):
             assert mine.weights == pytest.approx(theirs.weights, rel=1e-12)
-    check_plan(plan, CONFIG, mtp=True)
+    check_plan(plan, SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_merging_plan_is_decided_layer_by_layer() -> None:
 )
 def test_operations_say_by_whose_importance_they_decide(op: str, importance: str) -> None:
     stats, methods = learnt(), Methods(expert_op=op, align="none", sequential=False)
-    plan = make_plan(CONFIG, stats=stats, target=Target(experts=4), methods=methods, mtp=True)
+    plan = make_plan(SHAPE, stats=stats, target=Target(experts=4), methods=methods)
     (cut,) = plan.steps
     assert isinstance(cut, CutExperts)
     assert (cut.operation, cut.importance) == (op, importance)
@@ -230,10 +230,8 @@ def test_operations_say_by_whose_importance_they_decide(op: str, importance: str
 
 def test_random_importance_weighs_by_frequency() -> None:
     stats, methods = learnt(), Methods(experts="random", expert_op="merge")
-    (cut,) = make_plan(CONFIG, stats=stats, target=Target(experts=3), methods=methods, mtp=True, seed=3).steps
-    (drop,) = make_plan(
-        CONFIG, stats=None, target=Target(experts=3), methods=Methods(experts="random"), mtp=True, seed=3
-    ).steps
+    (cut,) = make_plan(SHAPE, stats=stats, target=Target(experts=3), methods=methods, seed=3).steps
+    (drop,) = make_plan(SHAPE, stats=None, target=Target(experts=3), methods=Methods(experts="random"), seed=3).steps
     assert isinstance(cut, CutExperts)
     assert isinstance(drop, CutExperts)
     assert cut.kept == drop.kept
@@ -241,7 +239,7 @@ def test_random_importance_weighs_by_frequency() -> None:
         shares = [stats.layers["2"].routed[e] / 100 for e in merge.experts]
         assert merge.weights == pytest.approx(tuple(shares), rel=1e-12)
     with pytest.raises(PlanError, match="needs calibration statistics"):
-        make_plan(CONFIG, stats=None, target=Target(experts=3), methods=methods, mtp=True)
+        make_plan(SHAPE, stats=None, target=Target(experts=3), methods=methods)
 
 
 def test_scores_put_the_unreached_last() -> None:
@@ -273,13 +271,13 @@ def test_a_search_is_asked_for_where_one_is_needed() -> None:
         (Methods(calibrate_router=True), "methods.calibrate_router"),
     ]:
         with pytest.raises(PlanError, match=f"^{named} must try things on the live model; use `moeslim prune` or"):
-            make_plan(CONFIG, stats=learnt(), target=Target(experts=4), methods=methods, mtp=True)
-        make_plan(CONFIG, stats=learnt(), target=Target(hidden=12), methods=methods, mtp=True)  # no expert goes
+            make_plan(SHAPE, stats=learnt(), target=Target(experts=4), methods=methods)
+        make_plan(SHAPE, stats=learnt(), target=Target(hidden=12), methods=methods)  # no expert goes
 
 
 def test_what_a_search_decided_is_taken_as_it_is() -> None:
     stats, target = searched(learnt()), Target(layers=2, experts=6, expert_size=8)
-    plan = make_plan(CONFIG, stats=stats, target=target, methods=ALIGNED, mtp=True)
+    plan = make_plan(SHAPE, stats=stats, target=target, methods=ALIGNED)
     _, cut, size = plan.steps
     assert isinstance(cut, CutExperts)
     assert isinstance(size, CutExpertSize)
@@ -294,22 +292,22 @@ def test_what_a_search_decided_is_taken_as_it_is() -> None:
     turned = [scores[2][neuron] for neuron in merge.orders[0]]  # place i holds the base's neuron orders[0][i]
     assert list(size.experts["1"][2]) == sorted(np.argsort(-np.asarray(turned))[:8].tolist())
     assert list(size.experts["1"][2]) != sorted(np.argsort(-scores[2])[:8].tolist())
-    check_plan(plan, CONFIG, mtp=True)
+    check_plan(plan, SHAPE)
 
 
 def test_a_search_for_something_else_is_refused() -> None:
     target = Target(experts=6)
     with pytest.raises(PlanError, match="layer 0: the search kept 5 experts, 6 are wanted"):
-        make_plan(CONFIG, stats=searched(learnt(), keep=5), target=target, methods=ALIGNED, mtp=True)
+        make_plan(SHAPE, stats=searched(learnt(), keep=5), target=target, methods=ALIGNED)
     other = ALIGNED.model_copy(update={"align": "weights"})
     with pytest.raises(PlanError, match=r"searched with methods.align activations, the recipe says weights; calibrate"):
-        make_plan(CONFIG, stats=searched(learnt()), target=target, methods=other, mtp=True)
+        make_plan(SHAPE, stats=searched(learnt()), target=target, methods=other)
     stats = searched(learnt())
     del stats.found["2"]
     with pytest.raises(PlanError, match="layer 2: the search in the statistics did not come to this layer"):
-        make_plan(CONFIG, stats=stats, target=target, methods=ALIGNED, mtp=True)
-    plain = make_plan(CONFIG, stats=searched(learnt()), target=target, methods=Methods(), mtp=True)
-    assert plain.steps == make_plan(CONFIG, stats=learnt(), target=target, methods=Methods(), mtp=True).steps
+        make_plan(SHAPE, stats=stats, target=target, methods=ALIGNED)
+    plain = make_plan(SHAPE, stats=searched(learnt()), target=target, methods=Methods())
+    assert plain.steps == make_plan(SHAPE, stats=learnt(), target=target, methods=Methods()).steps
 
 
 def test_trained_router_rows_are_set_behind_the_cut() -> None:
@@ -319,32 +317,32 @@ def test_trained_router_rows_are_set_behind_the_cut() -> None:
     for key in ("1", "3", "mtp.0"):
         stats.found[key]["router"] = True
     target = Target(layers=3, experts=6, expert_size=8)
-    plan = make_plan(CONFIG, stats=stats, target=target, methods=methods, mtp=True)
+    plan = make_plan(SHAPE, stats=stats, target=target, methods=methods)
     assert [step.step for step in plan.steps] == ["drop_layers", "cut_experts", "set_routers", "cut_expert_size"]
     # layer 3 is gone with the depth
     assert plan.steps[2] == SetRouters(file="plan.safetensors", sha256=SHA, layers=("1", "mtp.0"))
-    check_plan(plan, CONFIG, mtp=True)
+    check_plan(plan, SHAPE)
     for key, cosine in [("0", 99.0), ("1", 99.0), ("2", 1.0), ("3", 1.0)]:
         stats.layers[key].cos_sum = cosine
     first = methods.model_copy(update={"depth": "block_influence"})
     with pytest.raises(PlanError, match="layer 3 has trained router rows and would become layer 1"):
-        make_plan(CONFIG, stats=stats, target=Target(layers=2, experts=6), methods=first, mtp=True)
+        make_plan(SHAPE, stats=stats, target=Target(layers=2, experts=6), methods=first)
 
 
 # routers that choose a group first
 
 
 @pytest.fixture
-def grouped(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def grouped(monkeypatch: pytest.MonkeyPatch) -> Shape:
     """A config of 24 experts in 4 groups of 6, 2 of them open to a token, of a family made up for this."""
     spec = FAMILIES["qwen3_next"]
     sizes = {**spec.sizes, "groups": ("n_group", 1), "topk_group": ("topk_group", 1)}
     monkeypatch.setitem(FAMILIES, "grouped", replace(spec, model_type="grouped", sizes=sizes))
-    return tiny_config(model_type="grouped", num_experts=24, num_experts_per_tok=4, n_group=4, topk_group=2)
+    return tiny_shape(model_type="grouped", num_experts=24, num_experts_per_tok=4, n_group=4, topk_group=2)
 
 
-def test_shares_of_grouped_experts_are_whole_in_each_group(grouped: dict[str, Any]) -> None:
-    shape = Shape.from_config(grouped)
+def test_shares_of_grouped_experts_are_whole_in_each_group(grouped: Shape) -> None:
+    shape = grouped
     # 60 % of 24 is 14.4: 12 and 16 are the neighbours that 4 divides, and 16 is nearer
     assert resolve(shape, Keep(experts="60%"), methods=Methods()).experts == 16
     assert resolve(shape, Keep(experts=12), methods=Methods()).experts == 12
@@ -384,20 +382,19 @@ def test_shares_of_grouped_experts_are_whole_in_each_group(grouped: dict[str, An
     ],
 )
 def test_what_a_grouped_router_cannot_do_is_refused_at_once(
-    grouped: dict[str, Any], keep: dict[str, Any], methods: dict[str, Any], message: str
+    grouped: Shape, keep: dict[str, Any], methods: dict[str, Any], message: str
 ) -> None:
-    shape = Shape.from_config({**grouped, "topk_group": keep.pop("topk_group", 2)})
+    shape = grouped.resized(topk_group=keep.pop("topk_group", 2))
     with pytest.raises(PlanError, match=re.escape(message)):
         resolve(shape, Keep(**keep), methods=Methods(**methods))
     if not methods:
-        config = {**grouped, "topk_group": shape.topk_group}
         with pytest.raises(PlanError, match=re.escape(message)):
-            make_plan(config, stats=learnt(grouped), target=Target(**keep), methods=Methods(), mtp=True)
+            make_plan(shape, stats=learnt(grouped), target=Target(**keep), methods=Methods())
 
 
-def test_a_plan_by_hand_must_cut_the_groups_alike(grouped: dict[str, Any]) -> None:
+def test_a_plan_by_hand_must_cut_the_groups_alike(grouped: Shape) -> None:
     even = (0, 1, 6, 7, 12, 13, 18, 19)
-    check_plan(planned(experts(0, **{f"l{key}": even for key in KEYS}), config=grouped), grouped, mtp=True)
+    check_plan(planned(experts(0, **{f"l{key}": even for key in KEYS}), shape=grouped), grouped)
     for ids, message in [
         (
             (0, 1, 2, 6, 12, 13, 18, 19),
@@ -407,19 +404,19 @@ def test_a_plan_by_hand_must_cut_the_groups_alike(grouped: dict[str, Any]) -> No
     ]:
         step = experts(0, **{**{f"l{key}": even for key in KEYS}, "l2": ids})
         with pytest.raises(PlanError, match=re.escape(message)):
-            check_plan(planned(step, config=grouped), grouped, mtp=True)
+            check_plan(planned(step, shape=grouped), grouped)
     with pytest.raises(PlanError, match=r"every layer: 24 experts .* are 12 to choose from, but the router selects 13"):
-        check_plan(planned(SetTopK(top_k=13), config=grouped), grouped, mtp=True)
+        check_plan(planned(SetTopK(top_k=13), shape=grouped), grouped)
 
 
 @pytest.mark.parametrize("op", ["drop", "merge", "partial", "partial_pairs", "m_smoe", "hc_smoe", "ream"])
-def test_groups_are_cut_alike_even_one_that_no_token_reached(grouped: dict[str, Any], op: str) -> None:
+def test_groups_are_cut_alike_even_one_that_no_token_reached(grouped: Shape, op: str) -> None:
     stats = learnt(grouped)
     for one in stats.layers.values():
         for name in ("routed", "gate_sum", "gate_norm_sum", "norm_sum", "softmax_norm_sum"):
             getattr(one, name)[12:18] = 0.0
     methods = Methods(expert_op=op, align="auto" if op == "drop" else "none", sequential=False, protect={"0": (11,)})
-    plan = make_plan(grouped, stats=stats, target=Target(experts=12), methods=methods, mtp=True)
+    plan = make_plan(grouped, stats=stats, target=Target(experts=12), methods=methods)
     (cut,) = plan.steps
     assert isinstance(cut, CutExperts)
     for key in KEYS:
@@ -431,4 +428,4 @@ def test_groups_are_cut_alike_even_one_that_no_token_reached(grouped: dict[str, 
         assert set(cut.kept["0"]) >= {12, 13, 14}
     assert 11 in cut.kept["0"]
     assert {12, 13, 14, 15, 16, 17} <= set(next(iter(plan.notes.values()))["0"])
-    check_plan(plan, grouped, mtp=True)
+    check_plan(plan, grouped)

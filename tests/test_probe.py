@@ -14,7 +14,7 @@ import torch
 from command import SMALL, Command, moeslim, settings, write_model, write_text
 from moeslim.calibrate import lanes
 from moeslim.calibrate.run import calibrate
-from moeslim.checkpoint.config_json import read_config
+from moeslim.checkpoint.structure import read_structure
 from moeslim.errors import CheckpointError, DataError, PlanError
 from moeslim.families import Shape
 from moeslim.figures import Figure
@@ -119,7 +119,7 @@ def test_prediction_is_what_the_cut_checkpoint_gives(folder: Path, tmp_path: Pat
     assert (found.rows, found.tokens) == (3, mask.sum())
     for count in (2, 6):
         target = Target(experts=count)
-        plan = make_plan(read_config(folder), stats=found.stats, target=target, methods=methods, mtp=True, seed=5)
+        plan = make_plan(read_structure(folder).shape, stats=found.stats, target=target, methods=methods, seed=5)
         smaller = tmp_path / f"cut-{count}"
         cut(folder, plan, out_folder=smaller)
         for prefix in ("", "mtp_"):
@@ -255,13 +255,13 @@ def test_grid_is_sixteenths_that_the_router_can_serve() -> None:
 
 
 def test_verdict_counts_parameters_of_the_cut_config(folder: Path, tmp_path: Path, found: Found) -> None:
-    record = verdict(found, read_config(folder), methods=Methods(), tolerance=10.0)
+    record = verdict(found, read_structure(folder).shape, methods=Methods(), tolerance=10.0)
     assert record["safe"] == 2
     four = record["counts"][2]
     # an expert has 3 matrices of 12 x 16 and a router row of 16; two MoE layers
     assert record["counts"][-1]["parameters"] - four["parameters"] == 2 * 4 * (3 * 12 * 16 + 16)
     assert (four["experts"], four["share"]) == (4, 0.5)
-    strict = verdict(found, read_config(folder), methods=Methods(), tolerance=0.0)
+    strict = verdict(found, read_structure(folder).shape, methods=Methods(), tolerance=0.0)
     assert strict["safe"] == 8
     assert "only all 8 experts" in strict["lines"][2]
 
@@ -358,7 +358,7 @@ def test_command_refuses(
 
 def test_page_and_table_say_what_the_record_says(folder: Path, found: Found) -> None:
     record = {"model": "a <b>", "fingerprint": "f" * 16, "text": "t" * 16}
-    record |= verdict(found, read_config(folder), methods=Methods(), tolerance=10.0)
+    record |= verdict(found, read_structure(folder).shape, methods=Methods(), tolerance=10.0)
     page = probe_page(record)
     assert page == probe_page(json.loads(json.dumps(record)))
     assert "a &lt;b&gt;" in page

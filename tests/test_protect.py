@@ -41,13 +41,13 @@ def test_two_plans_compose() -> None:
 
 def test_what_cannot_be_protected_is_refused() -> None:
     shape = Shape.from_config(tiny_config())
-    check_protected({"0": (0, 7), "mtp.0": (1,)}, shape, mtp=True)
+    check_protected({"0": (0, 7), "mtp.0": (1,)}, shape)
     with pytest.raises(PlanError, match=r"methods.protect: '4' is no layer with experts; known are 0, 1, 2, 3$"):
-        check_protected({"4": (0,)}, shape, mtp=False)
+        check_protected({"4": (0,)}, shape.trunk)
     with pytest.raises(PlanError, match=r"'mtp.0' is no layer with experts"):
-        check_protected({"mtp.0": (0,)}, shape, mtp=False)
+        check_protected({"mtp.0": (0,)}, shape.trunk)
     with pytest.raises(PlanError, match=r"methods.protect.0: 8 is no expert; they are 0..7"):
-        check_protected({"0": (8,)}, shape, mtp=True)
+        check_protected({"0": (8,)}, shape)
     check_room(PROTECT, 2, shape=shape)
     with pytest.raises(PlanError, match=r"methods.protect.1: 2 experts are protected but only 1 are kept"):
         check_room(PROTECT, 1, shape=shape)

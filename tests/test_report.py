@@ -96,7 +96,7 @@ def test_replay_counts_in_the_source() -> None:
         {"step": "quantize", "bits": 4},
     ]
     sizes = {"layers": 4, "hidden": 4, "experts": 3, "expert_size": 4, "shared_size": 4, "top_k": 2}
-    facts = replay([first, second], sizes, mtp=True)
+    facts = replay([first, second], sizes | {"mtp": 1})
     assert [(layer.key, layer.lost) for layer in facts.layers] == [("0", 0), ("1", 1), ("2", 2), ("3", 0), ("mtp.0", 0)]
     assert [layer.experts for layer in facts.layers] == [(0, 2, 0), (0, 0, 0), (0, 0, 0), (2, 0, 0), (0, 0, 2)]
     assert facts.channels == (0, 2, 1, 0)
@@ -113,10 +113,10 @@ def test_replay_counts_merged_experts() -> None:
     }
     step = {"step": "cut_experts", "kept": {"0": [1, 4], "mtp.0": [0, 2]}, "merged": merged}
     sizes = {"layers": 1, "hidden": 4, "experts": 5, "expert_size": 4, "shared_size": 4, "top_k": 2}
-    facts = replay([[step]], sizes, mtp=True)
+    facts = replay([[step]], sizes | {"mtp": 1})
     assert facts.merged == 3
     assert facts.layers[0].experts == (1, 0, 1, 1, 0)
-    assert replay([[{**step, "merged": {}}]], sizes, mtp=True).merged == 0
+    assert replay([[{**step, "merged": {}}]], sizes | {"mtp": 1}).merged == 0
 
 
 def test_the_numbers_of_the_records_are_on_the_page(folder: Path) -> None:

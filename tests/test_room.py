@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from command import write_model, write_text
-from moeslim.checkpoint.config_json import read_config
+from moeslim.checkpoint.structure import read_structure
 from moeslim.demo import recipe_path, teacher_path
 from moeslim.distill import room
 from moeslim.distill.room import Case, check_room, needed, room_named
 from moeslim.distill.settings import TrainSettings
 from moeslim.errors import ResourceError, TrainingError
+from moeslim.families import Shape
 from moeslim.losses import LossWeights, coefficients, term_counts
 from moeslim.machine import memory
 from moeslim.machine.memory import free_memory
@@ -28,22 +29,25 @@ from moeslim.machine.parallel import World
 from moeslim.model.sorted_experts import NAME as SORTED
 from moeslim.model.student import Student
 from moeslim.recipe import Recipe
-from tiny import tiny_config
+from tiny import tiny_config, tiny_shape
 
 LENGTH = 64
 SETTINGS = TrainSettings(tokens=10**6, rows_per_step=8, micro_rows=4)
 CONFIG = tiny_config(num_key_value_heads=1)
-CASE = Case(CONFIG, True, teacher=None, length=LENGTH)
+SHAPE = Shape.from_config(CONFIG)
+CASE = Case(SHAPE, None, length=LENGTH)
 
 
 def _parameters(config: dict[str, Any], *, mtp: bool = True) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in Student.from_config(config, mtp=mtp).parameters())
+        shape = Shape.from_config(config)
+        student = Student.from_config(config, shape=shape if mtp else shape.trunk)
+        return sum(parameter.numel() for parameter in student.parameters())
 
 
 def test_bytes_by_hand() -> None:
     whole, teacher = _parameters(CONFIG), tiny_config(hidden_size=24)
-    found = needed(replace(CASE, teacher=teacher), SETTINGS)
+    found = needed(replace(CASE, teacher=Shape.from_config(teacher)), SETTINGS)
     assert (found.weights, found.gradients, found.moments) == (4 * whole, 4 * whole, 8 * whole)
     assert found.teacher == 4 * _parameters(teacher, mtp=False)
     # Per token: two normed inputs of 16; per expert (2) 16 + 3 * 12, shared 3 * 10; in 2 DeltaNet layers a convolution
@@ -62,10 +66,10 @@ def test_bytes_by_hand() -> None:
     assert served - needed(CASE, deep).activations == 4 * 4 * 4 * 64 * 64
     once = needed(CASE, replace(SETTINGS, micro_rows=8))
     assert once.total == once.weights + once.moments + max(once.gradients, once.activations)
-    bf16 = needed(replace(CASE, teacher=teacher), replace(SETTINGS, precision="bfloat16"))
+    bf16 = needed(replace(CASE, teacher=Shape.from_config(teacher)), replace(SETTINGS, precision="bfloat16"))
     assert (bf16.weights, bf16.teacher) == (found.weights, found.teacher // 2)
     assert bf16.activations - logits == (found.activations - logits) // 2
-    spread = needed(replace(CASE, teacher=teacher), SETTINGS, ranks=2, shard=2)
+    spread = needed(replace(CASE, teacher=Shape.from_config(teacher)), SETTINGS, ranks=2, shard=2)
     assert (spread.weights, spread.moments, spread.teacher) == (2 * whole, 4 * whole, found.teacher // 2)
     assert (spread.activations, spread.together) == (found.activations, False)
 
@@ -90,7 +94,7 @@ def test_activations_are_a_lower_bound_of_what_autograd_keeps(
     config = tiny_config(hidden_size=64, moe_intermediate_size=16, **form)
     settings = replace(SETTINGS, precision=precision, depths=depths, mtp_train=how)
     torch.manual_seed(0)
-    student = Student.from_config(config, mtp=True, experts=SORTED)
+    student = Student.from_config(config, shape=Shape.from_config(config), experts=SORTED)
     student.serving = how == "serving"
     rows, mask = torch.randint(0, 64, (4, LENGTH + 1)), torch.ones(4, LENGTH, dtype=torch.bool)
     weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
@@ -105,7 +109,7 @@ def test_activations_are_a_lower_bound_of_what_autograd_keeps(
     with narrow, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         student(rows, mask, coefficients=factors)
     held = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
-    case = Case(config, True, teacher=None, length=LENGTH)
+    case = Case(Shape.from_config(config), None, length=LENGTH)
     logits = 256 * 64 * 4 * (1 + depths)  # gone by the time the forward ends
     counted = room.activations(case, settings, whole=True) - logits
     assert counted <= held <= 10 * counted
@@ -144,23 +148,23 @@ def test_too_little_is_refused_with_what_would_fit(
         monkeypatch.setattr(room, "CHUNK_BYTES", 0)  # logits that do not shrink with the rows
     _free(monkeypatch, _changed(settings, **changes))
     with pytest.raises(ResourceError, match=told) as caught:
-        check_room(CONFIG, settings, length=LENGTH, mtp=True)
+        check_room(SHAPE, settings, length=LENGTH)
     assert "training needs at least" in str(caught.value)
-    check_room(CONFIG, replace(settings, **changes), length=LENGTH, mtp=True)
+    check_room(SHAPE, replace(settings, **changes), length=LENGTH)
 
 
 def test_where_no_setting_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = tiny_config(hidden_size=256)
+    teacher = tiny_shape(hidden_size=256)
     least = replace(SETTINGS, micro_rows=1, activation_checkpointing=True)
     _free(monkeypatch, needed(CASE, least).total)
     with pytest.raises(ResourceError, match=r"the teacher .*\. A teacher_cache .* takes the teacher out"):
-        check_room(CONFIG, SETTINGS, length=LENGTH, mtp=True, teacher=teacher)
+        check_room(SHAPE, SETTINGS, length=LENGTH, teacher=teacher)
     _free(monkeypatch, needed(CASE, least, ranks=4, shard=4).total)
     with pytest.raises(ResourceError, match=r"Start 4 processes with as much memory each .*shard_over: 4"):
-        check_room(CONFIG, SETTINGS, length=LENGTH, mtp=True)
+        check_room(SHAPE, SETTINGS, length=LENGTH)
     _free(monkeypatch, 1000)
     with pytest.raises(ResourceError, match="No setting makes room"):
-        check_room(CONFIG, SETTINGS, length=LENGTH, mtp=True)
+        check_room(SHAPE, SETTINGS, length=LENGTH)
 
 
 def test_processes_share_a_machines_memory_and_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,20 +172,20 @@ def test_processes_share_a_machines_memory_and_the_weights(monkeypatch: pytest.M
     two = World(rank=0, size=2, local_size=2)
     each = needed(CASE, settings, ranks=2, shard=2).total
     _free(monkeypatch, 2 * each, two)
-    check_room(CONFIG, settings, length=LENGTH, mtp=True)
+    check_room(SHAPE, settings, length=LENGTH)
     _free(monkeypatch, 2 * each - 2, two)
     with pytest.raises(ResourceError, match="for each process"):
-        check_room(CONFIG, settings, length=LENGTH, mtp=True)
+        check_room(SHAPE, settings, length=LENGTH)
     _free(monkeypatch, 2 * each, two)
     with pytest.raises(ResourceError, match="for each process"):  # each process a copy of its own
-        check_room(CONFIG, replace(settings, shard_over=1), length=LENGTH, mtp=True)
+        check_room(SHAPE, replace(settings, shard_over=1), length=LENGTH)
 
 
 def test_the_demo_has_room_on_a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, config = Recipe.load(recipe_path()), read_config(teacher_path())
+    recipe, shape = Recipe.load(recipe_path()), read_structure(teacher_path()).shape
     settings = TrainSettings.of(recipe.distill, tokens=recipe.distill.tokens)
     _free(monkeypatch, 1 << 30)
-    check_room(config, settings, length=recipe.data.sequence_length, mtp=True, teacher=config)
+    check_room(shape, settings, length=recipe.data.sequence_length, teacher=shape)
 
 
 def test_free_memory_here() -> None:

@@ -40,7 +40,7 @@ from moeslim.search.rho import least
 from moeslim.search.run import ExpertSearch, expert_search
 from moeslim.statistics import Stats
 from moeslim.surgery.apply import cut
-from tiny import write_tiny
+from tiny import tiny_shape, write_tiny
 
 pytestmark = pytest.mark.bits("a search that goes on ends as one that was not stopped, and leaves the layer as it was")
 
@@ -504,3 +504,12 @@ def test_on_the_teacher_a_calibrated_router_brings_the_cut_model_nearer(tmp_path
     means = {name: float(np.mean([figure.value for figure in found.values()])) for name, found in kl.items()}
     sys.stdout.write(f"KL to the teacher, nats per token, mean over domains: {means}\n")
     assert means["trained"] < means["kept"]
+
+
+def test_a_family_without_a_shared_expert_can_be_searched() -> None:
+    """Its size is none of the family's axes, so none that could be cut beside."""
+    methods = Methods(expert_op="ream", sequential=False)
+    for family in ("qwen3_moe", "glm4_moe"):
+        found = expert_search(tiny_shape(family), Target(experts=4), methods=methods, seed=0)
+        assert found is not None
+        assert found.count == 4

@@ -18,6 +18,7 @@ from scipy.stats import t as student_t
 
 import micro
 from command import Command, moeslim
+from moeslim.checkpoint.structure import read_structure
 from moeslim.commands.settings import check_search, stage_targets
 from moeslim.data.tokens import TokenSet
 from moeslim.demo import teacher_path
@@ -232,8 +233,9 @@ def test_the_studies_in_recipes_are_whole(path: Path) -> None:
     assert len(dumps) == len(first) >= 2
     assert preview_study(path)["cells"] == [f"{name}-seed-{seed}" for name in first for seed in grid.study.seeds]
     for recipe in first.values():
-        targets = stage_targets(recipe, teacher_path())
-        check_search(recipe, teacher_path(), targets=targets)
+        shape = read_structure(teacher_path()).shape
+        targets = stage_targets(recipe, shape)
+        check_search(recipe, shape, targets=targets)
         assert targets[-1].experts == 16
 
 

@@ -35,8 +35,9 @@ from moeslim.plan import read_plan, write_plan
 from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK, Step, for_moments
 from moeslim.surgery import cut
 from moeslim.surgery.apply import rescaled
+from moeslim.surgery.view import View
 from oracle import Oracle
-from tiny import write_tiny
+from tiny import tiny_shape, write_tiny
 
 pytestmark = pytest.mark.bits("a cut copies values, keep-all copies all of them")
 
@@ -376,3 +377,14 @@ def test_refusals_come_before_anything_is_written(plain: Path, tmp_path: Path, m
     write_plan(tmp_path / "out" / "plan.json", plan_for(plain))
     with pytest.raises(RunError, match="not empty"):
         cut(plain, plan_for(plain), out_folder=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("glm4_moe", {"first_k_dense_replace": 2}), ("qwen3_moe", {"mlp_only_layers": [0]})]
+)
+def test_a_view_knows_which_of_its_layers_are_dense(family: str, changes: dict[str, Any]) -> None:
+    shape = tiny_shape(family, **changes)
+    here = View.whole(shape).changed(layers=(0, 2, 3)).here
+    assert [here.is_moe(key) for key in here.trunk_keys] == [False, True, True]
+    assert here.prefix("1") == "model.layers.1."
+    assert here.mtp_layers == shape.mtp_layers

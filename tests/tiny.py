@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from moeslim.families import Shape
 from moeslim.model.init import write_random
 
 STACKED = {"trunk": "stacked", "mtp": "stacked"}
@@ -111,6 +112,11 @@ def tiny_config(family: str = "qwen3_next", **changes: Any) -> dict[str, Any]:
             "linear_attention" if (i + 1) % interval else "full_attention" for i in range(config["num_hidden_layers"])
         ]
     return config
+
+
+def tiny_shape(family: str = "qwen3_next", **changes: Any) -> Shape:
+    """The shape of a `tiny_config`, with an MTP head where the family may have one."""
+    return Shape.from_config(tiny_config(family, **changes))
 
 
 def write_tiny(

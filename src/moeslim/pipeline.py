@@ -22,7 +22,7 @@ from moeslim.artifacts.commit import check_vacant, read_json, replace_file, writ
 from moeslim.artifacts.fingerprint import file_fingerprint, folder_fingerprint
 from moeslim.artifacts.run import Run, open_run
 from moeslim.checkpoint.config_json import read_config
-from moeslim.checkpoint.structure import check_structure, read_structure
+from moeslim.checkpoint.structure import Structure, check_structure, read_structure
 from moeslim.commands import describe, files, inputs, measure, settings
 from moeslim.commands.forecast import left_out, run_bytes
 from moeslim.commands.text import advice, text_parts
@@ -57,19 +57,19 @@ def run(
     """Carry out a recipe in the run folder `out`; going on where it stands. Returns the record with the table."""
     recipe = Recipe.load(recipe_file, overrides)
     source, teacher = find_models(recipe)
-    targets = settings.stage_targets(recipe, source)
-    settings.check_search(recipe, source, targets=targets)
+    targets = settings.stage_targets(recipe, source.shape)
+    settings.check_search(recipe, source.shape, targets=targets)
     check_settings(recipe, source, teacher=teacher)
     check_room(recipe, source, folder=Path(out), targets=targets)
     for line in left_out(recipe, targets):
         logger.warning("%s", line)
     with open_run(out, redo=redo) as folder:
-        story = Story(recipe, folder, source, teacher)
+        story = Story(recipe, folder, source.folder, teacher.folder)
         if not folder.path("recipe.yaml").exists():  # what stands there was made by it, until all is made anew
             write_recipe(story)
         pack_text(story)
         # refuses a foreign cache
-        settings.teaching_folder(recipe, teacher, student=source, tokens=story.tokens["train"])
+        settings.teaching_folder(recipe, story.teacher, student=story.source, tokens=story.tokens["train"])
         student, done = story.source, 0.0
         for number, target in enumerate(targets, start=1):
             last = number == len(targets)
@@ -114,20 +114,20 @@ def prune(
     if not work.exists():
         check_vacant(out)
     source, _ = find_models(recipe)
-    target = settings.stage_targets(recipe.model_copy(update={"schedule": "one_shot"}), source)[-1]
-    settings.check_search(recipe, source, targets=[target])
+    target = settings.stage_targets(recipe.model_copy(update={"schedule": "one_shot"}), source.shape)[-1]
+    settings.check_search(recipe, source.shape, targets=[target])
     check_settings(recipe, source, teacher=source)
     with open_run(work, redo=redo) as folder:
-        story = Story(recipe, folder, source, source)
+        story = Story(recipe, folder, source.folder, source.folder)
         check_output(story, "stage-1", out=out)
         if not folder.finished("stage-1-cut"):
             check_disk(out, describe.cut_bytes(source, target))
         pack_text(story, parts=("calibration", "heldout"))
-        calibrate_stage(story, "stage-1", student=source, target=target)
-        plan_stage(story, "stage-1", student=source, target=target)
-        cut_stage(story, "stage-1", student=source, output=out)
+        calibrate_stage(story, "stage-1", student=story.source, target=target)
+        plan_stage(story, "stage-1", student=story.source, target=target)
+        cut_stage(story, "stage-1", student=story.source, output=out)
         proof = files.verify(str(out))
-        evaluate_models(story, {"teacher": source, "cut": out})
+        evaluate_models(story, {"teacher": story.source, "cut": out})
         text = ", ".join(data) if data else "the bundled mix"
         mark = story.tokens["calibration"].fingerprint
         lines = [*proof["lines"], f"calibrated on {text} ({mark})", *advice(data)]
@@ -135,14 +135,13 @@ def prune(
         return {"model": str(out), "verified": proof["ok"], "table": table, "lines": lines}
 
 
-def find_models(recipe: Recipe) -> tuple[Path, Path]:
-    """The folders of source and teacher, both whole as far as headers tell."""
-    source = inputs.live_folder(recipe.model, revision=recipe.revision)
-    check_structure(read_structure(source))
-    teacher = source
+def find_models(recipe: Recipe) -> tuple[Structure, Structure]:
+    """Source and teacher, both whole as far as headers tell."""
+    source = teacher = read_structure(inputs.live_folder(recipe.model, revision=recipe.revision))
+    check_structure(source)
     if recipe.teacher is not None:
-        teacher = inputs.live_folder(recipe.teacher)
-        check_structure(read_structure(teacher))
+        teacher = read_structure(inputs.live_folder(recipe.teacher))
+        check_structure(teacher)
     return source, teacher
 
 
@@ -151,18 +150,18 @@ def write_recipe(story: Story) -> None:
     write_bytes(story.path("recipe.yaml"), yaml.safe_dump(story.recipe.dump(), sort_keys=False).encode())
 
 
-def check_settings(recipe: Recipe, source: Path, *, teacher: Path) -> None:
+def check_settings(recipe: Recipe, source: Structure, *, teacher: Structure) -> None:
     """Refuse settings that a late stage could not work with, before the first one."""
     from moeslim.distill.words import check_same_words
 
     settings.prepare(recipe)
     settings.evaluate_settings(recipe).check()
-    settings.check_training(recipe, source)
-    if teacher != source:
-        check_same_words(source, teacher)
+    settings.check_training(recipe, source.shape)
+    if teacher.folder != source.folder:
+        check_same_words(source.folder, teacher.folder)
 
 
-def check_room(recipe: Recipe, source: Path, *, folder: Path, targets: Sequence[StageTarget]) -> None:
+def check_room(recipe: Recipe, source: Structure, *, folder: Path, targets: Sequence[StageTarget]) -> None:
     """Refuse a run that the disk cannot hold; what stands in its folder already is not asked for again."""
     standing = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     check_disk(folder, max(0, run_bytes(recipe, source, targets=targets) - standing))
@@ -213,7 +212,7 @@ def calibrate_stage(story: Story, stage: str, *, student: Path, target: StageTar
     recipe, tokens, output = story.recipe, story.tokens["calibration"], f"{stage}/stats"
     removal = recipe.calibrate.removal or recipe.methods.experts == "removal"
     methods = stage_methods(story, stage)
-    search = settings.stage_search(read_config(student), target, methods=methods, seed=recipe.seed)
+    search = settings.stage_search(read_structure(student).shape, target, methods=methods, seed=recipe.seed)
     made_from = {
         "model": folder_fingerprint(student),
         "text": tokens.fingerprint,
@@ -256,10 +255,10 @@ def plan_stage(story: Story, stage: str, *, student: Path, target: StageTarget) 
     }
     if story.run.stands(f"{stage}-plan", made_from, outputs=[output, routers]):
         return
-    config, mtp = read_config(student), read_structure(student).has_mtp
+    shape = read_structure(student).shape
     stats, methods = Stats.load(story.path(f"{stage}/stats")), stage_methods(story, stage)
-    plan = make_plan(config, stats=stats, target=target, methods=methods, mtp=mtp, seed=recipe.seed)
-    for warning in check_plan(plan, config, mtp=mtp):
+    plan = make_plan(shape, stats=stats, target=target, methods=methods, seed=recipe.seed)
+    for warning in check_plan(plan, shape):
         logger.warning("%s", warning)
     outputs = [output]
     if any(step.step == "set_routers" for step in plan.steps):
@@ -365,7 +364,7 @@ def random_init(story: Story, student: Path) -> Path:
             tokenizer_from=student,
             layouts=structure.layouts,
             dtype="bfloat16",
-            mtp=structure.has_mtp,
+            mtp=structure.shape.mtp_layers > 0,
         )
         story.run.finish("random-init", made_from, outputs=[output])
     return distill_stage(story, "random-init", student=output, output="random-init/distilled", span=(0.0, 1.0))

@@ -19,7 +19,6 @@ def batch_of(reader: Reader, settings: WalkSettings, *, rows: int, length: int, 
     sample = len(sample_positions(rows * length, experts=experts, top_k=top_k))
     held = sample * (2 * hidden * width + 8 * experts + 32 * experts)
     running = sample * (hidden * (width + 8) + 3 * shape["expert_size"] * width)
-    layers = len(reader.layer_keys)
-    watched = max(2 * sums + held + running, (layers + 1) * sums)
+    watched = max(2 * sums + held + running, len(shape.keys) * sums)
     each = 4 * (2 * (top_k + 1) + 4) * hidden + 48 * top_k * (top_k + 1) if removal else 0
     return Batch(min(settings.rows_per_batch, rows), length, watched=watched, each=each)

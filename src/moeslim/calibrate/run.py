@@ -122,7 +122,7 @@ def calibrate(
             _check_disk(walkers, rows, hidden=reader.shape["hidden"])
             parallel.together(_walk, walkers, rows)
             _check_seen(places)
-        keys = [*reader.shape.layer_keys, "norm", *(["mtp.0"] if reader.has_mtp else [])]
+        keys = reader.shape.keys
         stats = join(pool(Stats.load(place / "layers" / key) for place in places) for key in keys)
         with committed_folder(out) as temporary:
             if observe.search is not None:
@@ -214,7 +214,7 @@ def _walk(walkers: _Walkers, rows: np.ndarray, *, reader: Reader | None = None) 
         lanes = Lanes(1)
         if size == 1 and walkers.observe.search is None:
             lanes = lanes_for(reader.shape, settings, num_rows=observed, length=length)
-        num_visits = len(reader.layer_keys) + 1
+        num_visits = len(reader.shape.keys)
         _observe(visits, positions, lanes=lanes, num_visits=num_visits, job=own_job, observe=walkers.observe)
     if size > 1:
         parallel.barrier()

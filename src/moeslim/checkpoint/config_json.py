@@ -6,8 +6,7 @@ are and facts with two spellings are written in both.
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from moeslim.artifacts import strict_json
 from moeslim.checkpoint.config_values import check_values
 from moeslim.checkpoint.index import path_inside
 from moeslim.errors import CheckpointError, PlanError
-from moeslim.families import Shape
+from moeslim.families import Shape, family_of
 
 SIDE_FILES = (
     "tokenizer.json",
@@ -86,28 +85,17 @@ def check_side_files(folder: Path) -> None:
             raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes, at most {_LARGEST:,} belong to a tokenizer")
 
 
-def edit_config(
-    config: Mapping[str, Any],
-    after: Shape | None = None,
-    *,
-    layers_kept: Sequence[int] | None = None,
-    mtp: bool | None = None,
-    **sizes: int | None,
-) -> dict[str, Any]:
-    """A new config for a cut model: other sizes, fewer layers, every fact in both of its spellings.
+def edit_config(config: Mapping[str, Any], after: Shape) -> dict[str, Any]:
+    """A new config for a model cut to the shape `after`: every fact in both of its spellings.
 
-    What changes is given as the shape `after`, or as `layers_kept` (layer numbers, ascending) and new sizes of axes
-    (hidden, experts, top_k, expert_size, shared_size; None: as before). In a hybrid `layer_types` is always written,
-    `full_attention_interval` only where the pattern is `(i + 1) % interval == 0`, since an engine that reads it alone
-    would build another model. A size whose default follows from others (head_dim) is always written. `mtp` says whether
-    there is an MTP head (None: leave the key). Unknown keys and the order of keys stay. Raises PlanError where layer 0
-    would be dense beside an MTP head that is built like it, FamilyError for a result that contradicts itself.
+    In a hybrid `layer_types` is always written, `full_attention_interval` only where the pattern is
+    `(i + 1) % interval == 0`, since an engine that reads it alone would build another model. A size whose default
+    follows from others (head_dim) is always written, and whether there is an MTP head as `with_mtp` does. Unknown keys
+    and the order of keys stay. Raises PlanError as `check_first_layer`, FamilyError for a result that contradicts
+    itself.
     """
+    check_first_layer(after)
     before = Shape.from_config(config)
-    if after is None:
-        after = _shape_after(
-            before, layers_kept, sizes={axis: size for axis, size in sizes.items() if size is not None}
-        )
     edited = dict(config)
     for axis, where in before.family.sizes.items():
         key, follows = before.family.key(axis), isinstance(where, tuple) and isinstance(where[1], str)
@@ -118,33 +106,25 @@ def edit_config(
     }
     _write_layers(edited, after, before=before)
     _write_ropes(edited, before.family.rope_defaults)
-    if mtp is not None:
-        edited = with_mtp(edited, mtp)
-    if edited.get("num_nextn_predict_layers") and 0 in after.dense_layers and after.family.first_dense is None:
-        raise PlanError(
-            "mlp_only_layers of the cut model would hold 0, which makes the MTP head's block dense as well; "
-            "keep a layer with experts as the first one"
-        )
+    edited = with_mtp(edited, bool(after.mtp_layers))
     Shape.from_config(edited)
     return edited
 
 
+def check_first_layer(after: Shape) -> None:
+    """PlanError where layer 0 of a cut model would be dense beside an MTP head that is built like it."""
+    if after.mtp_layers and 0 in after.dense_layers and after.family.first_dense is None:
+        raise PlanError(
+            "mlp_only_layers of the cut model would hold 0, which makes the MTP head's block dense as well; "
+            "keep a layer with experts as the first one"
+        )
+
+
 def with_mtp(config: Mapping[str, Any], mtp: bool) -> dict[str, Any]:
     """The config that says whether there is an MTP head; without one the key is only there where silence means one."""
-    family, key = Shape.from_config(config).family, "num_nextn_predict_layers"
+    family, key = family_of(config), "num_nextn_predict_layers"
     said = {key: 1} if mtp and family.mtp_prefix is not None else {key: 0} if family.mtp_default else {}
     return {**{name: value for name, value in config.items() if name != key or key in said}, **said}
-
-
-def _shape_after(before: Shape, layers_kept: Sequence[int] | None, *, sizes: Mapping[str, int]) -> Shape:
-    unknown = sizes.keys() - before.sizes.keys()
-    assert not unknown, f"no axes of this family: {unknown}"
-    layers = range(before.layers) if layers_kept is None else layers_kept
-    return replace(
-        before.resized(**sizes),
-        layer_types=tuple(before.layer_types[layer] for layer in layers),
-        dense_layers=frozenset(new for new, old in enumerate(layers) if old in before.dense_layers),
-    )
 
 
 def _write_layers(edited: dict[str, Any], after: Shape, *, before: Shape) -> None:

@@ -18,7 +18,7 @@ import torch
 from moeslim.checkpoint.index import ITEM_BYTES, Entry
 from moeslim.checkpoint.structure import check_structure, read_structure
 from moeslim.errors import CheckpointError
-from moeslim.families import Row, expert_prefix, pieces
+from moeslim.families import Row, expert_prefix, is_mtp, pieces
 from moeslim.families.layouts import Piece
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -29,7 +29,7 @@ class Reader:
     """An open checkpoint whose names, shapes and dtypes are those that its config asks for.
 
     `config` is the raw config.json, `shape` what it says, `index` the headers, `layouts` how experts lie per sub-tree,
-    `rows` the table of tensors, `has_mtp` whether there is an MTP head. Raises CheckpointError or FamilyError.
+    `rows` the table of tensors. Raises CheckpointError or FamilyError.
     """
 
     def __init__(self, folder: Path | str, *, check: bool = True) -> None:
@@ -40,17 +40,11 @@ class Reader:
         self.shape = structure.shape
         self.index = structure.index
         self.layouts = structure.layouts
-        self.has_mtp = structure.has_mtp
         self.rows: dict[str, Row] = dict(structure.rows)
         self._maps: dict[str, mmap.mmap] = {}
         self._files: dict[str, FileIO] = {}
         if check:
             self.check()
-
-    @property
-    def layer_keys(self) -> tuple[str, ...]:
-        """ "0".."L-1", and "mtp.0" where there is an MTP head."""
-        return (*self.shape.layer_keys, "mtp.0") if self.has_mtp else self.shape.layer_keys
 
     def check(self) -> None:
         """Compare the headers with the table of expected tensors; CheckpointError names what differs."""
@@ -133,7 +127,7 @@ class Reader:
             file.madvise(mmap.MADV_DONTNEED)
 
     def _pieces(self, key: str, expert: int) -> dict[str, Piece]:
-        layout = self.layouts["mtp" if key.startswith("mtp.") else "trunk"]
+        layout = self.layouts["mtp" if is_mtp(key) else "trunk"]
         return pieces(layout, expert_prefix(self.shape, key), expert=expert)
 
     def _entry(self, name: str) -> tuple[Entry, torch.dtype]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ class Structure:
     shape: Shape
     index: Index
     layouts: Mapping[str, str]
-    has_mtp: bool
     rows: Mapping[str, Row]
 
     def problems(self) -> list[str]:
@@ -50,20 +50,54 @@ def read_structure(folder: Path | str) -> Structure:
 
     Raises CheckpointError for what cannot be read or is quantised, FamilyError for an unknown or impossible config.
     """
-    folder = Path(folder)
-    config = read_config(folder)
+    return _structure(Path(folder), read_config(folder))
+
+
+def _structure(folder: Path, config: dict[str, Any]) -> Structure:
     shape = Shape.from_config(config)
     refuse_quantised(config, folder)
     check_side_files(folder)
     index = read_index(folder)
     refuse_quantised_tensors(index)
-    if not any(shape.is_moe(key) for key in shape.layer_keys):
+    if not any(shape.is_moe(key) for key in shape.trunk_keys):
         raise CheckpointError(f"{folder}: the config makes every layer dense; there are no experts to work on")
     shape = shape.with_present(index.tensors)
-    has_mtp = shape.has_mtp(index.tensors)
     found = detect(index.tensors, shape)
     layouts = {subtree: found.get(subtree, found.get("trunk", "per_expert")) for subtree in ("trunk", "mtp")}
-    return Structure(folder, config, shape, index, layouts, has_mtp, table(shape, layouts, mtp=has_mtp))
+    return Structure(folder, config, shape, index, layouts, table(shape, layouts))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A folder that may hold a bare config: the raw config, and what the files say once that is asked for.
+
+    Without weights `structure` is None, and the shape has an MTP head wherever its family may have one.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path | str) -> "Opened":
+        """What lies in `folder`, or a bare config.json; CheckpointError as `read_config`."""
+        return cls(Path(folder), read_config(folder))
+
+    @cached_property
+    def structure(self) -> Structure | None:
+        """The structure where there are weights, not yet compared; errors as `read_structure`."""
+        weights = self.folder.is_dir() and any(self.folder.glob("*.safetensors"))
+        return _structure(self.folder, self.config) if weights else None
+
+    @cached_property
+    def shape(self) -> Shape:
+        """As far as the files tell; errors as `structure`, FamilyError for an unknown or impossible config."""
+        return Shape.from_config(self.config) if self.structure is None else self.structure.shape
+
+    @property
+    def mtp(self) -> bool | None:
+        """Whether there is an MTP head; None where there are no weights to tell and the family may have one."""
+        unknown = self.structure is None and self.shape.mtp_layers > 0
+        return None if unknown else self.shape.mtp_layers > 0
 
 
 def check_structure(structure: Structure) -> None:

@@ -1,16 +1,14 @@
 """What a model is and what a cut would make of it, from config and headers alone: no torch, answers at once."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from moeslim.checkpoint.config_json import read_config
-from moeslim.checkpoint.structure import check_structure, read_structure, refuse_quantised
-from moeslim.commands.inputs import has_mtp, has_weights, model_folder, options_recipe
-from moeslim.commands.settings import target_config
+from moeslim.checkpoint.structure import Opened, Structure, check_structure, refuse_quantised
+from moeslim.commands.inputs import model_folder, options_recipe
+from moeslim.commands.settings import target_shape
 from moeslim.families import Shape, check_live, count
 from moeslim.plan.engines import engine_warnings
-from moeslim.plan.schedule import StageTarget, resolve
+from moeslim.plan.schedule import StageTarget, axes_of, resolve
 from moeslim.recipe import Recipe
 
 _GIGA = 1e9
@@ -27,10 +25,9 @@ _SIZES = ("hidden", "experts", "top_k", "expert_size", "shared_size", "vocab")
 
 def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
     """Shape, parameters per component (total and active) and engine notes of a model."""
-    folder = model_folder(model, revision=revision, config_only=True)
-    config = read_config(folder)
-    refuse_quantised(config, folder)
-    shape = Shape.from_config(config)
+    opened = Opened.read(model_folder(model, revision=revision, config_only=True))
+    refuse_quantised(opened.config, opened.folder)
+    shape = Shape.from_config(opened.config)
     counted = count(shape)
     record: dict[str, Any] = {
         "model": model,
@@ -45,11 +42,11 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
         "warnings": engine_warnings(shape),
     }
     record |= {} if shape.family.mtp_prefix is not None else {"mtp": False}
-    if has_weights(folder):
-        structure = read_structure(folder)
+    if opened.structure is not None:
+        structure = opened.structure
         check_structure(structure)
         record |= {
-            "mtp": structure.has_mtp,
+            "mtp": opened.mtp,
             "layouts": dict(structure.layouts),
             "dtypes": sorted({entry.dtype for entry in structure.index.tensors.values()}),
             "bytes": structure.index.bytes,
@@ -64,39 +61,34 @@ def preview(model: str, *, keep: Mapping[str, Any], overrides: Sequence[str] = (
     Refuses what cannot work, from config and headers alone.
     """
     recipe = options_recipe(model, keep=keep, overrides=overrides)
-    folder = model_folder(model, revision=recipe.revision, config_only=True)
-    config = read_config(folder)
-    check_live(config)
-    refuse_quantised(config, folder)
-    shape = Shape.from_config(config)
+    opened = Opened.read(model_folder(model, revision=recipe.revision, config_only=True))
+    check_live(opened.config)
+    refuse_quantised(opened.config, opened.folder)
+    shape = opened.shape
     target = resolve(shape, recipe.keep, methods=recipe.methods)
-    mtp = has_mtp(folder)
-    after = target_config(config, target, mtp=mtp is not False)
+    after = target_shape(shape, target)
     record: dict[str, Any] = {
-        "before": sizes(config, mtp),
-        "after": sizes(after, mtp),
+        "before": sizes(shape),
+        "after": sizes(after),
         "target": dict(vars(target)),
         "warnings": engine_warnings(after, before=shape),
     }
     record["costs"] = _costs(shape, recipe, record=record)
-    lines = [_headline(shape, Shape.from_config(after), record=record), *_cost_lines(recipe, record)]
+    lines = [_headline(shape, after, record=record), *_cost_lines(recipe, record)]
     return {**record, "lines": [*lines, *record["warnings"]]}
 
 
-def sizes(config: Mapping[str, Any], mtp: bool | None) -> dict[str, int]:
+def sizes(shape: Shape) -> dict[str, int]:
     """Parameters of the trunk, in all and active, those of the MTP head (0 where there is none), all bytes in bf16."""
-    counted = count(config)
-    head = counted.mtp if mtp is not False else 0
-    whole = 2 * (counted.total + head)
-    return {"parameters": counted.total, "active": counted.active, "mtp_parameters": head, "bytes_bf16": whole}
+    counted = count(shape)
+    whole = 2 * (counted.total + counted.mtp)
+    return {"parameters": counted.total, "active": counted.active, "mtp_parameters": counted.mtp, "bytes_bf16": whole}
 
 
-def cut_bytes(source: Path, target: StageTarget) -> int:
+def cut_bytes(source: Structure, target: StageTarget) -> int:
     """Bytes of the model that a cut to `target` leaves."""
-    structure = read_structure(source)
-    before = sizes(structure.config, structure.has_mtp)
-    after = sizes(target_config(structure.config, target, mtp=structure.has_mtp), structure.has_mtp)
-    return structure.index.bytes * after["bytes_bf16"] // before["bytes_bf16"]
+    before, after = sizes(source.shape), sizes(target_shape(source.shape, target))
+    return source.index.bytes * after["bytes_bf16"] // before["bytes_bf16"]
 
 
 def amount(parameters: int) -> str:
@@ -105,9 +97,8 @@ def amount(parameters: int) -> str:
 
 
 def _headline(before: Shape, after: Shape, *, record: Mapping[str, Any]) -> str:
-    old = {**before.sizes, "layers": before.layers}
-    new = {**after.sizes, "layers": after.layers}
-    changes = [f"{old[axis]} -> {new[axis]} {word}" for axis, word in _WORDS.items() if old[axis] != new[axis]]
+    counts = {axis: (before.count(axis), after.count(axis)) for axis in _WORDS if axis in axes_of(before)}
+    changes = [f"{old} -> {new} {_WORDS[axis]}" for axis, (old, new) in counts.items() if old != new]
     parameters = f"{amount(record['before']['parameters'])} -> {amount(record['after']['parameters'])}"
     return ", ".join([*(changes or ["nothing to cut"]), parameters])
 

@@ -7,14 +7,12 @@ from typing import Any
 from moeslim.artifacts.commit import check_vacant, is_working, write_json
 from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.artifacts.run import open_run
-from moeslim.checkpoint.config_json import read_config
-from moeslim.checkpoint.structure import check_structure, read_structure
+from moeslim.checkpoint.structure import Opened, check_structure, read_structure
 from moeslim.commands.describe import amount, sizes
-from moeslim.commands.inputs import has_mtp, has_weights, live_folder, model_folder, options_recipe
+from moeslim.commands.inputs import live_folder, model_folder, options_recipe
 from moeslim.commands.settings import memory_bound, prepare, walk_settings
 from moeslim.commands.text import advice, text_parts
 from moeslim.errors import PlanError, RecipeError
-from moeslim.families import Shape
 from moeslim.plan.schedule import resolve
 from moeslim.recipe import Keep
 
@@ -59,16 +57,17 @@ def plan(
 
     recipe = options_recipe(model, keep=keep, overrides=overrides)
     folder = model_folder(model, revision=recipe.revision, config_only=True)
-    config, mtp = read_config(folder), has_mtp(folder) is not False
-    target = resolve(Shape.from_config(config), recipe.keep, methods=recipe.methods)
+    opened = Opened.read(folder)
+    shape = opened.shape
+    target = resolve(shape, recipe.keep, methods=recipe.methods)
     known = Stats.load(stats) if stats is not None else None
-    if known is not None and has_weights(folder) and known.model != folder_fingerprint(folder):
+    if known is not None and opened.structure is not None and known.model != folder_fingerprint(folder):
         raise PlanError(
             f"{stats}: statistics of model {known.model}, but {folder} is {folder_fingerprint(folder)}; "
             "give the statistics of this model, or calibrate it"
         )
-    made = make_plan(config, stats=known, target=target, methods=recipe.methods, mtp=mtp, seed=recipe.seed)
-    warnings = check_plan(made, config, mtp=mtp)
+    made = make_plan(shape, stats=known, target=target, methods=recipe.methods, seed=recipe.seed)
+    warnings = check_plan(made, shape)
     write_plan(out, made)
     steps = ", ".join(step.step for step in made.steps) or "nothing to cut"
     return {"plan": str(out), "warnings": warnings, "lines": [f"{out}: {steps}", *warnings]}
@@ -81,10 +80,10 @@ def cut(model: str, plan_file: Path | str, *, out: Path | str, max_memory: str |
     from moeslim.surgery import cut as carry_out
 
     folder = model_folder(model)
-    before = sizes(read_config(folder), has_mtp(folder))
+    before = sizes(Opened.read(folder).shape)
     made = check_cut(folder, read_plan(plan_file), bound=memory_bound(max_memory))
     receipt = carry_out(folder, made, out_folder=out, beside=Path(plan_file).parent)
-    after = sizes(read_config(out), has_mtp(Path(out)))
+    after = sizes(read_structure(out).shape)
     line = f"{out}: {amount(before['parameters'])} -> {amount(after['parameters'])} parameters"
     return {"model": str(out), "receipt": receipt, "lines": [line]}
 
@@ -136,7 +135,8 @@ def probe(
     if recipe.keep != Keep():
         raise RecipeError("a probe tries every number of experts on the model as it is; leave keep out")
     folder = live_folder(model, revision=recipe.revision)
-    check_structure(read_structure(folder))
+    structure = read_structure(folder)
+    check_structure(structure)
     length, methods = recipe.data.sequence_length, recipe.methods
     ask = Ask(methods, seed=recipe.seed, sequences=recipe.calibrate.sequences)
     with open_run(out, redo=redo) as run:
@@ -158,7 +158,7 @@ def probe(
             run.finish("probe", made_from, outputs=["stats"])
         record: dict[str, Any] = {"model": model, "fingerprint": made_from["model"], "text": tokens.fingerprint}
         allowed = TOLERANCE if tolerance is None else tolerance
-        record |= verdict(found, read_config(folder), methods=methods, tolerance=allowed)
+        record |= verdict(found, structure.shape, methods=methods, tolerance=allowed)
         write_json(out / "probe.json", record)
         page = write_probe_page(record, out / "probe.html")
     cut = f"to cut by these statistics: moeslim plan {model} plan.json --stats {out / 'stats'} --experts COUNT"

@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeslim.checkpoint.config_json import read_config
-from moeslim.checkpoint.structure import read_structure
+from moeslim.checkpoint.structure import Opened, Structure
 from moeslim.commands.describe import amount, duration, operations, sizes, storage
-from moeslim.commands.inputs import has_mtp, has_weights, model_folder
-from moeslim.commands.settings import device, prepare, stage_targets, target_config
+from moeslim.commands.inputs import model_folder
+from moeslim.commands.settings import device, prepare, stage_targets, target_shape
 from moeslim.families import STACKED, Shape, check_live, forward_operations, table, training_operations
 from moeslim.machine.gpus import device_peak, measured_rate, peak_of
 from moeslim.plan.schedule import NAMED, StageTarget
@@ -27,10 +26,10 @@ def preview_run(recipe_file: Path | str, overrides: Sequence[str] = (), *, timed
     Seconds are operations over an assumed share of this machine's rate (`costs.rate`, `costs.share`).
     """
     recipe = Recipe.load(recipe_file, overrides)
-    source = model_folder(recipe.model, revision=recipe.revision, config_only=True)
-    check_live(read_config(source))
-    targets = stage_targets(recipe, source)
-    record = _forecast(recipe, source, targets=targets)
+    source = Opened.read(model_folder(recipe.model, revision=recipe.revision, config_only=True))
+    check_live(source.config)
+    targets = stage_targets(recipe, source.shape)
+    record = _forecast(recipe, source.shape, targets=targets, structure=source.structure)
     rate, known = _rate(recipe) if timed else (0.0, "")
     if timed:
         record["costs"] |= {"rate": rate, "share": UTILISATION}
@@ -40,9 +39,9 @@ def preview_run(recipe_file: Path | str, overrides: Sequence[str] = (), *, timed
     return {**record, "lines": [*_lines(record, known=known), *left_out(recipe, targets)]}
 
 
-def run_bytes(recipe: Recipe, source: Path, *, targets: Sequence[StageTarget]) -> int:
+def run_bytes(recipe: Recipe, source: Structure, *, targets: Sequence[StageTarget]) -> int:
     """Bytes on the disk at the moment when a run holds most, but for packed text and statistics."""
-    return _forecast(recipe, source, targets=targets)["costs"]["disk_bytes"]
+    return _forecast(recipe, source.shape, targets=targets, structure=source)["costs"]["disk_bytes"]
 
 
 def left_out(recipe: Recipe, targets: Sequence[StageTarget]) -> list[str]:
@@ -56,20 +55,22 @@ def left_out(recipe: Recipe, targets: Sequence[StageTarget]) -> list[str]:
     ]
 
 
-def _forecast(recipe: Recipe, source: Path, *, targets: Sequence[StageTarget]) -> dict[str, Any]:
-    config, known = read_config(source), has_mtp(source)
-    mtp, before = known is not False, sizes(config, known)
-    scale = read_structure(source).index.bytes / before["bytes_bf16"] if has_weights(source) else 1.0
+def _forecast(
+    recipe: Recipe, source: Shape, *, targets: Sequence[StageTarget], structure: Structure | None
+) -> dict[str, Any]:
+    """`structure` is the source's files, None where there is a bare config."""
+    before = sizes(source)
+    scale = 1.0 if structure is None else structure.index.bytes / before["bytes_bf16"]
     found: list[dict[str, Any]] = []
-    now = config
+    now = source
     for target in targets:
-        shaped = target_config(config, target, mtp=mtp)
+        shaped = target_shape(source, target)
         counts = {axis: value for axis, value in vars(target).items() if axis != "token_share"}
         tokens = round(recipe.distill.tokens * float(target.token_share))
-        each = _training_operations(recipe, shaped, teacher=config, mtp=mtp)
-        stage = {**counts, **sizes(shaped, mtp), "tokens": tokens, "operations": each}
-        stage["trained_parameters"] = _trained(recipe, shaped, mtp=mtp) if tokens else 0
-        stage["teraflops"] = tokens * each / 1e12 + _calibration_teraflops(recipe, now, mtp=mtp)
+        each = _training_operations(recipe, shaped, teacher=source)
+        stage = {**counts, **sizes(shaped), "tokens": tokens, "operations": each}
+        stage["trained_parameters"] = _trained(recipe, shaped) if tokens else 0
+        stage["teraflops"] = tokens * each / 1e12 + _calibration_teraflops(recipe, now)
         stage["disk_bytes"] = _left(recipe, stage, scale=scale, moments=bool(found))
         found.append(stage)
         now = shaped
@@ -83,7 +84,7 @@ def _forecast(recipe: Recipe, source: Path, *, targets: Sequence[StageTarget]) -
         "training_teraflops": sum(stage["tokens"] * stage["operations"] for stage in trainings) / 1e12,
         "teraflops": sum(stage["teraflops"] for stage in trainings),
         "memory_bytes": _memory(recipe, before, stages=found),
-        "disk_bytes": _most_bytes(recipe, record, hidden=Shape.from_config(config)["hidden"]),
+        "disk_bytes": _most_bytes(recipe, record, hidden=source["hidden"]),
     }
     return record
 
@@ -92,26 +93,22 @@ def _trainings(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*record["stages"], *([record["random_init"]] if record["random_init"] else [])]
 
 
-def _training_operations(recipe: Recipe, config: Mapping[str, Any], *, teacher: Mapping[str, Any], mtp: bool) -> float:
-    """Operations per trained token of a student of `config`, as families/operations.py counts them."""
+def _training_operations(recipe: Recipe, shape: Shape, *, teacher: Shape) -> float:
+    """Operations per trained token of a student of `shape`, as families/operations.py counts them."""
     section = recipe.distill
     return training_operations(
-        config,
+        shape,
         length=recipe.data.sequence_length,
-        depths=section.depths if mtp else 0,
+        depths=section.depths,
         teacher=None if section.lm_only or section.teacher_cache else teacher,
         trained=section.train_only or None,
     )
 
 
-def _calibration_teraflops(recipe: Recipe, config: Mapping[str, Any], *, mtp: bool) -> float:
+def _calibration_teraflops(recipe: Recipe, shape: Shape) -> float:
     """A forward pass of all the rows that calibration may ask for; there may be fewer."""
     length = recipe.data.sequence_length
-    forward = sum(
-        forward_operations(config, length=length, subtree=part).total
-        for part in ("trunk", "mtp")
-        if mtp or part != "mtp"
-    )
+    forward = sum(forward_operations(shape, length=length, subtree=part).total for part in ("trunk", "mtp"))
     return forward * length * recipe.calibrate.sequences / 1e12
 
 
@@ -124,10 +121,10 @@ def _states(recipe: Recipe, tokens: int) -> tuple[int, int]:
     return min(made, kept), min(made, kept + 1)
 
 
-def _trained(recipe: Recipe, config: Mapping[str, Any], *, mtp: bool) -> int:
+def _trained(recipe: Recipe, shape: Shape) -> int:
     """How many parameters learn: those of `train_only` (all), without the parts whose rate is 0."""
     section, sums = recipe.distill, Counter[str]()
-    for row in table(config, STACKED, mtp=mtp).values():
+    for row in table(shape, STACKED).values():
         sums["mtp" if row.subtree == "mtp" else row.component] += row.parameters
     frozen = {name for name, own in section.parts.items() if own.learning_rate == 0}
     return sum(sums[part] for part in set(section.train_only or sums) - frozen)

@@ -9,9 +9,8 @@ from typing import Any
 
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.source import resolve as find_model
-from moeslim.checkpoint.structure import read_structure
 from moeslim.errors import RunError
-from moeslim.families import check_live, family_of
+from moeslim.families import check_live
 from moeslim.recipe import Recipe
 
 BUNDLED = Path(__file__).parents[1] / "demo"
@@ -43,18 +42,6 @@ def live_folder(model: str, *, revision: str | None = None) -> Path:
     """`model_folder` of a model that can be run here; FamilyError for another one, before its weights are fetched."""
     check_live(read_config(model_folder(model, revision=revision, config_only=True)))
     return model_folder(model, revision=revision)
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether there is more than a bare config."""
-    return folder.is_dir() and any(folder.glob("*.safetensors"))
-
-
-def has_mtp(folder: Path) -> bool | None:
-    """Whether the model has an MTP head; None where there are no weights to tell and its family may have one."""
-    if has_weights(folder):
-        return read_structure(folder).has_mtp
-    return None if family_of(read_config(folder)).mtp_prefix is not None else False
 
 
 def options_recipe(

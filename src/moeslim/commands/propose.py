@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from moeslim.artifacts.fingerprint import folder_fingerprint
-from moeslim.checkpoint.config_json import read_config
-from moeslim.checkpoint.structure import refuse_quantised
+from moeslim.checkpoint.structure import Opened, refuse_quantised
 from moeslim.commands.describe import amount, storage
-from moeslim.commands.inputs import has_mtp, has_weights, model_folder, options_recipe
+from moeslim.commands.inputs import model_folder, options_recipe
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape
 from moeslim.machine.gpus import GPUS, Gpu
@@ -64,10 +63,9 @@ def propose(
     `proposals[n]["keep"]` is what `plan`, `prune` and recipes take.
     """
     recipe = options_recipe(model, keep=keep or {}, overrides=overrides)
-    folder = model_folder(model, revision=recipe.revision, config_only=True)
-    config = read_config(folder)
-    refuse_quantised(config, folder)
-    shape, mtp = Shape.from_config(config), has_mtp(folder)
+    opened = Opened.read(model_folder(model, revision=recipe.revision, config_only=True))
+    refuse_quantised(opened.config, opened.folder)
+    shape = opened.shape
     target = resolve(shape, recipe.keep, methods=recipe.methods)
     pinned = {axis: getattr(target, axis) for axis in AXES if getattr(recipe.keep, axis) is not None}
     if wish.empty and machines is None:
@@ -75,17 +73,17 @@ def propose(
             "plan: nothing is asked. Name the PLAN file to write, or say what the smaller model must meet: "
             "--target 23B-A2B, --memory 24GB, --speedup 2x, --cost"
         )
-    shares = None if stats is None else _carried(stats, folder, shape=shape, recipe=recipe)
-    found = proposals(shape, wish, pinned=pinned, mtp=mtp is not False, carried=shares)
-    before = Footprints(mtp=mtp is not False).of(shape)
+    shares = None if stats is None else _carried(stats, opened, recipe=recipe)
+    found = proposals(shape, wish, pinned=pinned, carried=shares)
+    before = Footprints().of(shape)
     told = [_told(each, before, shape=shape) for each in found[:SHOWN]]
     if machines is not None:
         for each, proposal in zip(told, found, strict=False):
-            each["training"] = _training(recipe, shape, proposal=proposal, machines=machines, mtp=mtp is not False)
+            each["training"] = _training(recipe, shape, proposal=proposal, machines=machines)
     record: dict[str, Any] = {
         "model": model,
         "before": _sizes(before),
-        "mtp": mtp,
+        "mtp": opened.mtp,
         "live": shape.family.live,
         "stats": None if stats is None else str(stats),
         "rules": list(RULES),
@@ -110,20 +108,20 @@ def chosen(record: Mapping[str, Any], number: int) -> dict[str, int]:
     return record["proposals"][number - 1]["keep"]
 
 
-def _carried(stats: Path | str, folder: Path, *, shape: Shape, recipe: Recipe) -> Any:
+def _carried(stats: Path | str, model: Opened, *, recipe: Recipe) -> Any:
     from moeslim.plan.carried import carried
     from moeslim.statistics import Stats
 
     known = Stats.load(stats)
-    if has_weights(folder) and known.model != folder_fingerprint(folder):
+    if model.structure is not None and known.model != folder_fingerprint(model.folder):
         raise PlanError(
-            f"{stats}: statistics of model {known.model}, but {folder} is {folder_fingerprint(folder)}; "
+            f"{stats}: statistics of model {known.model}, but {model.folder} is {folder_fingerprint(model.folder)}; "
             "give the statistics of this model, or calibrate it"
         )
-    return carried(known, shape, methods=recipe.methods, seed=recipe.seed)
+    return carried(known, model.shape, methods=recipe.methods, seed=recipe.seed)
 
 
-def _training(recipe: Recipe, shape: Shape, *, proposal: Proposal, machines: Machines, mtp: bool) -> dict[str, Any]:
+def _training(recipe: Recipe, shape: Shape, *, proposal: Proposal, machines: Machines) -> dict[str, Any]:
     from moeslim.plan.training import Course, Gpus, price
 
     schedule = recipe.schedule if isinstance(recipe.schedule, str) else list(recipe.schedule)
@@ -136,7 +134,6 @@ def _training(recipe: Recipe, shape: Shape, *, proposal: Proposal, machines: Mac
         ],
         shape,
         length=recipe.data.sequence_length,
-        mtp=mtp,
         micro_rows=recipe.distill.micro_rows,
     )
     gpu = machines.gpu
@@ -156,7 +153,7 @@ def _sizes(found: Footprint) -> dict[str, Any]:
 
 
 def _told(proposal: Proposal, before: Footprint, *, shape: Shape) -> dict[str, Any]:
-    there = {axis: shape.layers if axis == "layers" else shape[axis] for axis in proposal.counts}
+    there = {axis: shape.count(axis) for axis in proposal.counts}
     return {
         "shape": proposal.counts,
         "keep": {axis: count for axis, count in proposal.counts.items() if count != there[axis]},

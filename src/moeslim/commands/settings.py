@@ -1,50 +1,50 @@
 """From a recipe to what the rooms take: targets of its stages, and the settings of each room's work."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moeslim.checkpoint.config_json import edit_config, read_config
-from moeslim.checkpoint.structure import read_structure
+from moeslim.checkpoint.config_json import check_first_layer
 from moeslim.errors import RecipeError
-from moeslim.families import Shape, check_live
+from moeslim.families import Shape
+from moeslim.plan.budget import resized
 from moeslim.plan.grouping import needs_search
-from moeslim.plan.schedule import AXES, StageTarget, Target, resolve, stages, units
+from moeslim.plan.schedule import StageTarget, Target, axes_of, resolve, stages, units
 from moeslim.recipe import Methods, Recipe, parse_memory
 
 
-def stage_targets(recipe: Recipe, source: Path) -> list[StageTarget]:
-    """The shape after each stage and its share of the tokens. FamilyError for a model that cannot be run here."""
-    config = read_config(source)
-    check_live(config)
-    shape = Shape.from_config(config)
+def stage_targets(recipe: Recipe, shape: Shape) -> list[StageTarget]:
+    """The shape after each stage and its share of the tokens, for a source of `shape`."""
     final = resolve(shape, recipe.keep, methods=recipe.methods)
     schedule = recipe.schedule if isinstance(recipe.schedule, str) else list(recipe.schedule)
     return stages(schedule, shape, target=final, unit=units(shape, recipe.methods))
 
 
-def check_search(recipe: Recipe, source: Path, *, targets: Sequence[StageTarget]) -> None:
+def check_search(recipe: Recipe, shape: Shape, *, targets: Sequence[StageTarget]) -> None:
     """PlanError where the methods ask for something to be tried that the cut of one of the stages makes untrue."""
-    config = read_config(source)
     for target in targets:
-        stage_search(config, target, methods=recipe.methods, seed=recipe.seed)
-        config = target_config(config, target, mtp=False)
+        stage_search(shape, target, methods=recipe.methods, seed=recipe.seed)
+        shape = target_shape(shape.trunk, target)
 
 
-def stage_search(config: Mapping[str, Any], target: StageTarget, *, methods: Methods, seed: int) -> Any:
-    """What has to be tried on live layers to cut a model of `config` to `target`; None where statistics decide."""
+def stage_search(shape: Shape, target: StageTarget, *, methods: Methods, seed: int) -> Any:
+    """What has to be tried on live layers to cut a model of `shape` to `target`; None where statistics decide."""
     if not needs_search(methods):
         return None
     from moeslim.search.run import expert_search
 
-    return expert_search(Shape.from_config(config), target, methods=methods, seed=seed)
+    return expert_search(shape, target, methods=methods, seed=seed)
 
 
-def target_config(config: Mapping[str, Any], target: Target, *, mtp: bool) -> dict[str, Any]:
-    """The config after keeping the first layers and `target`'s counts: for sizes, before anything is decided."""
-    layers = None if target.layers is None else list(range(target.layers))
-    sizes = {axis: getattr(target, axis) for axis in AXES if axis != "layers"}
-    return edit_config(config, layers_kept=layers, mtp=mtp, **sizes)
+def target_shape(shape: Shape, target: Target) -> Shape:
+    """The shape after keeping the first layers and `target`'s counts: for sizes, before anything is decided.
+
+    PlanError where no config can say it.
+    """
+    counts = {axis: getattr(target, axis) for axis in axes_of(shape)}
+    after = resized(shape, {axis: count for axis, count in counts.items() if count is not None})
+    check_first_layer(after)
+    return after
 
 
 def device(name: str) -> str:
@@ -101,7 +101,7 @@ def train_settings(recipe: Recipe, tokens: int) -> Any:
     return TrainSettings.of(recipe.distill, tokens=tokens, seed=recipe.seed, precision=recipe.precision, device=where)
 
 
-def check_training(recipe: Recipe, student: Path) -> None:
+def check_training(recipe: Recipe, student: Shape) -> None:
     """Refuse what the recipe's training cannot work with: its settings, processes, trackers, the parts of `student`."""
     from moeslim.distill.parts import trained_parts
     from moeslim.distill.trackers import check_trackers
@@ -109,9 +109,9 @@ def check_training(recipe: Recipe, student: Path) -> None:
 
     if recipe.distill.tokens:
         check_trackers(recipe.distill.watch)
-        settings, structure = train_settings(recipe, recipe.distill.tokens), read_structure(student)
+        settings = train_settings(recipe, recipe.distill.tokens)
         settings.check(ranks=world().size)
-        trained_parts(settings, structure.config, mtp=structure.has_mtp)
+        trained_parts(settings, student)
 
 
 def cache_settings(recipe: Recipe, *, k: int, samples: int) -> Any:

@@ -77,10 +77,12 @@ def distill(
     folder, out = live_folder(student), Path(out)
     work = out.with_name(out.name + ".work")
     master = None if teacher is None else live_folder(teacher)
-    for model in filter(None, (folder, master)):
-        check_structure(read_structure(model))
+    structure = read_structure(folder)
+    check_structure(structure)
+    if master is not None:
+        check_structure(read_structure(master))
     check_vacant(out)
-    check_training(recipe, folder)
+    check_training(recipe, structure.shape)
     settings, cached = train_settings(recipe, recipe.distill.tokens), recipe.distill.teacher_cache if not data else None
     prepare(recipe)
     if cached and settings.measure_every and not any(text.startswith("data.heldout=") for text in overrides):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moeslim.artifacts.commit import read_json, write_json
-from moeslim.checkpoint.config_json import read_config
+from moeslim.checkpoint.structure import read_structure
 from moeslim.data.corpus import read_corpus
 from moeslim.data.tokens import pack
 from moeslim.demo import teacher_path, text_path, tokenizer_path
@@ -23,7 +23,6 @@ from moeslim.evaluate.pairs import paired
 from moeslim.evaluate.record import Record
 from moeslim.evaluate.run import evaluate
 from moeslim.evaluate.settings import Settings
-from moeslim.families import Shape
 from moeslim.figures import Figure
 from moeslim.log import logger
 from moeslim.machine.host import tune_cpu
@@ -51,9 +50,9 @@ def quality(model: Path, work: Path) -> dict[str, Any]:
 def _without_half(model: Path, work: Path, *, seed: int) -> Path:
     out = work / f"random-half-{seed}"
     if not out.exists():
-        config = read_config(model)
-        target = Target(experts=Shape.from_config(config)["experts"] // 2)
-        plan = make_plan(config, stats=None, target=target, methods=Methods(experts="random"), mtp=True, seed=seed)
+        shape = read_structure(model).shape
+        target = Target(experts=shape["experts"] // 2)
+        plan = make_plan(shape, stats=None, target=target, methods=Methods(experts="random"), seed=seed)
         cut(model, plan, out_folder=out)
     return out
 

@@ -223,13 +223,13 @@ def watching(student: Student, material: Material, *, settings: TrainSettings, f
     """Where the records go: log, console and trackers of rank 0; nowhere on the others."""
     if parallel.world().rank:
         return Watch.silent()
-    tokens, teacher, mtp = material.tokens, material.teacher, student.mtp is not None
+    tokens, teacher = material.tokens, material.teacher
     operations = training_operations(
-        student.config,
+        student.shape,
         length=tokens.sequence_length,
-        depths=settings.depths if mtp else 0,
-        teacher=teacher.model.config if isinstance(teacher, OnlineTeacher) else None,
-        trained=trained_parts(settings, student.config, mtp=mtp),
+        depths=settings.depths,
+        teacher=teacher.model.shape if isinstance(teacher, OnlineTeacher) else None,
+        trained=trained_parts(settings, student.shape),
         targets=tokens.num_targets / (len(tokens) * tokens.sequence_length),
     )
     return Watch(

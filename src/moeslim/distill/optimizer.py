@@ -14,8 +14,7 @@ def freeze(student: Student, settings: TrainSettings) -> None:
     Nothing is built for the backward pass up to the first tensor that is trained: with `train_only: [mtp]` the trunk
     costs its forward pass alone. Before or after sharding, but before the first forward pass.
     """
-    mtp = student.mtp is not None
-    trained, parts = trained_parts(settings, student.config, mtp=mtp), parts_of(student.config, mtp=mtp)
+    trained, parts = trained_parts(settings, student.shape), parts_of(student.shape)
     for name, tensor in student.disk_state().items():
         tensor.requires_grad_(parts[name] in trained)
 
@@ -26,7 +25,7 @@ def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.Ada
     Decay is on matrices only: two or more dimensions (stacked experts, convolutions, embeddings). Norm weights, A_log
     and dt_bias have one dimension and a meaning at a value other than 0: decay would pull them off.
     """
-    parts = parts_of(student.config, mtp=student.mtp is not None)
+    parts = parts_of(student.shape)
     own = {str(part): found for part, found in settings.parts.items()}
     groups: dict[tuple[float, float], list[torch.Tensor]] = {}
     for name, tensor in student.disk_state().items():

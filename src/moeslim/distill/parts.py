@@ -3,30 +3,27 @@
 A part is the component that the family's page names, but all of the MTP head is `mtp`. A tied head is the embedding.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from moeslim.distill.settings import TrainSettings
 from moeslim.errors import RecipeError
-from moeslim.families import STACKED, table
+from moeslim.families import STACKED, Shape, table
 
 
-def parts_of(config: Mapping[str, Any], *, mtp: bool) -> dict[str, str]:
+def parts_of(shape: Shape) -> dict[str, str]:
     """The part of every tensor by the name that `Student.disk_state` gives it."""
-    rows = table(config, STACKED, mtp=mtp)
+    rows = table(shape, STACKED)
     return {name: "mtp" if row.subtree == "mtp" else row.component for name, row in rows.items()}
 
 
-def trained_parts(settings: TrainSettings, config: Mapping[str, Any], *, mtp: bool) -> set[str]:
+def trained_parts(settings: TrainSettings, shape: Shape) -> set[str]:
     """The parts of this model that get gradients: those of `train_only` (empty: all) whose rate is not 0.
 
     Raises RecipeError for a part that the model does not have, and where nothing would be trained.
     """
-    present = list(dict.fromkeys(parts_of(config, mtp=mtp).values()))
+    present = list(dict.fromkeys(parts_of(shape).values()))
     for key, named in (("train_only", settings.train_only), ("parts", settings.parts)):
         for part in named:
             if part not in present:
-                tied = part == "head" and config.get("tie_word_embeddings")
+                tied = part == "head" and shape.tied
                 why = "its head is its embedding (tie_word_embeddings)" if tied else "it has none"
                 raise RecipeError(
                     f"distill.{key} names {part} of a model where {why}; name some of {', '.join(present)}"

@@ -6,10 +6,9 @@ the count beforehand is the only word there.)
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -25,11 +24,10 @@ from moeslim.model.chain import SCORE_BYTES
 
 @dataclass(frozen=True)
 class Case:
-    """A student's config, whether it has an MTP block, the config of a teacher beside it, the tokens of a row."""
+    """A student's shape, that of a teacher beside it, the tokens of a row."""
 
-    config: Mapping[str, Any]
-    mtp: bool
-    teacher: Mapping[str, Any] | None
+    shape: Shape
+    teacher: Shape | None
     length: int
 
 
@@ -58,14 +56,14 @@ def needed(case: Case, settings: TrainSettings, *, ranks: int = 1, shard: int = 
     Weights, gradients and two moments in fp32, the last two of what is trained alone; the teacher in the precision of
     the training; `activations` of a micro-batch.
     """
-    learning = trained_parts(settings, case.config, mtp=case.mtp)
-    part = parts_of(case.config, mtp=case.mtp)
-    sizes = {name: row.parameters for name, row in table(case.config, STACKED, mtp=case.mtp).items()}
+    learning = trained_parts(settings, case.shape)
+    part = parts_of(case.shape)
+    sizes = {name: row.parameters for name, row in table(case.shape, STACKED).items()}
     trained = sum(number for name, number in sizes.items() if part[name] in learning)
     width = 2 if settings.precision == "bfloat16" else 4
     teacher = 0
     if case.teacher is not None:
-        teacher = width * sum(row.parameters for row in table(case.teacher, STACKED, mtp=False).values())
+        teacher = width * sum(row.parameters for row in table(case.teacher.trunk, STACKED).values())
     return Need(
         weights=4 * sum(sizes.values()) // shard,
         gradients=4 * trained // shard,
@@ -83,11 +81,11 @@ def activations(case: Case, settings: TrainSettings, *, whole: bool) -> int:
     head is trained, not even that); else what enters its matrix products and its activation functions. Norms and
     DeltaNet's states come on top. In the serving form, the scores of one further depth, or of a part of them.
     """
-    shape = Shape.from_config(case.config)
+    shape = case.shape
     tokens = settings.micro_rows * case.length
     width = 2 if settings.precision == "bfloat16" else 4
-    depths = settings.depths if case.mtp else 0
-    keys = [*shape.layer_keys, *["mtp.0"] * depths]
+    depths = settings.depths if shape.mtp_layers else 0
+    keys = (*shape.trunk_keys, *shape.mtp_keys * depths)
     if set(settings.train_only) == {"mtp"}:
         kept = 0
     elif settings.activation_checkpointing or not whole:
@@ -116,20 +114,13 @@ def _kept(shape: Shape, key: str) -> int:
     return 2 * shape["hidden"] + mixer + mlp
 
 
-def check_room(
-    config: Mapping[str, Any],
-    settings: TrainSettings,
-    *,
-    length: int,
-    mtp: bool,
-    teacher: Mapping[str, Any] | None = None,
-) -> None:
+def check_room(shape: Shape, settings: TrainSettings, *, length: int, teacher: Shape | None = None) -> None:
     """Raise ResourceError, with the sum and the setting to lower, where memory surely does not suffice.
 
-    `config` and `mtp` (whether it has the block) are the student's, `teacher` is the config of a teacher that is to be
-    loaded too, `length` the tokens of a row. Processes on one machine share its memory; a GPU is a process's own.
+    `shape` is the student's, `teacher` that of a teacher that is to be loaded too, `length` the tokens of a row.
+    Processes on one machine share its memory; a GPU is a process's own.
     """
-    here, case = world(), Case(config, mtp, teacher=teacher, length=length)
+    here, case = world(), Case(shape, teacher, length=length)
     free = free_memory(settings.device, processes=here.local_size)
     if free is None:
         return

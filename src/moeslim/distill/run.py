@@ -10,8 +10,7 @@ import torch
 
 from moeslim.artifacts.commit import check_vacant
 from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
-from moeslim.checkpoint.config_json import read_config
-from moeslim.checkpoint.structure import read_structure
+from moeslim.checkpoint.structure import Opened, read_structure
 from moeslim.data.tokens import TokenSet, load_tokenizer
 from moeslim.distill.cache import CacheFolder
 from moeslim.distill.cache.folder import META
@@ -85,11 +84,11 @@ def check(
     if settings.mtp_train == "serving" and settings.depths == 1:
         logger.warning("distill.mtp_train: serving is parallel at depths: 1; they differ from the second draft on")
     check_trackers(settings.watch)
-    config, mtp = read_config(student), read_structure(student).has_mtp
-    check_knows(student, config["vocab_size"], tokens=tokens)
-    trained_parts(settings, config, mtp=mtp)
-    master = None if teacher is None or is_cache(teacher) else read_config(teacher)
-    check_room(config, settings, length=tokens.sequence_length, mtp=mtp, teacher=master)
+    shape = read_structure(student).shape
+    check_knows(student, shape["vocab"], tokens=tokens)
+    trained_parts(settings, shape)
+    master = None if teacher is None or is_cache(teacher) else Opened.read(teacher).shape
+    check_room(shape, settings, length=tokens.sequence_length, teacher=master)
     if teacher is None:
         return
     if master is not None:

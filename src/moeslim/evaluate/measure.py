@@ -32,6 +32,7 @@ from moeslim.evaluate.settings import Settings
 from moeslim.evaluate.share import own
 from moeslim.evaluate.speed import peak_figure, restart_peak, size_figures, speed_figures
 from moeslim.evaluate.walking import Walked, score_walking
+from moeslim.families import Shape
 from moeslim.figures import Figure
 from moeslim.log import logger, progress
 from moeslim.machine import parallel
@@ -145,13 +146,13 @@ def measure(
     """
     logger.info("evaluate %s%s", job.label, LAYER_BY_LAYER if job.walk else "")
     settings, device, first = ground.settings, torch.device(ground.settings.device), parallel.world().rank == 0
-    structure = read_structure(job.folder)
-    figures: Figures = size_figures(structure.config, job.folder, has_mtp=structure.has_mtp)
+    shape = read_structure(job.folder).shape
+    figures: Figures = size_figures(shape, job.folder)
     student, samples, notes = None, [], [WALKED] if job.walk else []
     if settings.engine != "none":
         parallel.barrier()
         if first:
-            found, told = _engine(job, ground, mtp=structure.has_mtp)
+            found, told = _engine(job, ground, shape=shape)
             figures, notes = figures | found, [*notes, *told]
         parallel.barrier()
     if not job.walk:
@@ -216,7 +217,7 @@ def _speed(student: Student, ground: Ground) -> Figures:
     return speed_figures(student, prompt, new_tokens=settings.speed_new_tokens, repeats=settings.speed_repeats)
 
 
-def _engine(job: Job, ground: Ground, *, mtp: bool) -> tuple[Figures, list[str]]:
+def _engine(job: Job, ground: Ground, *, shape: Shape) -> tuple[Figures, list[str]]:
     settings = ground.settings
     if settings.device.startswith("cuda"):
         torch.cuda.empty_cache()  # what this process keeps free, the engine cannot have
@@ -224,7 +225,7 @@ def _engine(job: Job, ground: Ground, *, mtp: bool) -> tuple[Figures, list[str]]
         job.folder.absolute(),
         _stretches(ground, settings.speed_repeats),
         new_tokens=settings.speed_new_tokens,
-        drafts=(0, ENGINE_DRAFTS) if mtp else (0,),
+        drafts=(0, ENGINE_DRAFTS) if shape.mtp_layers else (0,),
         python=settings.engine_python,
     )
 

@@ -3,32 +3,30 @@
 import resource
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 
-from moeslim.families import count
+from moeslim.families import Shape, count
 from moeslim.figures import Figure, median
 from moeslim.model.student import Student
 
 _KIB = 1024
 
 
-def size_figures(config: Mapping[str, Any], folder: Path, *, has_mtp: bool) -> dict[str, dict[str, Figure]]:
+def size_figures(shape: Shape, folder: Path) -> dict[str, dict[str, Figure]]:
     """Parameters of the trunk, in all and active per token, of the MTP head besides, and bytes of the weight files."""
-    counted = count(config)
+    counted = count(shape)
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     figures = {
         "parameters": Figure.exact(counted.total, "parameters"),
         "active_parameters": Figure.exact(counted.active, "parameters"),
         "bytes": Figure.exact(weights, "bytes"),
     }
-    if has_mtp:
+    if shape.mtp_layers:
         figures["mtp_parameters"] = Figure.exact(counted.mtp, "parameters")
     return {metric: {"": figure} for metric, figure in figures.items()}
 

@@ -29,6 +29,7 @@ from moeslim.checkpoint.reader import Reader
 from moeslim.data.tokens import TokenDocument
 from moeslim.evaluate.agreement import Head, TeacherStates
 from moeslim.evaluate.score import LOGITS_AT_ONCE, Layout, Reading, Scores, sums_of, together
+from moeslim.families import is_mtp
 from moeslim.log import progress
 from moeslim.machine import parallel
 from moeslim.machine.bound import memory_used
@@ -104,7 +105,7 @@ def score_walking(
     sums, assigned = np.zeros((3, len(documents))), {}
     if reading.batches:
         _run(reader, reading, place=place, walked=walked)
-        for file in (place / "layers" / key / "assigned.bin" for key in reader.layer_keys):
+        for file in (place / "layers" / key / "assigned.bin" for key in reader.shape.layer_keys):
             if file.is_file():
                 assigned[file.parent.name] = np.frombuffer(file.read_bytes(), np.int64).reshape(len(documents), -1)
     at_once = _logits_at_once(settings.max_memory)
@@ -145,7 +146,7 @@ def _run(reader: Reader, reading: Reading, *, place: Path, walked: Walked) -> No
     most = max(sizes, key=lambda batch: batch.tokens)
     give_back()  # what the model before this one has left free
     settings = with_room(reader, walked.settings, batch=most)
-    with progress("walk", (len(reader.layer_keys) + 1) * reading.tokens, unit="tokens") as advance:
+    with progress("walk", (len(reader.shape.keys)) * reading.tokens, unit="tokens") as advance:
         for visit in walk(reader, rows, workdir=place, settings=settings, name=name):
             _visit(visit, reading, experts=reader.shape["experts"], advance=advance)
 
@@ -156,7 +157,7 @@ def _visit(visit: LayerVisit, reading: Reading, *, experts: int, advance: Callab
     with _file(visit.folder / "states.bin") if visit.key == "norm" else nullcontext() as states:
         for batch in reading.batches:
             # The MTP block's position i needs the token after the next, so a row has one position fewer.
-            length = reading.length(batch) - (visit.key == "mtp.0")
+            length = reading.length(batch) - is_mtp(visit.key)
             start, stop = visit.done_rows, visit.done_rows + len(batch)
             if length:
                 x_BTd = visit.hidden.read(start, stop)

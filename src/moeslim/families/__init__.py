@@ -4,7 +4,7 @@ from moeslim.families.count import Count, count
 from moeslim.families.layouts import EXPERT_LAYOUTS, Layouts, Piece, detect, pieces
 from moeslim.families.operations import Forward, forward_operations, training_operations
 from moeslim.families.registry import FAMILIES, check_live, family_of
-from moeslim.families.shape import Shape
+from moeslim.families.shape import Shape, is_mtp, mtp_keys
 from moeslim.families.spec import Family, Tensor, names, positions, size
 from moeslim.families.table import PER_EXPERT, STACKED, Row, expert_prefix, layer_prefix, table
 
@@ -27,7 +27,9 @@ __all__ = [
     "expert_prefix",
     "family_of",
     "forward_operations",
+    "is_mtp",
     "layer_prefix",
+    "mtp_keys",
     "names",
     "pieces",
     "positions",

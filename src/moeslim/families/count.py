@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from moeslim.families.shape import Shape
 from moeslim.families.table import STACKED, table
@@ -19,15 +18,14 @@ class Count:
     mtp_active: int
 
 
-def count(config: Mapping[str, Any] | Shape) -> Count:
-    """Parameters of a config. Active ones count embedding and head whole and k of E routed experts (method section 7).
+def count(shape: Shape) -> Count:
+    """Parameters of a shape. Active ones count embedding and head whole and k of E routed experts (method section 7).
 
-    A config does not say whether the checkpoint has an MTP head, so its size always stands apart.
+    The size of the MTP head stands apart, since a config does not say whether files have one.
     """
-    shape = config if isinstance(config, Shape) else Shape.from_config(config)
     components: dict[str, int] = {}
     sums = {"trunk": [0, 0], "mtp": [0, 0]}
-    for row in table(shape, STACKED, mtp=True).values():
+    for row in table(shape, STACKED).values():
         active = row.parameters
         if row.component == "experts":
             active = row.parameters // shape["experts"] * shape["top_k"]

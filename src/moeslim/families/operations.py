@@ -16,12 +16,9 @@ trained; attention and DeltaNet have inputs on both sides and cost twice their f
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from moeslim.families.shape import Shape
 from moeslim.families.table import STACKED, table
-
-Config = Mapping[str, Any] | Shape
 
 
 @dataclass(frozen=True)
@@ -37,16 +34,15 @@ class Forward:
         return sum(self.matrices.values()) + self.mixing
 
 
-def forward_operations(config: Config, *, length: int, subtree: str = "trunk") -> Forward:
-    """Per token in rows of `length`, without the head; `subtree` "mtp" is one pass through the MTP block."""
-    shape = config if isinstance(config, Shape) else Shape.from_config(config)
+def forward_operations(shape: Shape, *, length: int, subtree: str = "trunk") -> Forward:
+    """Per token in rows of `length`, without the head; `subtree` "mtp" is one pass through the MTP block, if any."""
     matrices: dict[str, float] = {}
-    for row in table(shape, STACKED, mtp=True).values():
+    for row in table(shape, STACKED).values():
         if row.subtree != subtree or row.component in ("embedding", "head") or len(row.shape) < 2:
             continue
         met = row.parameters // shape["experts"] * shape["top_k"] if row.component == "experts" else row.parameters
         matrices[row.component] = matrices.get(row.component, 0) + 2 * met
-    keys = shape.layer_keys if subtree == "trunk" else ("mtp.0",) * (shape.family.mtp_prefix is not None)
+    keys = shape.trunk_keys if subtree == "trunk" else shape.mtp_keys
     return Forward(matrices, sum(_mixing(shape, shape.mixer(key), length=length) for key in keys))
 
 
@@ -57,22 +53,22 @@ def _mixing(shape: Shape, mixer: str, *, length: int) -> float:
 
 
 def training_operations(
-    config: Config,
+    shape: Shape,
     *,
     length: int,
     depths: int = 0,
-    teacher: Config | None = None,
+    teacher: Shape | None = None,
     trained: Collection[str] | None = None,
     targets: float = 1.0,
 ) -> float:
     """Per token of a training step, all in: student, its head once per depth and the backbone, teacher with its head.
 
-    `depths` are the MTP depths trained (0 without a head of that kind); `trained` the parts that learn (None: all);
+    `depths` are the MTP depths trained where there is a head of that kind; `trained` the parts that learn (None: all);
     `targets` the share of positions whose target counts: the head's products are made for these alone. Depth m has
     T-m of a row's T positions; its chain's m-1 own keys in the serving form are left out. A teacher's cache costs
     nothing here.
     """
-    shape = config if isinstance(config, Shape) else Shape.from_config(config)
+    depths = depths if shape.mtp_layers else 0
     learning = None if trained is None else set(trained)
     deep = learning is None or bool(learning - {"head", "mtp"})  # else no gradient goes down the trunk
     head_learns = learning is None or ("embedding" if shape.tied else "head") in learning
@@ -88,6 +84,5 @@ def training_operations(
         each = 2 * block.total + block.mixing + weights + head * (2 + head_learns)
         total += each * (length - m) / length
     if teacher is not None:
-        said = teacher if isinstance(teacher, Shape) else Shape.from_config(teacher)
-        total += forward_operations(said, length=length).total + 2 * said["vocab"] * said["hidden"] * targets
+        total += forward_operations(teacher, length=length).total + 2 * teacher["vocab"] * teacher["hidden"] * targets
     return total

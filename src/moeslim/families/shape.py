@@ -1,6 +1,6 @@
 """A model's shape, read from a raw config.json and checked."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,8 @@ _MOST_LAYERS, _MOST_EXPERTS = 4096, 1 << 18
 class Shape:
     """Sizes of all named axes and the kind of every layer; layers are keyed "0".."L-1", the MTP block "mtp.0".
 
+    `mtp_layers` are those of the MTP head, 0 without one. A config alone does not say whether files have that head, so
+    from one alone a family that may have it does: headers tell (`with_present`).
     `flags` are the conditions of the family's tensors that hold: config keys that are true, names of tensors found.
     """
 
@@ -25,13 +27,15 @@ class Shape:
     layer_types: tuple[str, ...]
     dense_layers: frozenset[int]
     tied: bool
+    mtp_layers: int
     flags: frozenset[str] = frozenset()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Shape":
         """Read and check a raw config; FamilyError names the key that is missing, of a wrong type or impossible.
 
-        A tensor that files may hold or not (`if present`) is not among the flags: see `with_present`.
+        A tensor that files may hold or not (`if present`) is not among the flags, and an MTP head that they may hold is
+        taken to be there: see `with_present`.
         """
         family = family_of(config)
         config = _one_spelling(config, family)
@@ -47,6 +51,7 @@ class Shape:
             layer_types=_layer_types(config, family, layers=layers),
             dense_layers=_dense_layers(config, family, layers=layers),
             tied=bool(config.get("tie_word_embeddings", False)),
+            mtp_layers=int(family.mtp_prefix is not None),
             flags=frozenset(key for key in family.conditions if config.get(key) is True),
         )
         shape._check()
@@ -60,15 +65,34 @@ class Shape:
     def __getitem__(self, axis: str) -> int:
         return self.sizes[axis]
 
+    def count(self, axis: str) -> int:
+        """The size of a named axis, or the trunk's number of "layers"."""
+        return self.layers if axis == "layers" else self.sizes[axis]
+
     def resized(self, **sizes: int) -> "Shape":
         """The same model with other sizes of named axes, and of those that follow from them."""
         given = {**self.sizes, **sizes}
         return replace(self, sizes={**given, **_derived(self.family, given)})
 
+    def keep_layers(self, kept: Sequence[int]) -> "Shape":
+        """The same model with the trunk's layers `kept` alone, numbered anew in their order."""
+        return replace(
+            self,
+            layer_types=tuple(self.layer_types[old] for old in kept),
+            dense_layers=frozenset(new for new, old in enumerate(kept) if old in self.dense_layers),
+        )
+
+    @property
+    def trunk(self) -> "Shape":
+        """The same model without its MTP head."""
+        return replace(self, mtp_layers=0)
+
     def with_present(self, names: Collection[str]) -> "Shape":
-        """The same shape, knowing which of the tensors that files may hold or not are among `names`."""
+        """The same shape, knowing by all tensors' `names` whether there is an MTP head, and what else may be or not."""
         found = {pattern for pattern in self.family.conditions if self.named(pattern) in names}
-        return replace(self, flags=self.flags | found)
+        prefix = self.family.mtp_prefix
+        has_mtp = prefix is not None and any(name.startswith(self.named(prefix)) for name in names)
+        return replace(self, flags=self.flags | found, mtp_layers=int(has_mtp))
 
     def named(self, pattern: str) -> str:
         """A tensor's full name outside the trunk's layers, from the page's: `{L}` becomes the number of layers."""
@@ -76,19 +100,34 @@ class Shape:
 
     def prefix(self, key: str) -> str:
         """What the names of a layer's tensors begin with, the dot included."""
-        if key.startswith("mtp."):
+        if is_mtp(key):
             return self.named(self.family.mtp_layer_prefix)
         return self.family.layer_prefix.replace("{l}", key)
 
-    def has_mtp(self, names: Iterable[str]) -> bool:
-        """Whether tensors called `names` have an MTP head among them."""
-        prefix = self.family.mtp_prefix
-        return prefix is not None and any(name.startswith(self.named(prefix)) for name in names)
+    @property
+    def trunk_keys(self) -> tuple[str, ...]:
+        """ "0".."L-1": the trunk's layers."""
+        return tuple(str(layer) for layer in range(self.layers))
+
+    @property
+    def mtp_keys(self) -> tuple[str, ...]:
+        """The MTP head's layers: "mtp.0", or none."""
+        return mtp_keys(self.mtp_layers)
 
     @property
     def layer_keys(self) -> tuple[str, ...]:
-        """ "0".."L-1", without the MTP block."""
-        return tuple(str(layer) for layer in range(self.layers))
+        """All layers, those of the MTP head last."""
+        return (*self.trunk_keys, *self.mtp_keys)
+
+    @property
+    def moe_keys(self) -> tuple[str, ...]:
+        """The layers with routed experts, those of the MTP head last."""
+        return tuple(key for key in self.layer_keys if self.is_moe(key))
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What a walk visits, in order: the trunk's layers, its last norm ("norm"), the MTP head's layers."""
+        return (*self.trunk_keys, "norm", *self.mtp_keys)
 
     @property
     def groups(self) -> int:
@@ -102,11 +141,11 @@ class Shape:
 
     def mixer(self, key: str) -> str:
         """The token mixer of a layer: a word of `layer_types`."""
-        return self.family.mtp_mixer if key.startswith("mtp.") else self.layer_types[int(key)]
+        return self.family.mtp_mixer if is_mtp(key) else self.layer_types[int(key)]
 
     def is_moe(self, key: str) -> bool:
         """Whether the layer has routed experts (the MTP block always does)."""
-        return key.startswith("mtp.") or int(key) not in self.dense_layers
+        return is_mtp(key) or int(key) not in self.dense_layers
 
     @property
     def period(self) -> int:
@@ -138,6 +177,16 @@ class Shape:
                 f"config.json: {key('heads')} ({self['heads']}) must be a multiple of {key('kv_heads')} "
                 f"({self['kv_heads']})"
             )
+
+
+def is_mtp(key: str) -> bool:
+    """Whether a layer's key is one of the MTP head's."""
+    return key.startswith("mtp.")
+
+
+def mtp_keys(layers: int) -> tuple[str, ...]:
+    """The keys of an MTP head of `layers` layers."""
+    return tuple(f"mtp.{layer}" for layer in range(layers))
 
 
 def _one_spelling(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:

@@ -1,8 +1,7 @@
 """The table of every tensor that a checkpoint must hold, from its config alone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from moeslim.families.layouts import EXPERT_LAYOUTS, Layouts
 from moeslim.families.shape import Shape
@@ -47,13 +46,9 @@ class Row:
         return total
 
 
-def table(config: Mapping[str, Any] | Shape, layouts: Layouts = PER_EXPERT, *, mtp: bool) -> dict[str, Row]:
-    """Every expected tensor by name, outer tensors first, then layer by layer, then the MTP head.
-
-    Raises FamilyError for a config that contradicts itself.
-    """
-    shape = config if isinstance(config, Shape) else Shape.from_config(config)
-    return {row.name: row for row in _rows(shape, layouts, mtp=mtp)}
+def table(shape: Shape, layouts: Layouts = PER_EXPERT) -> dict[str, Row]:
+    """Every expected tensor by name, outer tensors first, then layer by layer, then the MTP head."""
+    return {row.name: row for row in _rows(shape, layouts)}
 
 
 def expert_prefix(shape: Shape, key: str) -> str:
@@ -66,7 +61,7 @@ def layer_prefix(shape: Shape, key: str) -> str:
     return shape.prefix(key)
 
 
-def _rows(shape: Shape, layouts: Layouts, *, mtp: bool) -> Iterator[Row]:
+def _rows(shape: Shape, layouts: Layouts) -> Iterator[Row]:
     family, sizes = shape.family, shape.sizes
 
     def part(name: str) -> Iterator[Tensor]:
@@ -93,8 +88,9 @@ def _rows(shape: Shape, layouts: Layouts, *, mtp: bool) -> Iterator[Row]:
     for tensor in part("outer"):
         if not (shape.tied and tensor.component == "head"):
             yield row(tensor, "", None, "trunk")
-    for key in shape.layer_keys:
+    for key in shape.trunk_keys:
         yield from layer_rows(key, "trunk")
-    if mtp and family.mtp_prefix is not None:
+    if shape.mtp_layers:
         yield from (row(tensor, "", None, "mtp") for tensor in part("mtp"))
-        yield from layer_rows("mtp.0", "mtp")
+    for key in shape.mtp_keys:
+        yield from layer_rows(key, "mtp")

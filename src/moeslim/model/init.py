@@ -69,7 +69,8 @@ def write_random(
     """
     how = Form(**form)
     shape = Shape.from_config(config)
-    rows = table(shape, how.layouts, mtp=how.mtp)
+    shape = shape if how.mtp else shape.trunk
+    rows = table(shape, how.layouts)
     written = with_mtp(config, how.mtp)
     fill = _Fill(shape, seed=seed, std=float(config.get("initializer_range", 0.02)), spread=how.spread)
     with committed_folder(folder) as temporary:

@@ -1,4 +1,4 @@
-"""From files to live tensors: a whole student, or the state of one decoder layer."""
+"""From files to live tensors: a whole student, or some of a layer's experts."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from moeslim.checkpoint.reader import Reader
-from moeslim.families import Row, expert_prefix, layer_prefix
+from moeslim.families import expert_prefix
 from moeslim.model.sharding import Sharding, as_shared, rows_here, shard
 from moeslim.model.student import Student
 
@@ -29,7 +29,7 @@ def load_student(
     """
     reader = folder if isinstance(folder, Reader) else Reader(folder)
     with torch.device("meta"):
-        student = Student.from_config(reader.config, mtp=reader.has_mtp, attn=attn, experts=experts, dtype=dtype)
+        student = Student.from_config(reader.config, shape=reader.shape, attn=attn, experts=experts, dtype=dtype)
     if sharding is None:
         state = {_live_name(name): tensor for name, tensor in live_state(reader, dtype=dtype, device=device)}
     else:
@@ -66,35 +66,13 @@ def live_state(
     for name, row in reader.rows.items():
         if row.component != "experts":
             yield name, _copy(reader.rows_of(name, rows(name)), dtype, device=device)
-    for key in reader.layer_keys:
+    for key in reader.shape.layer_keys:
         if reader.shape.is_moe(key):
             prefix = expert_prefix(reader.shape, key)
             part = rows(f"{prefix}.down_proj")  # both stacks are shared out alike: by expert
             stacked = stacked_experts(reader, key, start=part.start or 0, stop=part.stop, dtype=dtype, device=device)
             for name, tensor in stacked.items():
                 yield f"{prefix}.{name}", tensor
-
-
-def layer_state(
-    reader: Reader,
-    key: str,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    experts: bool = True,
-) -> dict[str, torch.Tensor]:
-    """The state dict of decoder layer `key` ("3", "mtp.0"), named as in a Qwen3NextDecoderLayer.
-
-    Without `experts` the routed experts stay in the file, for a walk that runs them a group at a time.
-    """
-    prefix = layer_prefix(reader.shape, key)
-    rows: list[Row] = [row for row in reader.rows.values() if row.layer == key and row.component != "experts"]
-    state = {row.name.removeprefix(prefix): _copy(reader.tensor(row.name), dtype, device=device) for row in rows}
-    if experts and reader.shape.is_moe(key):
-        inside = reader.shape.family.expert_prefix
-        stacked = stacked_experts(reader, key, dtype=dtype, device=device)
-        state |= {f"{inside}.{name}": tensor for name, tensor in stacked.items()}
-    return state
 
 
 def stacked_experts(

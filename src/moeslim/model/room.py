@@ -71,7 +71,7 @@ def needed(reader: Reader, settings: WalkSettings, *, batch: Batch) -> Need:
     expert = 3 * shape["expert_size"] * shape["hidden"]
     routed = (name for name, row in reader.rows.items() if row.component == "experts")
     stored = max((TORCH_DTYPES[reader.dtype(name)].itemsize for name in routed), default=0)
-    values = max(_values(shape, key, attn=settings.attn, length=batch.length) for key in reader.layer_keys)
+    values = max(_values(shape, key, attn=settings.attn, length=batch.length) for key in shape.layer_keys)
     return Need(
         standing=memory_used(),
         layer=max(own.values()),

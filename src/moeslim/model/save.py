@@ -36,7 +36,9 @@ def save_student(
     and RunError where `out` is not empty.
     """
     reader = Reader(source)
-    assert reader.has_mtp == (student.mtp is not None), "the student has an MTP block exactly if its source has one"
+    assert bool(reader.shape.mtp_layers) == (student.mtp is not None), (
+        "the student has an MTP block exactly if its source has one"
+    )
     live = student.disk_state()
     gathered = lru_cache(maxsize=2)(lambda name: whole(live[name]))  # a layer's two stacks of experts
     shared = is_shared(student.head)

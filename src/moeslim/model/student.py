@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausalLM, Qwen3NextTopKRouter
 
-from moeslim.families import check_live
+from moeslim.families import Shape, check_live
 from moeslim.losses import Coefficients, Outcomes, Signal, StepTerms, balance, fused_loss
 from moeslim.machine import parallel
 from moeslim.model.chain import Chain
@@ -81,13 +81,16 @@ class RouterWatch:
 
 
 class Student(nn.Module):
-    """`trunk` (Qwen3NextForCausalLM), `mtp` (MtpBlock or None), `config` (the raw config.json as a dict)."""
+    """`trunk` (Qwen3NextForCausalLM), `mtp` (MtpBlock or None), `config` (the raw config.json), its `shape`."""
 
-    def __init__(self, trunk: Qwen3NextForCausalLM, mtp: MtpBlock | None, *, config: dict[str, Any]) -> None:
+    def __init__(
+        self, trunk: Qwen3NextForCausalLM, mtp: MtpBlock | None, *, config: dict[str, Any], shape: Shape
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.mtp = mtp
         self.config = config
+        self.shape = shape
         self.detach_trunk = False
         self.serving = False
         self.routers = RouterWatch(self)
@@ -97,15 +100,16 @@ class Student(nn.Module):
         cls,
         config: dict[str, Any],
         *,
-        mtp: bool | None = None,
+        shape: Shape | None = None,
         attn: str = "sdpa",
         experts: str = "grouped_mm",
         dtype: torch.dtype = torch.float32,
     ) -> "Student":
         """A freshly initialised student of the shape in `config` (std `initializer_range`, torch's global generator).
 
-        `mtp` None means: as `num_nextn_predict_layers` says. Built on the current default device, so that
-        `with torch.device("meta")` makes an empty one to load into. FamilyError for a model of another family.
+        `shape` knows whether there is an MTP head; None: as `num_nextn_predict_layers` says. Built on the current
+        default device, so that `with torch.device("meta")` makes an empty one to load into. FamilyError for a model of
+        another family.
         """
         check_live(config)
         live = Qwen3NextConfig.from_dict({k: v for k, v in config.items() if k != "architectures"})
@@ -113,11 +117,13 @@ class Student(nn.Module):
         live._experts_implementation = experts
         live.use_cache = False
         trunk = Qwen3NextForCausalLM(live)
-        wanted = bool(config.get("num_nextn_predict_layers", 0)) if mtp is None else mtp
-        block = MtpBlock(trunk.config) if wanted else None
+        if shape is None:
+            shape = Shape.from_config(config)
+            shape = shape if config.get("num_nextn_predict_layers", 0) else shape.trunk
+        block = MtpBlock(trunk.config) if shape.mtp_layers else None
         if block is not None:
             block.apply(trunk._init_weights)
-        return cls(trunk, block, config=config).to(dtype)
+        return cls(trunk, block, config=config, shape=shape).to(dtype)
 
     @property
     def blocks(self) -> list[nn.Module]:

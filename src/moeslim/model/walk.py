@@ -33,7 +33,7 @@ from torch import nn
 from moeslim.artifacts.commit import flush, read_json, write_json
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import RunError
-from moeslim.families import Row, layer_prefix
+from moeslim.families import Row, is_mtp, layer_prefix
 from moeslim.model.experts import ExpertFile, FileExperts
 from moeslim.model.hidden import HiddenFiles
 from moeslim.model.student import Student
@@ -151,7 +151,7 @@ def walk(
     another name. ResourceError if the disk cannot hold two generations of hidden states.
     """
     workdir = Path(workdir)
-    keys = (*reader.shape.layer_keys, "norm", *(["mtp.0"] if reader.has_mtp else []))
+    keys = reader.shape.keys
     lengths = (rows.shape[0], rows.shape[1] - 1, reader.shape["hidden"])
     hidden = HiddenFiles(workdir, lengths, dtype=settings.dtype, device=settings.device)
     done = _open(workdir, name, hidden=hidden)
@@ -198,12 +198,12 @@ class _Skeleton:
     def __init__(self, reader: Reader, rows: np.ndarray, *, settings: WalkSettings) -> None:
         self.reader, self.rows, self.settings = reader, rows, settings
         with torch.device("meta"):
-            student = Student.from_config(reader.config, mtp=reader.has_mtp, attn=settings.attn, experts="eager")
+            student = Student.from_config(reader.config, shape=reader.shape, attn=settings.attn, experts="eager")
         self.trunk, self.mtp = student.trunk.model, student.mtp
         self.moulds = {str(index): layer for index, layer in enumerate(self.trunk.layers)}
         self.moulds["norm"] = self.trunk.norm
         if self.mtp is not None:
-            self.moulds["mtp.0"] = self.mtp
+            self.moulds |= dict.fromkeys(reader.shape.mtp_keys, self.mtp)
         self.recorders = [_Recorder() for _ in self.trunk.layers]
         self.trunk.layers = nn.ModuleList(self.recorders)
         self.trunk.norm = nn.Identity()
@@ -223,7 +223,7 @@ class _Skeleton:
         """The layer with its weights, ready to run."""
         shape, family = self.reader.shape, self.reader.shape.family
         root = self.moulds.pop(key)
-        prefix = {"norm": "model.norm.", "mtp.0": "mtp."}.get(key) or layer_prefix(shape, key)
+        prefix = "model.norm." if key == "norm" else "mtp." if is_mtp(key) else layer_prefix(shape, key)
         decoder = None
         if key != "norm":
             decoder = root.get_submodule(layer_prefix(shape, key).removeprefix(prefix).rstrip("."))
@@ -240,7 +240,7 @@ class _Skeleton:
             decoder.set_submodule(family.expert_prefix, experts)
         self._fill(root, prefix)
         rows = tuple(r for n, r in self.reader.rows.items() if n.startswith(prefix) and r.component != "experts")
-        run = self._run_norm if key == "norm" else self._run_mtp if key == "mtp.0" else self._trunk_run(int(key))
+        run = self._run_norm if key == "norm" else self._run_mtp if is_mtp(key) else self._trunk_run(int(key))
         per_batch = self.settings.rows_per_batch
         return LayerVisit(key, root, decoder, experts, rows, prefix, folder, run, hidden, per_batch)
 

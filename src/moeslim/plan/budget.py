@@ -7,7 +7,7 @@ Statistics of a calibration, if there are any, take the place of plain counts in
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -135,7 +135,7 @@ class Proposal:
     @property
     def counts(self) -> dict[str, int]:
         """The counts by axis, as `keep` takes them."""
-        return {axis: _count(self.shape, axis) for axis in axes_of(self.shape)}
+        return {axis: self.shape.count(axis) for axis in axes_of(self.shape)}
 
 
 def held(found: Footprint, precision: str) -> float:
@@ -143,17 +143,15 @@ def held(found: Footprint, precision: str) -> float:
     return found.bytes[precision] + CONTEXT * found.cache + found.state
 
 
-def proposals(
-    shape: Shape, wish: Wish, *, pinned: Mapping[str, int], mtp: bool, carried: Carried | None = None
-) -> list[Proposal]:
+def proposals(shape: Shape, wish: Wish, *, pinned: Mapping[str, int], carried: Carried | None = None) -> list[Proposal]:
     """All shapes that meet the wish, best first; `pinned` axes have the size that they are given.
 
     With an empty wish the axes that are not pinned stay whole. PlanError where nothing meets it, with the nearest.
     """
-    weigh = Footprints(mtp=mtp)
+    weigh = Footprints()
     before, weights = weigh.of(shape), axis_weights(shape)
     axes = axes_of(shape)
-    fixed = {**{axis: _count(shape, axis) for axis in axes}, **pinned} if wish.empty else pinned
+    fixed = {**{axis: shape.count(axis) for axis in axes}, **pinned} if wish.empty else pinned
     found: list[Proposal] = []
     nearest: tuple[float, float, Shape] | None = None
     for after in candidates(shape, fixed):
@@ -176,7 +174,7 @@ def axis_weights(shape: Shape) -> dict[str, float]:
     The geometric mean of all and active parameters is a rule of thumb for the size of the dense model that a MoE model
     equals; only its ratios between axes matter here. 0 for an axis of one.
     """
-    weigh = Footprints(mtp=False)
+    weigh = Footprints()
 
     def logarithm(sized: Shape) -> float:
         found = weigh.of(sized)
@@ -184,7 +182,7 @@ def axis_weights(shape: Shape) -> dict[str, float]:
 
     weights = {}
     for axis in axes_of(shape):
-        there = _count(shape, axis)
+        there = shape.count(axis)
         half = there // 2
         changed = logarithm(shape) - logarithm(resized(shape, {axis: half})) if half else 0.0
         weights[axis] = changed / math.log(there / half) if half else 0.0
@@ -207,17 +205,12 @@ def candidates(shape: Shape, pinned: Mapping[str, int]) -> Iterator[Shape]:
 def resized(shape: Shape, counts: Mapping[str, int]) -> Shape:
     """The shape with other counts: the first `layers` and new sizes."""
     sizes = {axis: count for axis, count in counts.items() if axis != "layers"}
-    layers = counts.get("layers", shape.layers)
-    return replace(
-        shape.resized(**sizes),
-        layer_types=shape.layer_types[:layers],
-        dense_layers=frozenset(layer for layer in shape.dense_layers if layer < layers),
-    )
+    return shape.resized(**sizes).keep_layers(range(counts.get("layers", shape.layers)))
 
 
 def _ladder(shape: Shape, axis: str) -> list[int]:
     """The counts of an axis that are tried, its own first."""
-    there = _count(shape, axis)
+    there = shape.count(axis)
     tried: Iterable[int] = ()
     if axis == "layers":
         tried = range(there, 0, -pattern_period(shape.layer_types))
@@ -241,12 +234,8 @@ def _reachable(shape: Shape) -> bool:
     return True
 
 
-def _count(shape: Shape, axis: str) -> int:
-    return shape.layers if axis == "layers" else shape[axis]
-
-
 def _share(before: Shape, after: Shape, *, axis: str, carried: Carried) -> float:
-    there, stays = _count(before, axis), _count(after, axis)
+    there, stays = before.count(axis), after.count(axis)
     return float(carried[axis][stays]) if axis in carried else stays / there
 
 
@@ -277,7 +266,7 @@ def _nothing(nearest: Shape | None, weigh: Footprints, *, before: Footprint, wis
         f"{before.operations / found.operations:.2f}x fewer operations",
     ]
     axes = axes_of(nearest)
-    sizes = ", ".join(f"{axis} {_count(nearest, axis)}" for axis in axes)
+    sizes = ", ".join(f"{axis} {nearest.count(axis)}" for axis in axes)
     stay = " and ".join(f"--{axis.replace('_', '-')}" for axis in ("expert_size", "shared_size") if axis in axes)
     return (
         f"no servable shape meets all of that; the nearest is {sizes}: {', '.join(has)}. Ask for less, or cut "

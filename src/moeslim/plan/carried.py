@@ -24,8 +24,8 @@ def carried(stats: Stats, shape: Shape, *, methods: Methods, seed: int = 0) -> d
 
     Heads, expert sizes and top-k are not judged. PlanError for statistics of another model.
     """
-    learnt = [_layer(stats, key, shape=shape) for key in shape.layer_keys]
-    norms = [_norm(stats, row.name, shape=shape) for row in hidden_norms(shape, mtp=False)]
+    learnt = [_layer(stats, key, shape=shape) for key in shape.trunk_keys]
+    norms = [_norm(stats, row.name, shape=shape) for row in hidden_norms(shape.trunk)]
     return {
         "layers": _depth(learnt, shape, methods=methods),
         "hidden": _width(norms, methods=methods),
@@ -35,7 +35,7 @@ def carried(stats: Stats, shape: Shape, *, methods: Methods, seed: int = 0) -> d
 
 def _experts(learnt: list[LayerStats], shape: Shape, *, methods: Methods, seed: int) -> np.ndarray:
     found = []
-    for key, layer in zip(shape.layer_keys, learnt, strict=True):
+    for key, layer in zip(shape.trunk_keys, learnt, strict=True):
         if shape.is_moe(key):
             scores = layer_scores(layer, methods, key=key, seed=seed)
             order = importance.ranked(scores, always=methods.protect.get(key, ()))

@@ -6,9 +6,7 @@ what works but is slow or not loadable somewhere is returned as a warning.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from moeslim.checkpoint.config_json import edit_config
 from moeslim.errors import PlanError
 from moeslim.families import Shape
 from moeslim.plan.engines import engine_warnings
@@ -29,43 +27,30 @@ from moeslim.plan.steps import (
 
 @dataclass(frozen=True)
 class State:
-    """The model between two steps: its shape, whether it has an MTP head, the top-k that the plan ends with.
+    """The model between two steps: its shape, and the top-k that the plan ends with.
 
     `routers`: whether their rows were replaced, after which nothing that they are made of may be cut.
     """
 
     shape: Shape
-    mtp: bool
     final_top_k: int
     routers: bool = False
-
-    @property
-    def moe_keys(self) -> list[str]:
-        """Keys of the layers with routed experts, "mtp.0" last."""
-        keys = [key for key in self.shape.layer_keys if self.shape.is_moe(key)]
-        return [*keys, "mtp.0"] if self.mtp else keys
 
     def resized(self, **sizes: int) -> "State":
         """The same model with other sizes of named axes."""
         return replace(self, shape=self.shape.resized(**sizes))
 
 
-def check_plan(plan: Plan, config: Mapping[str, Any], *, mtp: bool) -> list[str]:
-    """Warnings about where the result could not be served or would be slow; PlanError for what cannot work.
-
-    `mtp`: whether the checkpoint has an MTP head.
-    """
-    before = Shape.from_config(config)
-    after = final_shape(plan, config, mtp=mtp)
-    return engine_warnings(after, before=before)
+def check_plan(plan: Plan, shape: Shape) -> list[str]:
+    """Warnings about where the result could not be served or would be slow; PlanError for what cannot work."""
+    return engine_warnings(final_shape(plan, shape), before=shape)
 
 
-def final_shape(plan: Plan, config: Mapping[str, Any], *, mtp: bool) -> Shape:
-    """The shape after the plan's last step; PlanError for the first step that cannot work."""
-    _check_source(plan, config, mtp=mtp)
-    shape = Shape.from_config(config)
+def final_shape(plan: Plan, shape: Shape) -> Shape:
+    """What the plan leaves of a model of `shape`; PlanError for the first step that cannot work."""
+    _check_source(plan, shape)
     top_k = next((step.top_k for step in reversed(plan.steps) if isinstance(step, SetTopK)), shape["top_k"])
-    state = State(shape, mtp, top_k)
+    state = State(shape, top_k)
     for number, step in enumerate(plan.steps, 1):
         try:
             state = _after(state, step)
@@ -75,11 +60,6 @@ def final_shape(plan: Plan, config: Mapping[str, Any], *, mtp: bool) -> Shape:
         raise PlanError(_unreachable("every layer", experts=state.shape["experts"], top_k=state.shape["top_k"]))
     check_groups(state.shape, state.shape["experts"], top_k=state.shape["top_k"], where="every layer")
     return state.shape
-
-
-def config_after(plan: Plan, config: Mapping[str, Any], *, mtp: bool) -> dict[str, Any]:
-    """The raw config.json of the model after the plan, unknown keys kept; PlanError as in `final_shape`."""
-    return edit_config(config, final_shape(plan, config, mtp=mtp), mtp=mtp)
 
 
 def _after(state: State, step: Step) -> State:
@@ -101,21 +81,20 @@ def _after(state: State, step: Step) -> State:
 def _drop_layers(state: State, step: DropLayers) -> State:
     shape = state.shape
     _in_range(step.kept, shape.layers, where="kept", what="layers")
-    dense = frozenset(new for new, old in enumerate(step.kept) if old in shape.dense_layers)
-    if 0 in dense and state.mtp and shape.family.first_dense is None:
+    after = shape.keep_layers(step.kept)
+    if 0 in after.dense_layers and shape.mtp_layers and shape.family.first_dense is None:
         raise PlanError(
             f"layer {step.kept[0]} would come first, and it is dense (mlp_only_layers): with 0 in mlp_only_layers "
             "engines make the MTP block dense too; keep a layer with experts before it"
         )
-    if len(dense) == len(step.kept):
+    if len(after.dense_layers) == after.layers:
         raise PlanError("no layer with experts would stay; keep at least one")
-    types = tuple(shape.layer_types[old] for old in step.kept)
-    return replace(state, shape=replace(shape, layer_types=types, dense_layers=dense))
+    return replace(state, shape=after)
 
 
 def _cut_hidden(state: State, step: CutHidden) -> State:
     _in_range(step.kept, state.shape["hidden"], where="kept", what="channels")
-    norms = [row.name for row in hidden_norms(state.shape, mtp=state.mtp)]
+    norms = [row.name for row in hidden_norms(state.shape)]
     unknown = [name for name in step.scale if name not in norms]
     if unknown:
         raise PlanError(f"scale: {unknown[0]} is no norm of the hidden channels; they are {_span(norms)}")
@@ -128,7 +107,7 @@ def _cut_hidden(state: State, step: CutHidden) -> State:
 
 
 def _cut_experts(state: State, step: CutExperts) -> State:
-    _same_layers(step.kept, state.moe_keys, where="kept")
+    _same_layers(step.kept, state.shape.moe_keys, where="kept")
     counts = {key: len(ids) for key, ids in step.kept.items()}
     for key, ids in step.kept.items():
         _in_range(ids, state.shape["experts"], where=f"kept.{key}", what="experts")
@@ -139,7 +118,7 @@ def _cut_experts(state: State, step: CutExperts) -> State:
     _same_count(counts, "experts")
     for key, merges in step.merged.items():
         if key not in step.kept:
-            raise PlanError(f"merged: {key!r} is no layer with experts here; they are {_span(state.moe_keys)}")
+            raise PlanError(f"merged: {key!r} is no layer with experts here; they are {_span(state.shape.moe_keys)}")
         _check_merges(state.shape, merges, kept=step.kept[key], where=f"merged.{key}")
     return state.resized(experts=next(iter(counts.values())))
 
@@ -171,7 +150,7 @@ def _check_merges(shape: Shape, merges: Sequence[Merge], *, kept: Sequence[int],
 def _cut_expert_size(state: State, step: CutExpertSize) -> State:
     sizes: dict[str, int] = {}
     if step.experts:
-        _same_layers(step.experts, state.moe_keys, where="experts")
+        _same_layers(step.experts, state.shape.moe_keys, where="experts")
         neurons: dict[str, int] = {}
         for key, lists in step.experts.items():
             if len(lists) != state.shape["experts"]:
@@ -185,7 +164,7 @@ def _cut_expert_size(state: State, step: CutExpertSize) -> State:
         sizes["expert_size"] = next(iter(neurons.values()))
     _check_shared(state, step, sizes=sizes)
     if step.shared:
-        _same_layers(step.shared, state.moe_keys, where="shared")
+        _same_layers(step.shared, state.shape.moe_keys, where="shared")
         for key, ids in step.shared.items():
             _in_range(ids, state.shape["shared_size"], where=f"shared.{key}", what="neurons")
         _same_count({key: len(ids) for key, ids in step.shared.items()}, "neurons of the shared expert")
@@ -212,16 +191,16 @@ def _check_shared(state: State, step: CutExpertSize, *, sizes: Mapping[str, int]
 def _set_routers(state: State, step: SetRouters) -> State:
     """The file itself is checked where the cut is made: a plan must be readable without it."""
     for number, key in enumerate(step.layers):
-        if key not in state.moe_keys:
-            raise PlanError(f"layers: {key!r} is no layer with experts here; they are {_span(state.moe_keys)}")
+        if key not in state.shape.moe_keys:
+            raise PlanError(f"layers: {key!r} is no layer with experts here; they are {_span(state.shape.moe_keys)}")
         if key in step.layers[:number]:
             raise PlanError(f"layers: names {key} twice; list each layer once")
     return replace(state, routers=True)
 
 
-def _check_source(plan: Plan, config: Mapping[str, Any], *, mtp: bool) -> None:
+def _check_source(plan: Plan, shape: Shape) -> None:
     """A plan is for one shape; on another one its numbers would mean other things."""
-    here, wanted = source_shape(config, mtp=mtp).model_dump(), plan.source.model_dump()
+    here, wanted = source_shape(shape).model_dump(), plan.source.model_dump()
     for axis, value in wanted.items():
         if here[axis] != value:
             raise PlanError(

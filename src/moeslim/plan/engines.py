@@ -1,8 +1,5 @@
 """What serving engines can load, and load fast, as warnings about a shape (vLLM 0.32, SGLang 0.5.23)."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from moeslim.families import Shape
 
 FAST_EXPERTS = frozenset({1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 192, 320, 384, 448, 576})
@@ -11,12 +8,11 @@ REAL_HIDDEN = 1024
 """From this hidden size on a model is taken for one that is meant to run on GPU kernels."""
 
 
-def engine_warnings(model: Mapping[str, Any] | Shape, *, before: Shape | None = None) -> list[str]:
-    """One sentence per fact about a config that makes an engine slow or keeps it from loading.
+def engine_warnings(after: Shape, *, before: Shape | None = None) -> list[str]:
+    """One sentence per fact about a model that makes an engine slow or keeps it from loading.
 
     With `before`, the shape that the model was cut from, only what the cut changed counts.
     """
-    after = model if isinstance(model, Shape) else Shape.from_config(model)
     real = (before or after)["hidden"] >= REAL_HIDDEN
     found = [*_pattern(after), *_kernels(after, real=real)]
     if before is None:

@@ -52,23 +52,22 @@ class Footprint:
 
 
 class Footprints:
-    """Footprints of the shapes that one model can be cut to. `mtp`: whether its MTP head is counted."""
+    """Footprints of the shapes that one model can be cut to."""
 
-    def __init__(self, *, mtp: bool) -> None:
-        self._mtp = mtp
+    def __init__(self) -> None:
         self._outside: dict[tuple[int, ...], np.ndarray] = {}
         self._layers: dict[tuple[int | str | bool, ...], np.ndarray] = {}
         self._kinds: dict[tuple[tuple[str, ...], frozenset[int]], Counter[tuple[str, bool]]] = {}
 
     def of(self, shape: Shape) -> Footprint:
-        """The footprint of `shape`; of other families or heads than before it needs another `Footprints`."""
+        """The footprint of `shape`; of other families, heads or MTP heads than before it needs another `Footprints`."""
         sizes = tuple(shape.sizes.get(axis, 0) for axis in _SIZES)
         if sizes not in self._outside:
             self._outside[sizes] = self._sums(replace(shape, layer_types=(), dense_layers=frozenset()))
         sums = self._outside[sizes].copy()
         layers = shape.layer_types, shape.dense_layers
         if layers not in self._kinds:
-            self._kinds[layers] = Counter((shape.mixer(key), shape.is_moe(key)) for key in shape.layer_keys)
+            self._kinds[layers] = Counter((shape.mixer(key), shape.is_moe(key)) for key in shape.trunk_keys)
         for (mixer, moe), number in self._kinds[layers].items():
             if (*sizes, mixer, moe) not in self._layers:
                 dense = frozenset() if moe else frozenset({0})
@@ -78,7 +77,7 @@ class Footprints:
         trunk, mtp, routed, fp8, int4, once, each = sums.tolist()
         whole = trunk + mtp
         sized = {"bf16": 2 * whole, "fp8": 2 * (whole - fp8) + _FP8 * fp8, "int4": 2 * (whole - int4) + _INT4 * int4}
-        cache, state = _kept_between_tokens(shape, mtp=self._mtp)
+        cache, state = _kept_between_tokens(shape)
         return Footprint(
             parameters=round(trunk),
             active=round(trunk - routed + routed * shape["top_k"] / shape["experts"]),
@@ -94,7 +93,7 @@ class Footprints:
         operations without the routed experts, and with one expert per token those of it."""
         alone = replace(shape, sizes={**shape.sizes, "top_k": 1})
         values = np.zeros(5)
-        for row in table(alone, STACKED, mtp=self._mtp).values():
+        for row in table(alone, STACKED).values():
             trunk = row.subtree == "trunk"
             matrix = len(row.shape) > 1 and min(row.shape) > 1  # neither the convolution nor the shared expert's gate
             small = matrix and row.component not in _LEFT, matrix and row.component in _INTEGER
@@ -105,10 +104,10 @@ class Footprints:
         return np.array([*values, forward.total - each + head, each])
 
 
-def _kept_between_tokens(shape: Shape, *, mtp: bool) -> tuple[int, int]:
+def _kept_between_tokens(shape: Shape) -> tuple[int, int]:
     """Bytes per token of context, and per sequence."""
     deltanet = shape.layer_types.count("linear_attention")
-    attention = shape.layers - deltanet + mtp
+    attention = shape.layers - deltanet + shape.mtp_layers
     cache = 2 * 2 * attention * shape["kv_heads"] * shape["head_dim"]
     if not deltanet:
         return cache, 0

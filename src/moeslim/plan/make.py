@@ -5,8 +5,7 @@ keeps its size gets no step, so a plan that keeps everything is empty. The MTP b
 sizes by its own statistics, since engines build it from the same config fields.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,28 +33,24 @@ from moeslim.recipe import Methods
 from moeslim.statistics import LayerStats, NormStats, Stats
 
 
-def source_shape(config: Mapping[str, Any], *, mtp: bool) -> SourceShape:
+def source_shape(shape: Shape) -> SourceShape:
     """The sizes that a plan says it is for."""
-    shape = Shape.from_config(config)
     sizes = {axis: shape.sizes.get(axis) for axis in AXES if axis != "layers"}
     return SourceShape.model_validate(
-        {"model_type": shape.family.model_type, "layers": shape.layers, "mtp": mtp, **sizes}
+        {"model_type": shape.family.model_type, "layers": shape.layers, "mtp": shape.mtp_layers > 0, **sizes}
     )
 
 
-def make_plan(
-    config: Mapping[str, Any], *, stats: Stats | None, target: Target, methods: Methods, mtp: bool, seed: int = 0
-) -> Plan:
-    """The plan that takes a model of `config` to `target`, decided from `stats` by `methods`.
+def make_plan(shape: Shape, *, stats: Stats | None, target: Target, methods: Methods, seed: int = 0) -> Plan:
+    """The plan that takes a model of `shape` to `target`, decided from `stats` by `methods`.
 
-    `mtp`: whether the checkpoint has an MTP head. `seed` is read by the importance `random` alone. `methods.protect`
-    counts layers and experts in the source. Raises PlanError for a target above what there is, for statistics that
-    are missing, and for what a method cannot do. What a search has decided is taken from the statistics as it is; the
-    notes tell what it says of that, and list every expert that no calibration token reached.
+    `seed` is read by the importance `random` alone. `methods.protect` counts layers and experts in the source. Raises
+    PlanError for a target above what there is, for statistics that are missing, and for what a method cannot do. What a
+    search has decided is taken from the statistics as it is; the notes tell what it says of that, and list every expert
+    that no calibration token reached.
     """
-    shape = Shape.from_config(config)
     _check_target(shape, target)
-    maker = _Maker(shape, stats, methods=methods, mtp=mtp, seed=seed)
+    maker = _Maker(shape, stats, methods=methods, seed=seed)
     wanted = {axis: getattr(target, axis) for axis in axes_of(shape)}
     steps: list[Step] = []
     if wanted["layers"] not in (None, shape.layers):
@@ -73,7 +68,7 @@ def make_plan(
     return Plan(
         model=stats.model if stats is not None else None,
         stats=stats_name(stats) if stats is not None else None,
-        source=source_shape(config, mtp=mtp),
+        source=source_shape(shape),
         steps=tuple(steps),
         notes=maker.notes,
     )
@@ -88,8 +83,8 @@ def stats_name(stats: Stats) -> str:
 class _Maker:
     """The decisions of one plan; `layers` are the source numbers of the layers that stay, known after drop_layers."""
 
-    def __init__(self, shape: Shape, stats: Stats | None, *, methods: Methods, mtp: bool, seed: int) -> None:
-        self.shape, self.stats, self.methods, self.mtp, self.seed = shape, stats, methods, mtp, seed
+    def __init__(self, shape: Shape, stats: Stats | None, *, methods: Methods, seed: int) -> None:
+        self.shape, self.stats, self.methods, self.seed = shape, stats, methods, seed
         self.layers = list(range(shape.layers))
         self.cuts: dict[str, LayerCut] = {}  # by the key in the source
         self.notes: dict[str, Any] = {}
@@ -98,14 +93,14 @@ class _Maker:
         if self.methods.depth == "last":
             self.layers = list(range(count))
         else:
-            learnt = [self._layer(key, "layers") for key in self.shape.layer_keys]
+            learnt = [self._layer(key, "layers") for key in self.shape.trunk_keys]
             self.layers = kept_layers(self.shape, learnt, count=count, methods=self.methods)
         return DropLayers(kept=tuple(self.layers), method=self.methods.depth)
 
     def cut_hidden(self, count: int) -> CutHidden:
         """Scores come from the norms of the layers that stay and the final norm; scales for every d-sized norm."""
         keep_prefixes = [self.shape.prefix(str(layer)) for layer in self.layers]
-        norms = [row for row in hidden_norms(self.shape, mtp=self.mtp) if _stays(row, keep_prefixes)]
+        norms = [row for row in hidden_norms(self.shape) if _stays(row, keep_prefixes)]
         trunk = [self._norm(row.name) for row in norms if row.subtree == "trunk"]
         kept = importance.keep_highest(importance.channel_importance(trunk, self.methods.width), count)
         scale = {}
@@ -117,7 +112,7 @@ class _Maker:
 
     def cut_experts(self, count: int) -> list[Step]:
         """The cut, and the routers' new rows where a search has trained some."""
-        check_protected(self.methods.protect, self.shape, mtp=self.mtp)
+        check_protected(self.methods.protect, self.shape)
         searched = experts.check_search(self.stats, self.methods)
         keys, missed = self._moe_keys(), {}
         for _, old in keys:
@@ -169,7 +164,7 @@ class _Maker:
     def _moe_keys(self) -> list[tuple[str, str]]:
         """(key after drop_layers, key in the source) of every layer with routed experts."""
         pairs = [(str(new), str(old)) for new, old in enumerate(self.layers) if self.shape.is_moe(str(old))]
-        return [*pairs, ("mtp.0", "mtp.0")] if self.mtp else pairs
+        return [*pairs, *((key, key) for key in self.shape.mtp_keys)]
 
     def _layer(self, key: str, what: str) -> LayerStats:
         if self.stats is None:
@@ -197,16 +192,16 @@ class _Maker:
 
     def _renumbered(self, row: Row) -> str:
         """The norm's name in the model as cut_hidden finds it."""
-        here = replace(self.shape, layer_types=tuple(self.shape.layer_types[layer] for layer in self.layers))
+        here = self.shape.keep_layers(self.layers)
         if row.layer is None:
             return here.named(row.tensor.name)
         key = row.layer if row.subtree == "mtp" else str(self.layers.index(int(row.layer)))
         return here.prefix(key) + row.tensor.name
 
 
-def hidden_norms(shape: Shape, *, mtp: bool) -> list[Row]:
+def hidden_norms(shape: Shape) -> list[Row]:
     """The rows of the table that are norms over the hidden channels, the trunk's first."""
-    rows = table(shape, STACKED, mtp=mtp).values()
+    rows = table(shape, STACKED).values()
     return [row for row in rows if row.tensor.norm is not None and row.axes == ("hidden",)]
 
 
@@ -261,7 +256,7 @@ def _stays(row: Row, prefixes: Sequence[str]) -> bool:
 
 def _check_target(shape: Shape, target: Target) -> None:
     for axis in axes_of(shape):
-        wanted, there = getattr(target, axis), shape.layers if axis == "layers" else shape[axis]
+        wanted, there = getattr(target, axis), shape.count(axis)
         if wanted is not None and not 1 <= wanted <= there:
             raise PlanError(f"keep.{axis}: {wanted} of {there}; keep at least 1 and at most {there}")
     check_groups(shape, target.experts or shape["experts"], top_k=target.top_k or shape["top_k"], where="keep")

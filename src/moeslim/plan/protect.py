@@ -7,16 +7,16 @@ is left, so the names move with the plan.
 from collections.abc import Mapping, Sequence
 
 from moeslim.errors import PlanError
-from moeslim.families import Shape
+from moeslim.families import Shape, is_mtp
 from moeslim.plan.steps import CutExperts, DropLayers, Plan
 
 Protected = Mapping[str, Sequence[int]]
 """Layer key -> expert ids."""
 
 
-def check_protected(protect: Protected, shape: Shape, *, mtp: bool) -> None:
+def check_protected(protect: Protected, shape: Shape) -> None:
     """PlanError unless every key is a layer with experts and every id one of its experts."""
-    known = [key for key in shape.layer_keys if shape.is_moe(key)] + (["mtp.0"] if mtp else [])
+    known = shape.moe_keys
     for key, ids in protect.items():
         if key not in known:
             raise PlanError(f"methods.protect: {key!r} is no layer with experts; known are {_span(known)}")
@@ -44,8 +44,8 @@ def renumbered(protect: Protected, plan: Plan) -> dict[str, tuple[int, ...]]:
     now = {key: tuple(ids) for key, ids in protect.items()}
     for step in plan.steps:
         if isinstance(step, DropLayers):
-            place = {str(old): str(new) for new, old in enumerate(step.kept)} | {"mtp.0": "mtp.0"}
-            now = {place[key]: ids for key, ids in now.items() if key in place}
+            place = {str(old): str(new) for new, old in enumerate(step.kept)}
+            now = {place.get(key, key): ids for key, ids in now.items() if key in place or is_mtp(key)}
         elif isinstance(step, CutExperts):
             now = {key: tuple(step.kept[key].index(e) for e in ids if e in step.kept[key]) for key, ids in now.items()}
     return now

@@ -6,7 +6,7 @@ named schedule: the paper leaves expert size open, and we treat it as part of th
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from moeslim.errors import PlanError, RecipeError
@@ -128,11 +128,11 @@ def resolve(shape: Shape, keep: Keep, *, methods: Methods) -> Target:
     the same number in each of the router's groups; a count is taken as it is. RecipeError for more than there is,
     PlanError for what the methods or the router cannot do, so that neither is found out after a calibration.
     """
-    check_protected(methods.protect, shape, mtp=True)  # whether there is an MTP head, the plan will know
+    check_protected(methods.protect, replace(shape, mtp_layers=1))  # whether there is an MTP head, the plan will know
     period = pattern_period(shape.layer_types)
     multiples = {"hidden": methods.round_to, "expert_size": methods.round_to, "shared_size": methods.round_to}
     multiples |= {"layers": 1 if methods.allow_irregular else period, "experts": shape.groups}
-    have = {axis: shape.layers if axis == "layers" else shape[axis] for axis in axes_of(shape)}
+    have = {axis: shape.count(axis) for axis in axes_of(shape)}
     for axis in AXES:
         if axis not in have and getattr(keep, axis) is not None:
             raise RecipeError(f"keep.{axis}: {shape.family.model_type} has no size of its own for this; leave it out")
@@ -164,7 +164,7 @@ def stages(schedule: str | Sequence[Stage], shape: Shape, *, target: Target, uni
     next one, or to the last. PlanError for fractions that do not add up to the whole, and for unknown names.
     """
     axes = axes_of(shape)
-    have = {axis: shape.layers if axis == "layers" else shape[axis] for axis in axes}
+    have = {axis: shape.count(axis) for axis in axes}
     goal = {axis: have[axis] if getattr(target, axis) is None else getattr(target, axis) for axis in axes}
     for axis in axes:
         if not 1 <= goal[axis] <= have[axis]:

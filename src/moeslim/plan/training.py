@@ -27,12 +27,11 @@ class Gpus:
 
 @dataclass(frozen=True)
 class Course:
-    """A training: per stage the student's shape and its tokens; the teacher; tokens of a row; MTP head or not."""
+    """A training: per stage the student's shape and its tokens; the teacher; tokens of a row. MTP heads learn too."""
 
     stages: Sequence[tuple[Shape, float]]
     teacher: Shape
     length: int
-    mtp: bool
     micro_rows: int = 1
 
 
@@ -54,7 +53,7 @@ def price(course: Course, gpus: Gpus) -> Price:
     Weights and moments are shared out over 8 GPUs, a machine's, or over more, doubled until they fit or all share one.
     """
     operations = sum(
-        tokens * training_operations(student, length=course.length, depths=int(course.mtp), teacher=course.teacher)
+        tokens * training_operations(student, length=course.length, depths=1, teacher=course.teacher)
         for student, tokens in course.stages
     )
     seconds = operations / (gpus.peak * UTILISATION)
@@ -76,23 +75,23 @@ def largest_memory(course: Course, gpus: Gpus, *, shard: int) -> float:
     """
     teacher = course.teacher
     words = teacher["vocab"]
-    said = 2 * _parameters(teacher, mtp=course.mtp) / shard + 4 * words * teacher["hidden"]
+    said = 2 * _parameters(teacher) / shard + 4 * words * teacher["hidden"]
 
     def stage(student: Shape) -> float:
         inputs = 2 * course.micro_rows * course.length * student["hidden"] * student.layers
         outer = 16 * words * student["hidden"] + 10 * _largest_layer(student)
-        return 16 * _parameters(student, mtp=course.mtp) / shard + outer + inputs
+        return 16 * _parameters(student) / shard + outer + inputs
 
     return max(stage(student) for student, _ in course.stages) + said + max(0.5e9, gpus.memory / 32)
 
 
-def _parameters(shape: Shape, *, mtp: bool) -> int:
+def _parameters(shape: Shape) -> int:
     found = count(shape)
-    return found.total + (found.mtp if mtp else 0)
+    return found.total + found.mtp
 
 
 def _largest_layer(shape: Shape) -> int:
     sums: Counter[str | None] = Counter()
-    for row in table(shape, STACKED, mtp=False).values():
+    for row in table(shape.trunk, STACKED).values():
         sums[row.layer] += row.parameters if row.layer is not None else 0
     return max(sums.values())

@@ -101,8 +101,8 @@ def _cut(folders: Sequence[Path]) -> CutFacts | None:
     plans = [_object(path) for path in paths]
     try:
         source = plans[0]["source"]
-        sizes = {name: value for name, value in source.items() if isinstance(value, int) and name != "mtp"}
-        return replay([plan["steps"] for plan in plans], sizes, mtp=bool(source.get("mtp")))
+        sizes = {name: value for name, value in source.items() if isinstance(value, int)}
+        return replay([plan["steps"] for plan in plans], sizes | {"mtp": int(bool(source.get("mtp")))})
     except (KeyError, IndexError, TypeError, ValueError) as problem:
         named = ", ".join(str(path) for path in paths)
         raise RunError(

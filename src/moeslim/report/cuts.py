@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeslim.families import is_mtp, mtp_keys
 from moeslim.report.figures import NBSP
 
 
@@ -78,16 +79,17 @@ class _Replay:
     lost_channels: dict[int, int] = field(default_factory=dict)
 
     def source_key(self, key: str) -> str:
-        return key if key.startswith("mtp.") else self.trunk[int(key)]
+        return key if is_mtp(key) else self.trunk[int(key)]
 
 
-def replay(plans: Sequence[Steps], sizes: Mapping[str, int], *, mtp: bool) -> CutFacts:
-    """Replay the plans of all stages (each a list of steps) on a source of `sizes`; `mtp`: it has an MTP block.
+def replay(plans: Sequence[Steps], sizes: Mapping[str, int]) -> CutFacts:
+    """Replay the plans of all stages (each a list of steps) on a source of `sizes`, "mtp" those of its MTP head.
 
     Raises KeyError, IndexError, ValueError or TypeError on steps that do not fit the source; the caller names the file.
     """
+    sizes = dict(sizes)
     trunk = [str(layer) for layer in range(sizes["layers"])]
-    keys = [*trunk, *(["mtp.0"] if mtp else [])]
+    keys = [*trunk, *mtp_keys(sizes.pop("mtp", 0))]
     experts = {key: list(range(sizes.get("experts", 0))) for key in keys}
     state = _Replay(dict(sizes), list(trunk), experts, list(range(sizes.get("hidden", 0))))
     history = [dict(sizes)]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
+from moeslim.families import is_mtp
 from moeslim.report.cuts import CutFacts, LayerCut
 
 _LABEL = 40
@@ -66,7 +67,7 @@ def _layer_row(layer: LayerCut, *, y: int, cell: float) -> str:
 
 def _label(layer: LayerCut, y: int) -> str:
     lost = " off" if layer.lost else ""
-    words = "MTP" if layer.key.startswith("mtp.") else layer.key
+    words = "MTP" if is_mtp(layer.key) else layer.key
     return f'<text class="label{lost}" x="{_LABEL - 8}" y="{y + 10}" text-anchor="end">{escape(words)}</text>'
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from moeslim.artifacts.commit import read_json
 from moeslim.checkpoint.config_json import read_config
 from moeslim.errors import RunError
-from moeslim.families import Count, count
+from moeslim.families import Count, Shape, count, is_mtp
 from moeslim.report.cuts import CutFacts
 from moeslim.report.training import Training, read_trainings
 
@@ -42,7 +42,7 @@ def read_stages(folders: Mapping[int, Path], cut: CutFacts | None) -> tuple[Stag
     """Every stage of a run; `cut` is the replay of the plans that stand. RunError or CheckpointError name a file."""
     planned = [number for number, path in folders.items() if (path / "plan.json").is_file()]
     after = dict(zip(planned, cut.sizes[1:], strict=True)) if cut else {}
-    mtp = cut is not None and any(layer.key.startswith("mtp.") for layer in cut.layers)
+    mtp = cut is not None and any(is_mtp(layer.key) for layer in cut.layers)
     trainings = read_trainings(list(folders.values()))
     return tuple(
         replace(_stage(number, path), sizes=after.get(number), mtp=mtp, training=training)
@@ -52,10 +52,11 @@ def read_stages(folders: Mapping[int, Path], cut: CutFacts | None) -> tuple[Stag
 
 def _stage(number: int, path: Path) -> StageFacts:
     """What statistics and cut tell."""
-    receipt, seen = path / "cut" / "receipt.json", _told(path / "stats" / "stats.json", "tokens", "model")
+    cut = path / "cut"
+    receipt, seen = cut / "receipt.json", _told(path / "stats" / "stats.json", "tokens", "model")
     return StageFacts(
         number=number,
-        counted=count(read_config(path / "cut")) if (path / "cut" / "config.json").is_file() else None,
+        counted=count(Shape.from_config(read_config(cut))) if (cut / "config.json").is_file() else None,
         bytes=_weights(receipt) if receipt.is_file() else None,
         tokens=seen.get("tokens"),
         observed=seen.get("model"),

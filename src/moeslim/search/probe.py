@@ -23,7 +23,7 @@ from moeslim.calibrate.observe import Observe
 from moeslim.calibrate.run import calibrate, hold_out
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import CheckpointError, DataError, PlanError
-from moeslim.families import Shape
+from moeslim.families import Shape, is_mtp
 from moeslim.figures import Figure, ratio
 from moeslim.log import progress
 from moeslim.model.hidden import HiddenFiles
@@ -37,8 +37,6 @@ from moeslim.statistics import LayerStats, Stats
 
 FEWEST_ROWS = 16
 """Rows of text below which fewer than two would be held out, and no error could be told."""
-_COMPARED = {"norm": "", "mtp.0": "mtp_"}
-"""Where streams are compared, and what the names of the figures begin with."""
 
 
 class Text(Protocol):
@@ -146,7 +144,7 @@ class _Probe:
         self.reader, self.ask = reader, ask
         self.rows, self.mask = sample
         self.cuts = [count for count in counts if count < reader.shape["experts"]]
-        self.keys = [*reader.shape.layer_keys, "norm", *(["mtp.0"] if reader.has_mtp else [])]
+        self.keys = reader.shape.keys
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -163,8 +161,13 @@ class _Probe:
 
     def gather(self, parts: Sequence[Path], *, out: Path) -> None:
         """OUT/probe.json: the sums of every held-out row by place and count."""
-        found = {part.name: read_json(part / "sums.json") for part in parts if part.name in _COMPARED}
+        found = {part.name: read_json(part / "sums.json") for part in parts if _compares(part.name)}
         write_json(out / "probe.json", found)
+
+
+def _compares(key: str) -> bool:
+    """Whether streams are compared behind this visit: those of the last norm and the MTP head make predictions."""
+    return key == "norm" or is_mtp(key)
 
 
 class _Trial:
@@ -189,7 +192,7 @@ class _Trial:
                 with self._cut(stats, count):
                     for tokens in self.streams.run(count):
                         advance(tokens, f"{count} experts")
-        if self.visit.key in _COMPARED:
+        if _compares(self.visit.key):
             self._compare()
         return None, None
 
@@ -222,7 +225,8 @@ class _Trial:
 def _figures(sums: dict[str, dict[str, dict[str, list[float]]]], reader: Reader) -> dict[int, dict[str, Figure]]:
     """Count -> figures by name, from the sums by place, count and row."""
     found: dict[int, dict[str, Figure]] = {}
-    for place, prefix in _COMPARED.items():
+    for place in filter(_compares, reader.shape.keys):
+        prefix = "mtp_" if is_mtp(place) else ""
         for count, own in sums.get(place, {}).items():
             for name in ("kl", "rise"):
                 figure = ratio(own[name], own["tokens"], unit="nats/token", per="row")

@@ -23,7 +23,7 @@ from moeslim.log import logger
 from moeslim.model.walk import LayerVisit
 from moeslim.plan.experts import layer_scores, search_facts
 from moeslim.plan.grouping import RHOS, Wanted, alignment, cut_layer, is_sequential, needs_search
-from moeslim.plan.schedule import AXES, Target
+from moeslim.plan.schedule import Target, axes_of
 from moeslim.plan.steps import LayerCut
 from moeslim.recipe import Methods
 from moeslim.search.align import Aligner
@@ -109,7 +109,7 @@ def expert_search(shape: Shape, target: Target, *, methods: Methods, seed: int) 
     PlanError, before anything is calibrated, where the rest of the cut would make what is found untrue.
     """
     wanted = needs_search(methods)
-    changed = {axis for axis in AXES if getattr(target, axis) not in (None, _have(shape, axis))}
+    changed = {axis for axis in axes_of(shape) if getattr(target, axis) not in (None, shape.count(axis))}
     if not wanted or "experts" not in changed:
         return None
     if (
@@ -229,10 +229,6 @@ class _Passing(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
         return hidden_states
-
-
-def _have(shape: Shape, axis: str) -> int:
-    return shape.layers if axis == "layers" else shape[axis]
 
 
 def _save(path: Path, rows: dict[str, torch.Tensor]) -> None:

@@ -6,22 +6,21 @@ from math import expm1
 from typing import Any
 
 from moeslim import __version__
-from moeslim.checkpoint.config_json import edit_config
-from moeslim.families import count
+from moeslim.families import Shape, count
 from moeslim.plan.experts import expert_importance_of
 from moeslim.recipe import Methods
 from moeslim.search.knee import knee, safe
 from moeslim.search.probe import Found
 
 
-def verdict(found: Found, config: Mapping[str, Any], *, methods: Methods, tolerance: float) -> dict[str, Any]:
+def verdict(found: Found, shape: Shape, *, methods: Methods, tolerance: float) -> dict[str, Any]:
     """A JSON-able record; `lines` of it say in words what the table cannot.
 
     `parameters` are those of the trunk. A rise without an error (one row) counts as exact.
     """
     counts = sorted(found.figures)
     total = counts[-1]
-    sizes = {experts: count(edit_config(config, experts=experts)) for experts in counts}
+    sizes = {experts: count(shape.resized(experts=experts)) for experts in counts}
     rises = [(figures["rise"].value, figures["rise"].se or 0.0) for figures in map(found.figures.__getitem__, counts)]
     record: dict[str, Any] = {
         "experts": total,

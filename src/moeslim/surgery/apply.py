@@ -5,7 +5,6 @@ tensor does not matter.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import torch
 
 from moeslim.artifacts.commit import check_vacant, committed_folder
 from moeslim.artifacts.fingerprint import folder_fingerprint
-from moeslim.checkpoint.config_json import copy_side_files, write_config
+from moeslim.checkpoint.config_json import copy_side_files, edit_config, write_config
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
 from moeslim.checkpoint.verify import check_receipt, verify
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, write_receipt
 from moeslim.errors import CheckpointError
 from moeslim.log import logger, progress
-from moeslim.plan import Plan, check_plan, config_after, final_shape, write_plan
+from moeslim.plan import Plan, final_shape, write_plan
+from moeslim.plan.engines import engine_warnings
 from moeslim.surgery.fold import view_of
 from moeslim.surgery.merge import merged
 from moeslim.surgery.outputs import Output, Slot, outputs
@@ -45,13 +45,13 @@ def cut(
     check_vacant(out_folder)
     reader = Reader(source_folder)
     check_receipt(reader.folder)
-    for warning in check_plan(plan, reader.config, mtp=reader.has_mtp):
+    after = final_shape(plan, reader.shape)
+    for warning in engine_warnings(after, before=reader.shape):
         logger.warning("plan: %s", warning)
     parent = folder_fingerprint(reader.folder)
     if plan.model not in (None, parent):
         logger.warning("plan: it was decided for model %s, this one is %s of the same shape", plan.model, parent)
-    after = replace(final_shape(plan, reader.config, mtp=reader.has_mtp), flags=reader.shape.flags)
-    view = view_of(plan, reader.shape, mtp=reader.has_mtp)
+    view = view_of(plan, reader.shape)
     wanted = {output.name: output for output in outputs(view, after, layouts=reader.layouts)}
     files = Beside(beside, plan)
     files.check(wanted.values())
@@ -62,7 +62,7 @@ def cut(
             for name in writer.order:
                 writer.add(name, _told(made(wanted[name], reader, files=files), advance, name=name))
         weights = writer.finish()
-        write_config(folder, config_after(plan, reader.config, mtp=reader.has_mtp))
+        write_config(folder, edit_config(reader.config, after))
         copy_side_files(reader.folder, folder)
         write_plan(folder / "plan.json", plan)
         parents = {"source": parent, "plan": plan.fingerprint}

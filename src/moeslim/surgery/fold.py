@@ -20,9 +20,9 @@ _FOLD: Mapping[str, Callable[[View, Any], View]] = {
 }
 
 
-def view_of(plan: Plan, shape: Shape, *, mtp: bool) -> View:
+def view_of(plan: Plan, shape: Shape) -> View:
     """What stays of a source of `shape` after all steps of a checked plan."""
-    view = View.whole(shape, mtp=mtp)
+    view = View.whole(shape)
     for step in plan.steps:
         view = _FOLD[step.step](view, step)
     return view

@@ -55,7 +55,7 @@ class Output:
 
 def outputs(view: View, after: Shape, *, layouts: Mapping[str, str]) -> Iterator[Output]:
     """One output per row of the cut model's table, in the table's order. `after` is the cut model's shape."""
-    for row in table(after, layouts, mtp=view.mtp).values():
+    for row in table(after, layouts).values():
         key = None if row.layer is None else view.source_key(row.layer)
         if row.component != "experts":
             yield _plain(view, row, key=key)

@@ -7,7 +7,7 @@ from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.shard import AHEAD_BYTES
 from moeslim.machine.bound import check_bound
 from moeslim.machine.host import return_memory
-from moeslim.plan import Plan, check_plan, final_shape
+from moeslim.plan import Plan, final_shape
 from moeslim.surgery.fold import view_of
 from moeslim.surgery.outputs import Output, Slot, outputs
 from moeslim.surgery.read import PART_BYTES
@@ -21,9 +21,8 @@ def check_cut(source_folder: Path | str, plan: Plan, *, bound: int | None) -> Pl
         return plan
     return_memory()
     reader = Reader(source_folder)
-    check_plan(plan, reader.config, mtp=reader.has_mtp)
-    after = final_shape(plan, reader.config, mtp=reader.has_mtp)
-    wanted = list(outputs(view_of(plan, reader.shape, mtp=reader.has_mtp), after, layouts=reader.layouts))
+    after = final_shape(plan, reader.shape)
+    wanted = list(outputs(view_of(plan, reader.shape), after, layouts=reader.layouts))
     check_bound(bound, needed(reader, wanted), what="the cut")
     return plan
 

@@ -50,7 +50,7 @@ def _narrow(expert: Expert, ids: tuple[int, ...]) -> Expert:
 def _source_name(view: View, name: str) -> str:
     """The source's name of a tensor of a layer, or of an outer one, after the layers dropped so far."""
     here = view.here
-    for new in (*here.layer_keys, "mtp.0"):
+    for new in here.layer_keys:
         prefix = layer_prefix(here, new)
         if prefix and name.startswith(prefix):
             return layer_prefix(view.shape, view.source_key(new)) + name.removeprefix(prefix)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moeslim.families import Shape
+from moeslim.families import Shape, is_mtp
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class View:
     """
 
     shape: Shape
-    mtp: bool
     layers: tuple[int, ...]
     top_k: int
     hidden: np.ndarray | None
@@ -62,18 +61,18 @@ class View:
     routers: Mapping[str, NewRouter]
 
     @classmethod
-    def whole(cls, shape: Shape, *, mtp: bool) -> "View":
+    def whole(cls, shape: Shape) -> "View":
         """All of the source."""
-        return cls(shape, mtp, tuple(range(shape.layers)), shape["top_k"], None, {}, {}, {}, {})
+        return cls(shape, tuple(range(shape.layers)), shape["top_k"], None, {}, {}, {}, {})
 
     @property
     def here(self) -> Shape:
         """The source's shape with the layers that are left: what the names of tensors go by after the cut so far."""
-        return replace(self.shape, layer_types=tuple(self.shape.layer_types[layer] for layer in self.layers))
+        return self.shape.keep_layers(self.layers)
 
     def source_key(self, key: str) -> str:
         """The source's key of the layer that is `key` after the cut so far."""
-        return key if key.startswith("mtp.") else str(self.layers[int(key)])
+        return key if is_mtp(key) else str(self.layers[int(key)])
 
     def experts_of(self, key: str) -> tuple[Expert, ...]:
         """The routed experts that layer `key` of the source is left with."""
