@@ -34,7 +34,7 @@ from moeslim.errors import CheckpointError, DataError, ResourceError, RunError
 from moeslim.families import Shape
 from moeslim.machine import parallel
 from moeslim.model.experts import FileExperts, Routing, Run
-from moeslim.model.mtp import MtpBlock
+from moeslim.model.load import load_student
 from moeslim.model.walk import WalkSettings
 from moeslim.plan.schedule import resolve
 from moeslim.recipe import Keep, Methods
@@ -74,14 +74,16 @@ class Trace:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float64, attn_implementation="sdpa", experts_implementation="eager"
         )
-        block = MtpBlock(model.config)
-        block.load_state_dict(_mtp_state(folder))
-        block = block.double().eval()
+        block = load_student(folder, dtype=torch.float64, experts="eager").mtp
+        assert block is not None
+        block.eval()
         self.decoders = {str(i): layer for i, layer in enumerate(model.model.layers)} | {"mtp.0": block.layers[0]}
         model.requires_grad_(False)
         block.requires_grad_(False)
         self.calls: dict[str, list[tuple[torch.Tensor, Any]]] = {}
-        modules = [*model.named_modules(), *((f"mtp.{name}", module) for name, module in block.named_modules() if name)]
+        on_disk = {"norm_embedding": "pre_fc_norm_embedding", "norm_hidden": "pre_fc_norm_hidden"}
+        head = ((f"mtp.{on_disk.get(name, name)}", module) for name, module in block.named_modules() if name)
+        modules = [*model.named_modules(), *head]
         for name, module in modules:
             module.register_forward_hook(self._hook(name))
         with torch.no_grad():
@@ -99,16 +101,6 @@ class Trace:
     def __getitem__(self, name: str) -> tuple[torch.Tensor, Any]:
         (call,) = self.calls[name]
         return call
-
-
-def _mtp_state(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-    state = {name.removeprefix("mtp."): tensor for name, tensor in tensors.items() if name.startswith("mtp.")}
-    prefix = "layers.0.mlp.experts."
-    single = [[state.pop(f"{prefix}{e}.{m}_proj.weight") for m in ("gate", "up", "down")] for e in range(E)]
-    state[prefix + "gate_up_proj"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in single])
-    state[prefix + "down_proj"] = torch.stack([down for _, _, down in single])
-    return state
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +254,9 @@ def test_scores_equal_hand_arithmetic_on_a_hand_made_router() -> None:
     gates = torch.tensor([[0.3, 0.1], [0.5, 0.5], [0.6, 0.2]])
     softmax = torch.tensor([[0.2, 0.1], [0.4, 0.3], [0.5, 0.1]])
     logits = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, -1.0], [0.0, 0.0, -3.0]])
-    experts = FileExperts(HandFile(), lambda gate: gate)  # has what is used of a file
+    experts = FileExperts(
+        HandFile(), lambda both: both.chunk(2, dim=-1)[0] * both.chunk(2, dim=-1)[1]
+    )  # has what is used of a file
     experts.watch = seen = Slate()
     out = experts(x, indices, gates)
     # token 0: 0.3 * 2 * (3,4) + 0.1 * 2 * (0,2); token 1: 0.5 * -1 * (3,4) + 0.5 * -1 * (0,2); token 2 alike

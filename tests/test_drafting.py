@@ -45,8 +45,7 @@ def last_state(student: Student, pairs: list[tuple[torch.Tensor, int]]) -> torch
     heads, groups, width = (config[f] for f in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     embedding = student.trunk.model.embed_tokens.weight
     joined = [
-        mtp.fc(torch.cat([mtp.pre_fc_norm_embedding(embedding[token]), mtp.pre_fc_norm_hidden(state)]))
-        for state, token in pairs
+        mtp.fc(torch.cat([mtp.norm_embedding(embedding[token]), mtp.norm_hidden(state)])) for state, token in pairs
     ]
     inputs = [layer.input_layernorm(vector) for vector in joined]
     wide = int(width * config["partial_rotary_factor"])

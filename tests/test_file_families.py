@@ -20,8 +20,6 @@ from moeslim.commands.propose import propose
 from moeslim.errors import CheckpointError, FamilyError, PlanError, RecipeError
 from moeslim.families import FAMILIES as SPECS
 from moeslim.families import Shape, count
-from moeslim.model.student import Student
-from moeslim.pipeline import prune
 from moeslim.plan.budget import Wish, resized
 from moeslim.plan.engines import engine_warnings
 from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK
@@ -30,7 +28,7 @@ from tiny import FAMILIES, tiny_config, tiny_shape, write_tiny
 
 pytestmark = pytest.mark.bits("a cut copies values, keep-all copies all of them")
 
-ON_FILES = [family for family in FAMILIES if not SPECS[family].live]
+ON_FILES = [family for family in FAMILIES if family != "qwen3_next"]
 CHANNELS = tuple(c for c in range(16) if c not in (0, 6, 7, 13))
 
 QWEN3_30B = {
@@ -403,30 +401,3 @@ def test_verbs_on_files(tmp_path: Path, family: str) -> None:
     assert plan.read_bytes() == (tmp_path / "plan.json").read_bytes()
     with pytest.raises(RecipeError, match=f"keep.shared_size: {family} has no size of its own"):
         api.plan(str(folder), tmp_path / "no.json", keep={"shared_size": 4})
-
-
-@pytest.mark.parametrize("family", ON_FILES)
-def test_what_needs_a_live_model_is_refused_before_weights_are_read(tmp_path: Path, family: str) -> None:
-    folder = write_tiny(tmp_path / "model", family=family)
-    (folder / "model.safetensors").write_bytes(b"no weights")  # reading them would be another error
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps({"model": str(folder), "keep": {"experts": 6}}))
-    model, out = str(folder), tmp_path / "out"
-    for attempt in (
-        lambda: api.calibrate(model, out),
-        lambda: api.probe(model, out),
-        lambda: api.distill(model, out),
-        lambda: api.distill("demo", out, teacher=model),
-        lambda: api.cache_teacher(model, "demo", out=out),
-        lambda: api.evaluate([model], out),
-        lambda: api.evaluate(["demo"], out, teacher=model),
-        lambda: api.preview(model, keep={"experts": 6}),
-        lambda: api.preview_run(recipe),
-        lambda: prune(model, out, keep={"experts": 6}),
-        lambda: Student.from_config(tiny_config(family)),
-    ):
-        with pytest.raises(
-            FamilyError, match=f"model_type '{family}' cannot be run here yet, only those of qwen3_next"
-        ):
-            attempt()
-        assert not out.exists()

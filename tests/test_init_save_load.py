@@ -12,7 +12,6 @@ from moeslim.artifacts import commit
 from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.verify import verify
 from moeslim.errors import FamilyError, RunError
-from moeslim.families import FAMILIES as SPECS
 from moeslim.families import layer_prefix, table
 from moeslim.model.init import write_random
 from moeslim.model.load import load_student, stacked_experts
@@ -51,13 +50,16 @@ def _same_files(left: Path, right: Path) -> None:
         assert (left / name).read_bytes() == (right / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if SPECS[family].live])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", _CASES)
 def test_open_in_transformers_and_save_back(tmp_path: Path, family: str, case: str) -> None:
     """No key is missing or unexpected, the logits are equal to the last bit, and save(load(x)) is x."""
     folder = write_tiny(tmp_path / "model", family=family, **_CASES[case])
     assert verify(folder).ok
     reference, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    own = f"model.layers.{reference.config.num_hidden_layers}."  # GLM's head, which transformers does not expect
+    unexpected = {name for name in info.pop("unexpected_keys") if not name.startswith(own)}
+    assert not unexpected
     assert not any(info.values()), info
     student = load_student(folder)
     tokens = _tokens(reference.config.vocab_size)

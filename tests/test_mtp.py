@@ -18,8 +18,8 @@ from tiny import tiny_config, write_tiny
 ONE = Coefficients({"lm": 1.0, "mtp_lm.1": 1.0})
 
 RENAMED = {
-    "pre_fc_norm_embedding": "enorm",
-    "pre_fc_norm_hidden": "hnorm",
+    "norm_embedding": "enorm",
+    "norm_hidden": "hnorm",
     "fc": "eh_proj",
     "norm": "post_norm",
     "layers": "mtp_block",

@@ -35,7 +35,7 @@ from moeslim.recipe import Data, Methods
 from moeslim.search import run as search_run
 from moeslim.search.align import Aligner
 from moeslim.search.block import BlockSample, block_error, spread
-from moeslim.search.layer import become, cut_as, merged_expert, moe_block
+from moeslim.search.layer import become, cut_as, merged_expert
 from moeslim.search.rho import least
 from moeslim.search.run import ExpertSearch, expert_search
 from moeslim.statistics import Stats
@@ -479,7 +479,7 @@ def test_on_the_teacher_rho_auto_is_no_worse_than_one_half_on_unseen_tokens(text
         }
         for name, found in cuts.items():
             with cut_as(visit, found, top_k=4):
-                errors[name].append(block_error(moe_block(visit), sample.x, y_Nd=sample.y))
+                errors[name].append(block_error(visit.moe.block, sample.x, y_Nd=sample.y))
     means = {name: float(np.mean(found)) for name, found in errors.items()}
     rhos = [found["rho"] for found in stats.found.values()]
     sys.stdout.write(f"error of the layers' outputs, mean over layers, rho by layer: {means} {rhos}\n")

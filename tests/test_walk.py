@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -16,9 +15,9 @@ from moeslim.checkpoint.reader import Reader
 from moeslim.errors import ResourceError, RunError
 from moeslim.model import hidden as hidden_files
 from moeslim.model.experts import ExpertFile, FileExperts
-from moeslim.model.mtp import MtpBlock
+from moeslim.model.load import load_student
 from moeslim.model.walk import LayerVisit, WalkSettings, walk
-from tiny import in_own_memory, write_tiny
+from tiny import FAMILIES, in_own_memory, write_tiny
 
 pytestmark = pytest.mark.bits("the walk is the whole model")
 
@@ -47,21 +46,6 @@ def whole_model(folder: Path, attn: str) -> nn.Module:
     return in_own_memory(model).eval()
 
 
-def mtp_block(folder: Path, config: Any) -> MtpBlock:
-    """The MTP block with weights read and stacked by hand."""
-    tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-    state = {name.removeprefix("mtp."): tensor for name, tensor in tensors.items() if name.startswith("mtp.")}
-    experts = "layers.0.mlp.experts."
-    if experts + "0.gate_proj.weight" in state:
-        count = config.num_experts
-        single = [[state.pop(f"{experts}{e}.{m}_proj.weight") for m in ("gate", "up", "down")] for e in range(count)]
-        state[experts + "gate_up_proj"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in single])
-        state[experts + "down_proj"] = torch.stack([down for _, _, down in single])
-    block = MtpBlock(config)
-    block.load_state_dict(state)
-    return block.eval()
-
-
 @torch.no_grad()
 def whole_states(folder: Path, attn: str) -> dict[str, torch.Tensor]:
     """Key -> outputs (rows, T, d) of every layer, the final norm and the MTP block, from whole live models."""
@@ -70,11 +54,12 @@ def whole_states(folder: Path, attn: str) -> dict[str, torch.Tensor]:
     trunk = model.model
     for key, module in [*((str(i), layer) for i, layer in enumerate(trunk.layers)), ("norm", trunk.norm)]:
         module.register_forward_hook(lambda _m, _i, out, key=key: seen.setdefault(key, []).append(out))
-    block = mtp_block(folder, model.config)
+    block = load_student(folder, experts="eager", attn=attn).mtp
     for rows in batches():
         h = trunk(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
-        words = trunk.embed_tokens(rows[:, 1:])
-        seen.setdefault("mtp.0", []).append(block(h, words, rotary=trunk.rotary_emb))
+        if block is not None:
+            words = trunk.embed_tokens(rows[:, 1:])
+            seen.setdefault("mtp.0", []).append(block.eval()(h, words, rotary=trunk.rotary_emb))
     return {key: torch.cat(parts) for key, parts in seen.items()}
 
 
@@ -85,6 +70,19 @@ def walked(folder: Path, workdir: Path, **settings: Any) -> dict[str, torch.Tens
     ):
         found[visit.key] = torch.cat([batch.y for batch in visit.batches()])
     return found
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_next"])
+def test_walk_is_the_whole_model_in_every_family(tmp_path: Path, family: str, attn: str) -> None:
+    """Sigmoid routers with groups and biases, ungated shared experts, dense layers, a head behind the layers."""
+    folder = write_tiny(tmp_path / "model", family=family)
+    expected = whole_states(folder, attn)
+    found = walked(folder, tmp_path / "walk", attn=attn)
+    assert list(found) == ["0", "1", "2", "3", "norm", *(["mtp.0"] if family == "glm4_moe" else [])]
+    for key, y in found.items():
+        assert y.std() > 0.1
+        assert torch.equal(y, expected[key]), key
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -141,7 +139,9 @@ def test_unused_experts_are_not_read(folders: dict[str, Path]) -> None:
     file = ExpertFile(Reader(folders["per_expert"]), "1", dtype=torch.float32)
     x = torch.ones(3, 16)
     chosen = torch.tensor([[2, 5]] * 3)
-    FileExperts(file, torch.nn.functional.silu)(x, chosen, torch.full((3, 2), 0.5))
+    FileExperts(file, lambda both: torch.nn.functional.silu(both[:, :12]) * both[:, 12:])(
+        x, chosen, torch.full((3, 2), 0.5)
+    )
     assert set(file._held) == {2, 5}
 
 

@@ -137,10 +137,10 @@ def prune(
 
 def find_models(recipe: Recipe) -> tuple[Structure, Structure]:
     """Source and teacher, both whole as far as headers tell."""
-    source = teacher = read_structure(inputs.live_folder(recipe.model, revision=recipe.revision))
+    source = teacher = read_structure(inputs.model_folder(recipe.model, revision=recipe.revision))
     check_structure(source)
     if recipe.teacher is not None:
-        teacher = read_structure(inputs.live_folder(recipe.teacher))
+        teacher = read_structure(inputs.model_folder(recipe.teacher))
         check_structure(teacher)
     return source, teacher
 

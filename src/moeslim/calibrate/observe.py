@@ -20,6 +20,7 @@ from torch import nn
 from moeslim.calibrate.removal import RemovalBatch
 from moeslim.calibrate.sums import Sums, expert_sums, gram, layer_sums, neuron_sums, norm_sums, wide
 from moeslim.model.experts import FileExperts, Routing, Run
+from moeslim.model.moe import MoeBlock
 from moeslim.model.walk import LayerVisit
 from moeslim.statistics import LayerStats, NormStats
 
@@ -75,9 +76,8 @@ class LayerObserver:
         self.layer: Sums = {}
         self.norms: dict[str, Sums] = {row.name: {} for row in visit.rows if row.component == "norm"}
         self.experts: _ExpertSums | None = None
-        if visit.experts is not None:
-            router = visit.module(next(row for row in visit.rows if row.component == "router"))
-            self.experts = _ExpertSums(router, positions, removal=removal)
+        if visit.moe is not None:
+            self.experts = _ExpertSums(visit.moe, positions, removal=removal)
         self._shared_h: list[torch.Tensor] = []  # what one hook leaves for the next
 
     @contextmanager
@@ -86,7 +86,7 @@ class LayerObserver:
         handles = [*self._watch_norms(), *self._watch_layer(), *self._watch_shared()]
         if self.visit.experts is not None and self.experts is not None:
             self.visit.experts.watch = self.experts
-            handles.append(self.experts.router.register_forward_hook(self.experts.see_router))
+            handles.append(self.experts.moe.router.register_forward_hook(self.experts.see_router))
         try:
             yield
         finally:
@@ -123,30 +123,37 @@ class LayerObserver:
             yield self.visit.decoder.register_forward_hook(see)
 
     def _watch_shared(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        for row in self.visit.rows:
-            if row.component == "shared" and row.tensor.matrix == "down":
+        shared = [row for row in self.visit.rows if row.component == "shared"]
+        gate = next((row for row in shared if row.tensor.role == "shared_gate"), None)
+        for row in shared:
+            if row.tensor.matrix == "down":
                 down = self.visit.module(row)
                 self.layer["down_norm_shared"] = down.weight.double().norm(dim=0)  # type: ignore[operator]  # a tensor
-                yield down.register_forward_hook(self._on_shared_down)
-            elif row.component == "shared" and row.tensor.matrix is None:
-                yield self.visit.module(row).register_forward_hook(self._on_shared_gate)
+                yield down.register_forward_hook(self._on_ungated_down if gate is None else self._on_shared_down)
+        if gate is not None:
+            yield self.visit.module(gate).register_forward_hook(self._on_shared_gate)
 
     def _on_shared_down(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: object) -> None:
         self._shared_h.append(inputs[0])
 
     def _on_shared_gate(self, _module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        gates_N = torch.sigmoid(wide(output)).flatten()
-        (sums,) = neuron_sums(gates_N, self._shared_h.pop(), counts=[len(gates_N)])
+        self._add_shared(torch.sigmoid(wide(output)).flatten(), self._shared_h.pop())
+
+    def _on_ungated_down(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: object) -> None:
+        h_NI = inputs[0].flatten(0, -2)
+        self._add_shared(torch.ones_like(wide(h_NI[:, 0])), h_NI)
+
+    def _add_shared(self, gates_N: torch.Tensor, h_NI: torch.Tensor) -> None:
+        (sums,) = neuron_sums(gates_N, h_NI, counts=[len(gates_N)])
         _add(self.layer, {"neuron_shared_sum": sums.double()})
 
 
 class _ExpertSums:
     """The routed experts' part of it, an `ExpertWatch`."""
 
-    def __init__(self, router: nn.Module, positions: np.ndarray, *, removal: bool) -> None:
-        weight: torch.Tensor = router.weight  # type: ignore[assignment]  # a tensor
-        self.router, self.removal = router, removal
-        self.sums: Sums = {"router_gram": gram(weight.T)}
+    def __init__(self, moe: MoeBlock, positions: np.ndarray, *, removal: bool) -> None:
+        self.moe, self.removal = moe, removal
+        self.sums: Sums = {"router_gram": gram(moe.router.weight.T)}
         self._positions, self._seen = positions, 0
         self._sampled: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._batch: dict[str, torch.Tensor] = {}
@@ -161,7 +168,7 @@ class _ExpertSums:
     def route(self, x_Td: torch.Tensor, indices_TK: torch.Tensor, *, gates_TK: torch.Tensor) -> torch.Tensor | None:
         """Take this batch's part of the shared sample; the next expert in line is wanted for `removal` alone."""
         logits_TE = self._batch.pop("logits")
-        softmax_TE = wide(logits_TE).softmax(-1)
+        softmax_TE = self.moe.probabilities(wide(logits_TE))
         _add(self.sums, {"logit_gram": gram(logits_TE)})
         inside = self._positions - self._seen
         inside = inside[(inside >= 0) & (inside < x_Td.shape[0])]
@@ -171,8 +178,7 @@ class _ExpertSums:
         self._batch = {"gates": gates_TK, "softmax": softmax_TE.gather(1, indices_TK)}
         if not self.removal:
             return None
-        renormalise = bool(self.router.norm_topk_prob)
-        self._removal = RemovalBatch(logits_TE, indices_TK, gates_NK=gates_TK, renormalise=renormalise)
+        self._removal = RemovalBatch(self.moe, logits_TE, indices_NK=indices_TK, gates_NK=gates_TK)
         return self._removal.next
 
     def ran(self, run: Run) -> None:

@@ -123,7 +123,7 @@ def check_first_layer(after: Shape) -> None:
 def with_mtp(config: Mapping[str, Any], mtp: bool) -> dict[str, Any]:
     """The config that says whether there is an MTP head; without one the key is only there where silence means one."""
     family, key = family_of(config), "num_nextn_predict_layers"
-    said = {key: 1} if mtp and family.mtp_prefix is not None else {key: 0} if family.mtp_default else {}
+    said = {key: 1} if mtp and family.mtp is not None else {key: 0} if family.mtp_default else {}
     return {**{name: value for name, value in config.items() if name != key or key in said}, **said}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from moeslim.checkpoint.structure import Opened, Structure, check_structure, refuse_quantised
 from moeslim.commands.inputs import model_folder, options_recipe
 from moeslim.commands.settings import target_shape
-from moeslim.families import Shape, check_live, count
+from moeslim.families import Shape, count
 from moeslim.plan.engines import engine_warnings
 from moeslim.plan.schedule import StageTarget, axes_of, resolve
 from moeslim.recipe import Recipe
@@ -41,7 +41,7 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
         "mtp_parameters": counted.mtp,
         "warnings": engine_warnings(shape),
     }
-    record |= {} if shape.family.mtp_prefix is not None else {"mtp": False}
+    record |= {} if shape.family.mtp is not None else {"mtp": False}
     if opened.structure is not None:
         structure = opened.structure
         check_structure(structure)
@@ -62,7 +62,6 @@ def preview(model: str, *, keep: Mapping[str, Any], overrides: Sequence[str] = (
     """
     recipe = options_recipe(model, keep=keep, overrides=overrides)
     opened = Opened.read(model_folder(model, revision=recipe.revision, config_only=True))
-    check_live(opened.config)
     refuse_quantised(opened.config, opened.folder)
     shape = opened.shape
     target = resolve(shape, recipe.keep, methods=recipe.methods)

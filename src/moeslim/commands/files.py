@@ -9,7 +9,7 @@ from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.artifacts.run import open_run
 from moeslim.checkpoint.structure import Opened, check_structure, read_structure
 from moeslim.commands.describe import amount, sizes
-from moeslim.commands.inputs import live_folder, model_folder, options_recipe
+from moeslim.commands.inputs import model_folder, options_recipe
 from moeslim.commands.settings import memory_bound, prepare, walk_settings
 from moeslim.commands.text import advice, text_parts
 from moeslim.errors import PlanError, RecipeError
@@ -26,7 +26,7 @@ def calibrate(
     from moeslim.statistics import coverage_lines
 
     recipe = options_recipe(model, keep={}, overrides=overrides, data=data)
-    folder, out = live_folder(model, revision=recipe.revision), Path(out)
+    folder, out = model_folder(model, revision=recipe.revision), Path(out)
     check_structure(read_structure(folder))
     if not (out / "stats.json").is_file():
         check_vacant(out)
@@ -134,7 +134,7 @@ def probe(
     recipe, out = options_recipe(model, keep={}, overrides=overrides, data=data), Path(out)
     if recipe.keep != Keep():
         raise RecipeError("a probe tries every number of experts on the model as it is; leave keep out")
-    folder = live_folder(model, revision=recipe.revision)
+    folder = model_folder(model, revision=recipe.revision)
     structure = read_structure(folder)
     check_structure(structure)
     length, methods = recipe.data.sequence_length, recipe.methods

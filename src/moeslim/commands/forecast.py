@@ -9,7 +9,7 @@ from moeslim.checkpoint.structure import Opened, Structure
 from moeslim.commands.describe import amount, duration, operations, sizes, storage
 from moeslim.commands.inputs import model_folder
 from moeslim.commands.settings import device, prepare, stage_targets, target_shape
-from moeslim.families import STACKED, Shape, check_live, forward_operations, table, training_operations
+from moeslim.families import STACKED, Shape, forward_operations, table, training_operations
 from moeslim.machine.gpus import device_peak, measured_rate, peak_of
 from moeslim.plan.schedule import NAMED, StageTarget
 from moeslim.plan.training import UTILISATION
@@ -27,7 +27,6 @@ def preview_run(recipe_file: Path | str, overrides: Sequence[str] = (), *, timed
     """
     recipe = Recipe.load(recipe_file, overrides)
     source = Opened.read(model_folder(recipe.model, revision=recipe.revision, config_only=True))
-    check_live(source.config)
     targets = stage_targets(recipe, source.shape)
     record = _forecast(recipe, source.shape, targets=targets, structure=source.structure)
     rate, known = _rate(recipe) if timed else (0.0, "")

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.source import resolve as find_model
 from moeslim.errors import RunError
-from moeslim.families import check_live
 from moeslim.recipe import Recipe
 
 BUNDLED = Path(__file__).parents[1] / "demo"
@@ -36,12 +34,6 @@ def labels(models: Sequence[str]) -> dict[str, str]:
             )
         found[label] = model
     return found
-
-
-def live_folder(model: str, *, revision: str | None = None) -> Path:
-    """`model_folder` of a model that can be run here; FamilyError for another one, before its weights are fetched."""
-    check_live(read_config(model_folder(model, revision=revision, config_only=True)))
-    return model_folder(model, revision=revision)
 
 
 def options_recipe(

@@ -8,7 +8,7 @@ from moeslim.artifacts.commit import write_json
 from moeslim.artifacts.lock import run_lock
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure
-from moeslim.commands.inputs import BUNDLED, labels, live_folder, model_folder, options_recipe
+from moeslim.commands.inputs import BUNDLED, labels, model_folder, options_recipe
 from moeslim.commands.settings import device, evaluate_settings, prepare
 from moeslim.errors import RunError
 from moeslim.families import FAMILIES
@@ -30,8 +30,8 @@ def evaluate(
     recipe, out = options_recipe(models[0], keep={}, overrides=overrides), Path(out)
     paths: list[Any] = list(data) if data else [BUNDLED / "text" / "heldout.jsonl.xz"]
     text = read_corpus([(path, None) for path in paths])
-    folders = {name: live_folder(model) for name, model in labels(models).items()}
-    master = None if teacher is None else live_folder(teacher)
+    folders = {name: model_folder(model) for name, model in labels(models).items()}
+    master = None if teacher is None else model_folder(teacher)
     for folder in folders.values():
         check_structure(read_structure(folder))
     first = next(iter(folders.values()))

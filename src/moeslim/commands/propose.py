@@ -84,7 +84,6 @@ def propose(
         "model": model,
         "before": _sizes(before),
         "mtp": opened.mtp,
-        "live": shape.family.live,
         "stats": None if stats is None else str(stats),
         "rules": list(RULES),
         "meeting": len(found),
@@ -222,7 +221,7 @@ def _lines(record: Mapping[str, Any], *, recipe: Recipe, machines: Machines | No
     for number, each in enumerate(told, 1):
         lines += [f"{number}: {warning}" for warning in each["warnings"]]
     options = " ".join(f"{_OPTIONS[axis]} {count}" for axis, count in told[0]["keep"].items())
-    if options and record["live"]:
+    if options:
         lines.append(f"to cut to the first: moeslim prune {record['model']} OUT {options}")
     return lines
 

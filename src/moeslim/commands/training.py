@@ -7,7 +7,7 @@ from typing import Any
 from moeslim.artifacts.commit import check_vacant
 from moeslim.artifacts.lock import run_lock
 from moeslim.checkpoint.structure import check_structure, read_structure
-from moeslim.commands.inputs import live_folder, model_folder, options_recipe
+from moeslim.commands.inputs import model_folder, options_recipe
 from moeslim.commands.settings import cache_settings, check_training, prepare, teaching_folder, train_settings
 from moeslim.commands.text import text_parts
 from moeslim.errors import RecipeError
@@ -36,7 +36,7 @@ def cache_teacher(
         recipe = Recipe.load(data, overrides)
     else:
         recipe = options_recipe(model, keep={}, overrides=overrides, data=None if data == "demo" else [str(data)])
-    folder, out = live_folder(model), Path(out)
+    folder, out = model_folder(model), Path(out)
     check_structure(read_structure(folder))
     if not (out / "tokens").is_dir():
         check_vacant(out, hidden=True)
@@ -74,9 +74,9 @@ def distill(
     named = teacher_cache is not None or any(text.startswith("distill.teacher_cache=") for text in overrides)
     section["lm_only"] = teacher is None and not named
     recipe = options_recipe(student, keep={}, overrides=overrides, data=data, distill=section)
-    folder, out = live_folder(student), Path(out)
+    folder, out = model_folder(student), Path(out)
     work = out.with_name(out.name + ".work")
-    master = None if teacher is None else live_folder(teacher)
+    master = None if teacher is None else model_folder(teacher)
     structure = read_structure(folder)
     check_structure(structure)
     if master is not None:

@@ -16,7 +16,8 @@ def freeze(student: Student, settings: TrainSettings) -> None:
     """
     trained, parts = trained_parts(settings, student.shape), parts_of(student.shape)
     for name, tensor in student.disk_state().items():
-        tensor.requires_grad_(parts[name] in trained)
+        if isinstance(tensor, torch.nn.Parameter):  # a buffer, such as a router's correction bias, is not trained
+            tensor.requires_grad_(parts[name] in trained)
 
 
 def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.AdamW:

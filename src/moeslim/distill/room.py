@@ -108,7 +108,7 @@ def _kept(shape: Shape, key: str) -> int:
     else:
         mixer = (3 * shape["heads"] + 2 * shape["kv_heads"]) * shape["head_dim"]
     if shape.is_moe(key):
-        mlp = shape["top_k"] * (shape["hidden"] + 3 * shape["expert_size"]) + 3 * shape["shared_size"]
+        mlp = shape["top_k"] * (shape["hidden"] + 3 * shape["expert_size"]) + 3 * shape.sizes.get("shared_size", 0)
     else:
         mlp = 3 * shape["dense_size"]
     return 2 * shape["hidden"] + mixer + mlp

@@ -56,7 +56,7 @@ def follow(
     last = text.tokens.shape[1] - 2 - drafts
     if not 0 <= first <= last:
         raise DataError(f"no start has {drafts} tokens to compare with; generate more than {drafts} tokens")
-    embed, rotary = student.trunk.model.embed_tokens, student.trunk.model.rotary_emb
+    embed, rotary = student.parts.embed, student.parts.rotary
     pairs = text.hidden[:, : last + 1], embed(text.tokens[:, 1 : last + 2])
     state, chain = student.mtp(*pairs, rotary=rotary, chain=Chain())
     state = state[:, first:]

@@ -52,7 +52,7 @@ def generate(student: Student, prompts: torch.Tensor, *, new_tokens: int, choose
     tokens, states = [prompts], []
     step = prompts
     for _ in range(new_tokens):
-        output = student.trunk.model(input_ids=step, past_key_values=cache, use_cache=True)
+        output = student.parts.body(input_ids=step, past_key_values=cache, use_cache=True)
         states.append(output.last_hidden_state)
         step = choose(F.linear(states[-1][:, -1], student.head))[:, None]
         tokens.append(step)

@@ -246,19 +246,12 @@ def _watched(
         hidden = student.hidden(rows[:, :-1])
         if rows.shape[1] > 2:
             student.mtp_states(hidden, rows, depths=1)
-    for name, calls in student.routers.seen.items():
+    for key, calls in student.routers.seen.items():
         logits_NE, chosen_Nk = calls[0]
         counts_DE = reading.chosen(batch, chosen_Nk, experts=logits_NE.shape[-1])
-        key = _layer_key(name)
         assigned[key] = assigned[key] + counts_DE if key in assigned else counts_DE
     student.routers.seen.clear()
     return hidden
-
-
-def _layer_key(name: str) -> str:
-    """`trunk.model.layers.3.mlp.gate` -> "3", `mtp.layers.0.mlp.gate` -> "mtp.0"."""
-    number = name.split(".layers.")[1].split(".")[0]
-    return f"mtp.{number}" if name.startswith("mtp.") else number
 
 
 def sums_of(

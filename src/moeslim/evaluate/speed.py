@@ -54,7 +54,7 @@ def _timed(student: Student, prompts: torch.Tensor, *, new_tokens: int) -> tuple
     cache = DynamicCache(config=student.trunk.config)
     step, marks = prompts, [_now(prompts.device)]
     for _ in range(new_tokens + 1):
-        state = student.trunk.model(input_ids=step, past_key_values=cache, use_cache=True).last_hidden_state
+        state = student.parts.body(input_ids=step, past_key_values=cache, use_cache=True).last_hidden_state
         step = F.linear(state[:, -1:], student.head).argmax(-1)
         if len(marks) == 1:
             marks.append(_now(step.device))

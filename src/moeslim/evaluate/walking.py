@@ -34,8 +34,8 @@ from moeslim.log import progress
 from moeslim.machine import parallel
 from moeslim.machine.bound import memory_used
 from moeslim.machine.host import give_back
+from moeslim.model.moe import RouterWatch
 from moeslim.model.room import Batch, with_room
-from moeslim.model.student import RouterWatch
 from moeslim.model.walk import LayerVisit, WalkSettings, walk
 
 _HEAD_ROWS = 1 << 13
@@ -73,7 +73,7 @@ class StatesFile:
 
 def file_head(reader: Reader, *, dtype: torch.dtype, device: str) -> Head:
     """The head of a checkpoint, of which 8192 rows are in memory at a time."""
-    name, vocab = "model.embed_tokens.weight" if reader.shape.tied else "lm_head.weight", reader.shape["vocab"]
+    name, vocab = reader.shape.outer("head"), reader.shape["vocab"]
 
     def logits(states_nd: torch.Tensor) -> torch.Tensor:
         states_nd = states_nd.to(device)
@@ -153,7 +153,8 @@ def _run(reader: Reader, reading: Reading, *, place: Path, walked: Walked) -> No
 
 def _visit(visit: LayerVisit, reading: Reading, *, experts: int, advance: Callable[..., None]) -> None:
     """Run a layer over all batches, each as long as its longest window, and leave what is to be kept of it."""
-    watch, assigned_DE = RouterWatch(visit.root), np.zeros((len(reading.documents), experts), np.int64)
+    watch = RouterWatch({} if visit.moe is None else {visit.key: visit.moe})
+    assigned_DE = np.zeros((len(reading.documents), experts), np.int64)
     with _file(visit.folder / "states.bin") if visit.key == "norm" else nullcontext() as states:
         for batch in reading.batches:
             # The MTP block's position i needs the token after the next, so a row has one position fewer.

@@ -3,7 +3,7 @@
 from moeslim.families.count import Count, count
 from moeslim.families.layouts import EXPERT_LAYOUTS, Layouts, Piece, detect, pieces
 from moeslim.families.operations import Forward, forward_operations, training_operations
-from moeslim.families.registry import FAMILIES, check_live, family_of
+from moeslim.families.registry import FAMILIES, family_of
 from moeslim.families.shape import Shape, is_mtp, mtp_keys
 from moeslim.families.spec import Family, Tensor, names, positions, size
 from moeslim.families.table import PER_EXPERT, STACKED, Row, expert_prefix, layer_prefix, table
@@ -21,7 +21,6 @@ __all__ = [
     "Row",
     "Shape",
     "Tensor",
-    "check_live",
     "count",
     "detect",
     "expert_prefix",

@@ -4,7 +4,7 @@ The MTP head is one more layer behind the trunk's last, so its names move with t
 [embedding; hidden]. Files may hold the trunk's embedding and head a second time inside it.
 """
 
-from moeslim.families.spec import Family, keys, sections
+from moeslim.families.spec import Family, Mtp, keys, sections
 
 SPEC = Family(
     model_type="glm4_moe",
@@ -36,7 +36,7 @@ SPEC = Family(
             attention  self_attn.k_norm.weight  head_dim  plain_norm  if use_qk_norm
         moe:
             router  mlp.gate.weight                      experts, hidden
-            router  mlp.gate.e_score_correction_bias     experts              bias
+            router  mlp.gate.e_score_correction_bias     experts              correction_bias
             shared  mlp.shared_experts.gate_proj.weight  shared_size, hidden  gate
             shared  mlp.shared_experts.up_proj.weight    shared_size, hidden  up
             shared  mlp.shared_experts.down_proj.weight  hidden, shared_size  down
@@ -54,8 +54,9 @@ SPEC = Family(
     """),
     expert_prefix="mlp.experts",
     first_dense=("first_k_dense_replace", 1),
-    mtp_prefix="model.layers.{L}.",
-    mtp_layer_prefix="model.layers.{L}.",
+    router="sigmoid",
+    renormalise=("norm_topk_prob", True),
+    mtp=Mtp("model.layers.{L}.", "", "eh_proj", "enorm", "hnorm", "shared_head.norm"),
     mtp_default=1,
     rope_defaults={"rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     spellings={"num_local_experts": "n_routed_experts"},

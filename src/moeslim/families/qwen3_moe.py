@@ -37,6 +37,7 @@ SPEC = Family(
             dense  mlp.down_proj.weight  hidden, dense_size
     """),
     expert_prefix="mlp.experts",
+    renormalise=("norm_topk_prob", False),
     rope_defaults={"rope_theta": 10000.0},
     spellings={"num_local_experts": "num_experts"},
 )

@@ -1,6 +1,6 @@
 """Qwen3-Next: Gated DeltaNet and gated attention layers, routed and shared experts, an MTP block of its own."""
 
-from moeslim.families.spec import Family, keys, sections
+from moeslim.families.spec import Family, Mtp, keys, sections
 
 SPEC = Family(
     model_type="qwen3_next",
@@ -42,7 +42,7 @@ SPEC = Family(
             shared  mlp.shared_expert.gate_proj.weight  shared_size, hidden  gate
             shared  mlp.shared_expert.up_proj.weight    shared_size, hidden  up
             shared  mlp.shared_expert.down_proj.weight  hidden, shared_size  down
-            shared  mlp.shared_expert_gate.weight       1, hidden
+            shared  mlp.shared_expert_gate.weight       1, hidden            shared_gate
         dense:
             dense  mlp.gate_proj.weight  dense_size, hidden
             dense  mlp.up_proj.weight    dense_size, hidden
@@ -54,8 +54,7 @@ SPEC = Family(
             norm    mtp.norm.weight                   hidden  zero_centred
     """),
     expert_prefix="mlp.experts",
-    mtp_prefix="mtp.",
-    mtp_layer_prefix="mtp.layers.0.",
+    renormalise=("norm_topk_prob", True),
+    mtp=Mtp("mtp.", "layers.0.", "fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"),
     rope_defaults={"rope_theta": 10000.0, "partial_rotary_factor": 0.25},
-    live=True,
 )

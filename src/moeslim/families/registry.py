@@ -21,15 +21,3 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"({', '.join(sorted(FAMILIES))}); a family is one page of facts in families/ (see CONTRIBUTING.md)"
         )
     return FAMILIES[model_type]
-
-
-def check_live(config: Mapping[str, Any]) -> None:
-    """FamilyError unless models of this config can be run here, and so calibrated, trained and measured."""
-    family = family_of(config)
-    if not family.live:
-        known = ", ".join(sorted(spec.model_type for spec in FAMILIES.values() if spec.live))
-        raise FamilyError(
-            f"config.json: models of model_type {family.model_type!r} cannot be run here yet, only those of {known}; "
-            "what works on files does: inspect, plan, cut and verify, and evaluate --tasks, which opens the model in "
-            "transformers"
-        )

@@ -19,6 +19,7 @@ class Shape:
 
     `mtp_layers` are those of the MTP head, 0 without one. A config alone does not say whether files have that head, so
     from one alone a family that may have it does: headers tell (`with_present`).
+    `renormalise`: whether a router divides the scores of the chosen experts by their sum.
     `flags` are the conditions of the family's tensors that hold: config keys that are true, names of tensors found.
     """
 
@@ -28,6 +29,7 @@ class Shape:
     dense_layers: frozenset[int]
     tied: bool
     mtp_layers: int
+    renormalise: bool = True
     flags: frozenset[str] = frozenset()
 
     @classmethod
@@ -51,7 +53,8 @@ class Shape:
             layer_types=_layer_types(config, family, layers=layers),
             dense_layers=_dense_layers(config, family, layers=layers),
             tied=bool(config.get("tie_word_embeddings", False)),
-            mtp_layers=int(family.mtp_prefix is not None),
+            mtp_layers=int(family.mtp is not None),
+            renormalise=_renormalise(config, family),
             flags=frozenset(key for key in family.conditions if config.get(key) is True),
         )
         shape._check()
@@ -90,18 +93,23 @@ class Shape:
     def with_present(self, names: Collection[str]) -> "Shape":
         """The same shape, knowing by all tensors' `names` whether there is an MTP head, and what else may be or not."""
         found = {pattern for pattern in self.family.conditions if self.named(pattern) in names}
-        prefix = self.family.mtp_prefix
-        has_mtp = prefix is not None and any(name.startswith(self.named(prefix)) for name in names)
+        head = self.family.mtp
+        has_mtp = head is not None and any(name.startswith(self.named(head.prefix)) for name in names)
         return replace(self, flags=self.flags | found, mtp_layers=int(has_mtp))
 
     def named(self, pattern: str) -> str:
         """A tensor's full name outside the trunk's layers, from the page's: `{L}` becomes the number of layers."""
         return pattern.replace("{L}", str(self.layers))
 
+    def outer(self, component: str) -> str:
+        """The name on disk of the trunk's "embedding", "norm" or "head"; a tied head's is the embedding's."""
+        wanted = "embedding" if component == "head" and self.tied else component
+        return next(tensor.name for tensor in self.family.parts["outer"] if tensor.component == wanted)
+
     def prefix(self, key: str) -> str:
         """What the names of a layer's tensors begin with, the dot included."""
         if is_mtp(key):
-            return self.named(self.family.mtp_layer_prefix)
+            return "" if self.family.mtp is None else self.named(self.family.mtp.layer_prefix)
         return self.family.layer_prefix.replace("{l}", key)
 
     @property
@@ -249,6 +257,12 @@ def _layer_types(config: Mapping[str, Any], family: Family, *, layers: int) -> t
             f"config.json: layer_types must list {layers} words (num_hidden_layers) out of {', '.join(allowed)}"
         )
     return tuple(given)
+
+
+def _renormalise(config: Mapping[str, Any], family: Family) -> bool:
+    if isinstance(family.renormalise, bool):
+        return family.renormalise
+    return bool(config.get(*family.renormalise))
 
 
 def _dense_layers(config: Mapping[str, Any], family: Family, *, layers: int) -> frozenset[int]:

@@ -28,20 +28,23 @@ class Tensor:
     init: str = "normal"  # normal | zeros | ones | dt_bias | a_log | conv: how a random one begins
     norm: str | None = None  # zero_centred: the layer multiplies by 1 + w; plain: by w
     matrix: str | None = None  # of an expert: gate | up | gate_up | down
+    role: str | None = None  # shared_gate | correction_bias: what live code asks for; see `Family`
     when: str | None = None  # only there where this is one of the shape's `flags`
 
 
-_WORDS = {  # what the last column of a page may say, as (init, norm, matrix)
-    "zero_centred": ("zeros", "zero_centred", None),
-    "plain_norm": ("ones", "plain", None),
-    "bias": ("zeros", None, None),
-    "conv": ("conv", None, None),
-    "a_log": ("a_log", None, None),
-    "dt_bias": ("dt_bias", None, None),
-    "gate": ("normal", None, "gate"),
-    "up": ("normal", None, "up"),
-    "gate_up": ("normal", None, "gate_up"),
-    "down": ("normal", None, "down"),
+_WORDS = {  # what the last column of a page may say, as (init, norm, matrix, role)
+    "zero_centred": ("zeros", "zero_centred", None, None),
+    "plain_norm": ("ones", "plain", None, None),
+    "bias": ("zeros", None, None, None),
+    "correction_bias": ("zeros", None, None, "correction_bias"),
+    "conv": ("conv", None, None, None),
+    "a_log": ("a_log", None, None, None),
+    "dt_bias": ("dt_bias", None, None, None),
+    "gate": ("normal", None, "gate", None),
+    "up": ("normal", None, "up", None),
+    "gate_up": ("normal", None, "gate_up", None),
+    "down": ("normal", None, "down", None),
+    "shared_gate": ("normal", None, None, "shared_gate"),
 }
 
 
@@ -54,9 +57,9 @@ def tensors(text: str) -> tuple[Tensor, ...]:
     for line in text.strip().splitlines():
         component, name, axes, *words = re.split(r"\s{2,}", line.strip())
         when = words.pop().removeprefix("if ") if words and words[-1].startswith("if ") else None
-        init, norm, matrix = _WORDS[words[0]] if words else ("normal", None, None)
+        init, norm, matrix, role = _WORDS[words[0]] if words else ("normal", None, None, None)
         when = name if when == "present" else when
-        found.append(Tensor(name, tuple(re.split(r",\s*", axes)), component, init, norm, matrix, when))
+        found.append(Tensor(name, tuple(re.split(r",\s*", axes)), component, init, norm, matrix, role, when))
     return tuple(found)
 
 
@@ -81,6 +84,31 @@ def _default(text: str) -> int | str:
 
 
 @dataclass(frozen=True)
+class Mtp:
+    """The MTP head's modules by their names behind `prefix`: `norm(layer(fc([norm_embedding(e); norm_hidden(h)])))`.
+
+    `prefix` and `layer` may hold `{L}`, the trunk's number of layers; `layer` is where the head's decoder layer stands.
+    """
+
+    prefix: str
+    layer: str
+    fc: str
+    norm_embedding: str
+    norm_hidden: str
+    norm: str
+
+    @property
+    def layer_prefix(self) -> str:
+        """What the names of the decoder layer's tensors begin with, the dot included."""
+        return self.prefix + self.layer
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Name in a live head -> name on disk, both behind the prefix, of every module but the decoder layer."""
+        return {role: getattr(self, role) for role in ("fc", "norm_embedding", "norm_hidden", "norm")}
+
+
+@dataclass(frozen=True)
 class Family:
     """The facts of one architecture. `sizes` maps an axis to its config key, or to (key, default).
 
@@ -89,6 +117,10 @@ class Family:
     `parts` holds the tensors by part: "outer" outside the layers; "every" in all layers, one entry per token mixer (the
     words of `layer_types`), "moe" and "dense"; "mtp" in the MTP head outside its layer. `expert_prefix` is where
     `layouts.py` puts the routed experts. `{L}` in a name of the MTP head is the trunk's number of layers.
+
+    `router` is how a router makes scores of its logits: "softmax" over all experts, "sigmoid" of each. A
+    `correction_bias` is added to the scores for choosing and not for weighing. `renormalise`: whether the chosen ones'
+    are divided by their sum; or (key, default) of the config.
     """
 
     model_type: str
@@ -99,13 +131,13 @@ class Family:
     derived: Mapping[str, str] = field(default_factory=dict)  # axis -> "a // b" or "a * b" of two other axes
     default_interval: int | None = None  # of full attention in a hybrid; None: every layer is full attention
     first_dense: tuple[str, int] | None = None  # (key, default) of how many first layers are dense; None: by number
-    mtp_prefix: str | None = None  # what all names of the MTP head begin with; None: the family has no such head
-    mtp_layer_prefix: str = ""
+    router: str = "softmax"
+    renormalise: bool | tuple[str, bool] = True
+    mtp: Mtp | None = None  # None: the family has no MTP head
     mtp_mixer: str = "full_attention"
     mtp_default: int = 0  # MTP layers that a config without num_nextn_predict_layers is taken to have
     rope_defaults: Mapping[str, float] = field(default_factory=dict)  # what a config without these keys means
     spellings: Mapping[str, str] = field(default_factory=dict)  # another name of a key -> the key of `sizes`
-    live: bool = False  # model/ has classes that run it, so that it can be calibrated, trained and measured
 
     @property
     def mixers(self) -> tuple[str, ...]:

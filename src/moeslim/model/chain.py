@@ -9,12 +9,15 @@ Shapes: B rows, X starts, d hidden size; heads: G key-value heads, R query heads
 L slots of true pairs, M keys of a chain's own.
 """
 
+import sys
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers.models.qwen3_next.modeling_qwen3_next import apply_rotary_pos_emb
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+NAME = "moeslim_chain"
 SCORE_BYTES = 1 << 28
 """Of the scores that are held at once, in fp32: X * L of them for each head would fill a GPU."""
 
@@ -38,26 +41,49 @@ class Chain(NamedTuple):
         return 0 if self.prefix is None else 1 + len(self.own)
 
 
-def attend(
-    attention: Any, x_BXd: torch.Tensor, *, rotary: tuple[torch.Tensor, torch.Tensor], chain: Chain, first: int
-) -> tuple[torch.Tensor, Chain]:
-    """Qwen3NextAttention's forward for one further slot of the chains that start at `first`, `first` + 1, ...
+@dataclass
+class ChainCall:
+    """One call of a decoder layer for chains: what goes in beside its states, and `grown`, the chain that comes out.
 
-    The mixed values (B, X, d), and the chain grown by the new slots. A chain may have more starts than there are states
-    now: those at the end are too near the end of the text to go on.
+    `first`: the start of the first chain. `base`: the back end that runs where there is no chain to attend to yet.
     """
-    assert chain.prefix is not None
-    B, X, _ = x_BXd.shape
-    K, G = attention.head_dim, chain.prefix.keys.shape[1]
-    query, gate = attention.q_proj(x_BXd).view(B, X, -1, 2 * K).chunk(2, dim=-1)
-    key = attention.k_norm(attention.k_proj(x_BXd).view(B, X, G, K))
-    query, key = apply_rotary_pos_emb(attention.q_norm(query), key, *rotary, unsqueeze_dim=2)
-    value = attention.v_proj(x_BXd).view(B, X, G, K)
-    chain = chain._replace(own=(*chain.own, Keys(key.transpose(1, 2), value.transpose(1, 2))))
-    query_BGRXK = query.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)
-    mixed = _mix(query_BGRXK, chain, first=first, scaling=attention.scaling)
-    mixed_BXd = mixed.permute(0, 3, 1, 2, 4).flatten(2)
-    return attention.o_proj(mixed_BXd * torch.sigmoid(gate.reshape(B, X, -1))), chain
+
+    chain: Chain
+    first: int
+    base: str
+    grown: Chain | None = None
+
+
+def chain_attention(
+    module: Any,
+    query_BHXK: torch.Tensor,
+    key_BGXK: torch.Tensor,
+    value_BGXK: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    chain_call: ChainCall,
+    **more: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An attention back end of transformers: mixed values (B, X, H, K) of one further slot of every chain.
+
+    Queries and keys come rotated and normed from the layer's own forward, so nothing here knows its class. On an empty
+    chain it is the back end `chain_call.base`, and the keys are taken as the true pairs'. A chain may have more starts
+    than there are states now: those at the end are too near the end of the text to go on.
+    """
+    keys, chain = Keys(key_BGXK, value_BGXK), chain_call.chain
+    if chain.prefix is None:
+        chain_call.grown = Chain(keys)
+        eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+        base = ALL_ATTENTION_FUNCTIONS.get_interface(chain_call.base, eager)
+        return base(module, query_BHXK, key_BGXK, value_BGXK, attention_mask, scaling=scaling, **more)
+    chain_call.grown = grown = chain._replace(own=(*chain.own, keys))
+    query_BGRXK = query_BHXK.unflatten(1, (key_BGXK.shape[1], -1))
+    mixed = _mix(query_BGRXK, grown, first=chain_call.first, scaling=scaling)
+    return mixed.flatten(1, 2).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, chain_attention)
 
 
 def _mix(query_BGRXK: torch.Tensor, chain: Chain, *, first: int, scaling: float) -> torch.Tensor:

@@ -169,7 +169,7 @@ class Routing:
 class Run(NamedTuple):
     """What consecutive experts did with their N items, `counts` of them each, in the order of the batch's `Routing`.
 
-    `activated` (N, I) is gate times up; no gate value (N) has touched `outputs` (N, d).
+    `activated` (N, I) is what the down product gets; no gate value (N) has touched `outputs` (N, d).
     """
 
     experts: range
@@ -196,12 +196,15 @@ class ExpertWatch(Protocol):
 
 
 class FileExperts(nn.Module):
-    """Stands in a MoE block where the stacked experts were. `watch`, if set, sees what passes and changes nothing."""
+    """Stands in a MoE block where the stacked experts were. `watch`, if set, sees what passes and changes nothing.
 
-    def __init__(self, file: ExpertFile, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    `activate` is their own function between an expert's two products: from gate and up joined (N, F) to (N, I).
+    """
+
+    def __init__(self, file: ExpertFile, activate: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.file = file
-        self.act_fn = act
+        self.activate = activate
         self.watch: ExpertWatch | None = None
 
     def forward(self, x_Td: torch.Tensor, indices_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
@@ -264,11 +267,9 @@ class FileExperts(nn.Module):
 
     def _run_all(self, x_Td: torch.Tensor, routing: Routing, *, stack: Pair) -> Pair:
         ends_E = torch.tensor(routing.counts).cumsum(0).int()
-        gate, up = grouped_mm(x_Td.index_select(0, routing.tokens), stack[0].mT, offs=ends_E).chunk(2, dim=-1)
-        h_SI = self.act_fn(gate) * up
+        h_SI = self.activate(grouped_mm(x_Td.index_select(0, routing.tokens), stack[0].mT, offs=ends_E))
         return h_SI, grouped_mm(h_SI, stack[1].mT, offs=ends_E)
 
     def _run(self, x_Nd: torch.Tensor, weights: Pair) -> Pair:
-        gate, up = linear(x_Nd, weights[0]).chunk(2, dim=-1)
-        h_NI = self.act_fn(gate) * up
+        h_NI = self.activate(linear(x_Nd, weights[0]))
         return h_NI, linear(h_NI, weights[1])

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from moeslim.checkpoint.reader import Reader
+from moeslim.errors import CheckpointError
 from moeslim.families import expert_prefix
+from moeslim.model.names import is_copy, live_dtype, live_name
 from moeslim.model.sharding import Sharding, as_shared, rows_here, shard
 from moeslim.model.student import Student
 
@@ -28,26 +30,43 @@ def load_student(
     nowhere is a tensor whole. Raises CheckpointError or FamilyError for a checkpoint that is not what its config says.
     """
     reader = folder if isinstance(folder, Reader) else Reader(folder)
+    check_copies(reader)
     with torch.device("meta"):
         student = Student.from_config(reader.config, shape=reader.shape, attn=attn, experts=experts, dtype=dtype)
     if sharding is None:
-        state = {_live_name(name): tensor for name, tensor in live_state(reader, dtype=dtype, device=device)}
+        own = live_state(reader, dtype=dtype, device=device)
     else:
         shard(student, sharding)
         device = sharding.mesh.device_type
         like = student.disk_state()
-        own = live_state(reader, dtype=dtype, device=device, rows=lambda name: rows_here(like[name]))
-        state = {_live_name(name): as_shared(tensor, like[name]) for name, tensor in own}
+        read = live_state(reader, dtype=dtype, device=device, rows=lambda name: rows_here(like[name]))
+        own = ((name, as_shared(tensor, like[name])) for name, tensor in read)
+    state = {live_name(reader.shape, name): tensor for name, tensor in own}
+    parts = student.parts
     if reader.shape.tied:
-        state["trunk.lm_head.weight"] = state["trunk.model.embed_tokens.weight"]
+        head = next(name for name, module in student.named_modules() if module is parts.head)
+        state[f"{head}.weight"] = state[live_name(reader.shape, reader.shape.outer("embedding"))]
     student.load_state_dict(state, strict=True, assign=True)
     if reader.shape.tied:
-        student.trunk.lm_head.weight = student.trunk.model.embed_tokens.weight
-    with torch.device(device):  # inv_freq is in no file, and what came from the meta device is empty
-        rotary = student.trunk.model.rotary_emb
-        student.trunk.model.rotary_emb = type(rotary)(config=student.trunk.config)
+        parts.head.weight = parts.embed.weight
+    parts.renew_rotary(device)
     reader.release()
     return student
+
+
+def check_copies(reader: Reader) -> None:
+    """CheckpointError where the MTP head's own embedding or output head is not a copy of the trunk's.
+
+    Live there is one of each: a second one would be trained, cut and written as the first.
+    """
+    for row in reader.rows.values():
+        if is_copy(row):
+            shared = reader.shape.outer(row.component)
+            if not torch.equal(reader.tensor(row.name), reader.tensor(shared)):
+                raise CheckpointError(
+                    f"{reader.folder}: {row.name} differs from {shared}, and a model is run with one of them only; "
+                    "what works on files does: inspect, plan, cut and verify"
+                )
 
 
 def live_state(
@@ -64,8 +83,9 @@ def live_state(
     slice of its first axis.
     """
     for name, row in reader.rows.items():
-        if row.component != "experts":
-            yield name, _copy(reader.rows_of(name, rows(name)), dtype, device=device)
+        if row.component != "experts" and not is_copy(row):
+            found = reader.rows_of(name, rows(name))
+            yield name, found.to(device, live_dtype(row, dtype or found.dtype), copy=True)
     for key in reader.shape.layer_keys:
         if reader.shape.is_moe(key):
             prefix = expert_prefix(reader.shape, key)
@@ -98,11 +118,3 @@ def stacked_experts(
         gate_up[place, size:] = found["up"]
         down[place] = found["down"]
     return {"gate_up_proj": gate_up, "down_proj": down}
-
-
-def _copy(tensor: torch.Tensor, dtype: torch.dtype | None, *, device: torch.device | str) -> torch.Tensor:
-    return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
-
-
-def _live_name(name: str) -> str:
-    return name if name.startswith("mtp.") else f"trunk.{name}"

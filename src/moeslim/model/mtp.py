@@ -1,58 +1,64 @@
-"""The MTP block: one gated full-attention MoE layer that predicts one token further than the trunk.
+"""The MTP block: one full-attention MoE layer that predicts one token further than the trunk.
 
-transformers drops `mtp.*` when it loads a model and loses it when it saves one, so the block is built here, from the
-same decoder layer class as the trunk. Shapes: B rows, T positions, d hidden size.
+transformers drops the head's tensors when it loads a model and loses them when it saves one, so the block is built
+here, of the trunk's own layer and norm classes; the family's page says what its modules are called on disk. Shapes:
+B rows, T positions, d hidden size.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
-from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
-from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderLayer, Qwen3NextRMSNorm
 
-from moeslim.model.chain import Chain, Keys, attend
+from moeslim.families import Family
+from moeslim.model import chain as chains
+from moeslim.model.chain import Chain, ChainCall
+from moeslim.model.trunk import Trunk
 
 
-def mtp_config(config: Qwen3NextConfig) -> Qwen3NextConfig:
-    """A copy of the trunk's config that describes one full-attention MoE layer at index 0.
+def mtp_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
+    """A copy of the trunk's config that describes one MoE layer with the head's mixer, at index 0.
 
-    The copy keeps the attention and expert back ends of the original. `mlp_only_layers` counts trunk layers, so it is
-    emptied: a 0 in it would make the block dense.
+    The copy keeps the attention and expert back ends of the original. Rules that make layers dense count the trunk's
+    layers, so they are emptied: a 0 among them would make the block dense.
     """
-    block = copy.deepcopy(config)
+    block: Any = copy.deepcopy(config)
     block.num_hidden_layers = 1
-    block.layer_types = ["full_attention"]
-    block.mlp_only_layers = []
-    block.decoder_sparse_step = 1
+    if getattr(block, "layer_types", None) is not None:
+        block.layer_types = [family.mtp_mixer]
+    if family.first_dense is not None:
+        setattr(block, family.first_dense[0], 0)
+    else:
+        block.mlp_only_layers, block.decoder_sparse_step = [], 1
     return block
 
 
 class MtpBlock(nn.Module):
-    """`out = norm(layer(fc([norm_e(embedding_{i+1}); norm_h(h_i)])))`, embedding half first; the head predicts t_{i+2}.
+    """`out = norm(layer(fc([norm_embedding(e_{i+1}); norm_hidden(h_i)])))`; the output head predicts t_{i+2} from it.
 
-    `h_i` is the trunk's state after `model.norm`; at depth m > 1 it is this block's own output of depth m-1 and the
-    embedding is that of t_{i+m}. Parameter names are those on disk without `mtp.`: fc, pre_fc_norm_embedding,
-    pre_fc_norm_hidden, norm, layers.0.*.
+    `h_i` is the trunk's state after its last norm; at depth m > 1 it is this block's own output of depth m-1 and the
+    embedding is that of t_{i+m}. Modules: fc, norm_embedding, norm_hidden, norm, layers.0; see `Mtp` in families/ for
+    their names on disk.
     """
 
-    def __init__(self, config: Qwen3NextConfig) -> None:
+    def __init__(self, trunk: Trunk) -> None:
         super().__init__()
-        self.config = mtp_config(config)
-        d, eps = config.hidden_size, config.rms_norm_eps
+        self.config = mtp_config(trunk.model.config, trunk.shape.family)
+        d = trunk.shape["hidden"]
         self.fc = nn.Linear(2 * d, d, bias=False)
-        self.pre_fc_norm_embedding = Qwen3NextRMSNorm(d, eps=eps)
-        self.pre_fc_norm_hidden = Qwen3NextRMSNorm(d, eps=eps)
-        self.layers = nn.ModuleList([Qwen3NextDecoderLayer(self.config, 0)])
-        self.norm = Qwen3NextRMSNorm(d, eps=eps)
+        self.norm_embedding = copy.deepcopy(trunk.norm)
+        self.norm_hidden = copy.deepcopy(trunk.norm)
+        self.layers = nn.ModuleList([type(trunk.layers[-1])(self.config, 0)])
+        self.norm = copy.deepcopy(trunk.norm)
 
     def join(self, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """The decoder layer's input (B, T, d): both halves normed, joined and projected by `fc`."""
-        halves = [self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden)]
-        return self.fc(torch.cat(halves, dim=-1))
+        return self.fc(torch.cat([self.norm_embedding(embeddings), self.norm_hidden(hidden)], dim=-1))
 
     def forward(
         self,
@@ -70,32 +76,28 @@ class MtpBlock(nn.Module):
         attend to what drafts see (chain.py).
         """
         x = self.join(hidden, embeddings)
-        if chain is not None and chain.depth:
-            positions = torch.arange(first, first + x.shape[1], device=x.device)[None] + chain.depth
-            x, chain = self._go_on(x, rotary(x, positions), chain=chain, first=first)
-            return self.norm(x), chain
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        # transformers' own function: attention "eager" with a mask of None is not causal
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=positions
-        )
-        cache = None if chain is None else DynamicCache(config=self.config)
-        x = self.layers[0](
-            x,
-            position_embeddings=rotary(x, positions),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-        )
-        if cache is None:
-            return self.norm(x)
-        return self.norm(x), Chain(Keys(cache.layers[0].keys, cache.layers[0].values))
+        depth = 0 if chain is None else chain.depth
+        positions = torch.arange(x.shape[1], device=x.device)[None] + (first + depth if depth else 0)
+        mask = None
+        if not depth:  # transformers' own function: attention "eager" with a mask of None is not causal
+            mask = create_causal_mask(
+                config=self.config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=positions
+            )
+        arguments = {"position_embeddings": rotary(x, positions), "attention_mask": mask, "position_ids": positions}
+        if chain is None:
+            return self.norm(self.layers[0](x, **arguments))
+        call = ChainCall(chain, first=first, base=self.config._attn_implementation)
+        with self._attending():
+            x = self.layers[0](x, **arguments, chain_call=call)
+        assert call.grown is not None, "the decoder layer's attention did not call its back end"
+        return self.norm(x), call.grown
 
-    def _go_on(
-        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], *, chain: Chain, first: int
-    ) -> tuple[torch.Tensor, Chain]:
-        """The decoder layer's forward with a chain's attention in place of its own."""
-        layer: Any = self.layers[0]
-        mixed, chain = attend(layer.self_attn, layer.input_layernorm(x), rotary=rotary, chain=chain, first=first)
-        x = x + mixed
-        return x + layer.mlp(layer.post_attention_layernorm(x)), chain
+    @contextmanager
+    def _attending(self) -> Iterator[None]:
+        """The layer's attention runs by the back end of chains inside the block."""
+        base = self.config._attn_implementation
+        self.config._attn_implementation = chains.NAME
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = base

@@ -139,7 +139,7 @@ def _values(shape: Shape, key: str, *, attn: str, length: int) -> int:
         return 6 * d + max(mixer, 3 * shape["dense_size"])
     # All tokens may go to the same expert: gathered, gate and up, their product, the output.
     one = 2 * d + 3 * shape["expert_size"]
-    return 6 * d + max(mixer, one + 3 * shape["shared_size"] + 8 * shape["experts"])
+    return 6 * d + max(mixer, one + 3 * shape.sizes.get("shared_size", 0) + 8 * shape["experts"])
 
 
 def _gb(size: int) -> str:

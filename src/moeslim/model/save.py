@@ -13,8 +13,9 @@ from moeslim.checkpoint.config_json import copy_side_files
 from moeslim.checkpoint.index import path_inside
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, write_receipt
-from moeslim.families import Row
+from moeslim.families import Row, Shape
 from moeslim.machine.parallel import gather, world
+from moeslim.model.names import is_copy
 from moeslim.model.sharding import is_shared, whole
 from moeslim.model.student import Student
 
@@ -46,7 +47,7 @@ def save_student(
         order: list[str] = gather([])[0]  # rank 0's, for whom all gather
         with torch.no_grad():
             for name in order:
-                disk_tensor(gathered, reader.rows[name])
+                disk_tensor(gathered, reader.rows[name], shape=reader.shape)
         return {}
     with committed_folder(out) as temporary:
         shutil.copyfile(path_inside(reader.folder, "config.json"), temporary / "config.json")
@@ -57,15 +58,15 @@ def save_student(
             gather(writer.order)
         with torch.no_grad():
             for name in writer.order:
-                tensor = disk_tensor(gathered, reader.rows[name])
+                tensor = disk_tensor(gathered, reader.rows[name], shape=reader.shape)
                 writer.add(name, tensor.to(TORCH_DTYPES[reader.dtype(name)]))
         return write_receipt(temporary, kind=kind, weights=writer.finish(), **facts)
 
 
-def disk_tensor(live: Callable[[str], torch.Tensor], row: Row) -> torch.Tensor:
-    """The live values of one tensor on disk: itself, or its part of the stacked experts (gate first, then up)."""
+def disk_tensor(live: Callable[[str], torch.Tensor], row: Row, *, shape: Shape) -> torch.Tensor:
+    """The live values of a tensor on disk: itself, its part of the stacked experts (gate first), or what it copies."""
     if row.expert is None:
-        return live(row.name)
+        return live(shape.outer(row.component) if is_copy(row) else row.name)
     prefix = row.name[: row.name.rindex(f".{row.expert}.")]
     if row.tensor.matrix == "down":
         return live(f"{prefix}.down_proj")[row.expert]

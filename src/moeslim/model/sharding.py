@@ -92,15 +92,17 @@ def is_shared(tensor: torch.Tensor) -> bool:
 
 
 def rows_here(tensor: torch.Tensor) -> slice:
-    """Which entries of the first axis of a tensor that is shared out lie on this rank; there may be none."""
-    assert isinstance(tensor, DTensor)
+    """Which entries of a tensor's first axis lie on this rank; there may be none. A buffer is whole on every rank."""
+    if not isinstance(tensor, DTensor):
+        return slice(None)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     start = min(offset[0], tensor.shape[0])
     return slice(start, start + shape[0])
 
 
-def as_shared(own: torch.Tensor, like: torch.Tensor) -> DTensor:
+def as_shared(own: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A tensor shared out like `like`, of which this rank brings its own rows."""
-    assert isinstance(like, DTensor)
+    if not isinstance(like, DTensor):
+        return own
     layout: dict[str, Any] = {"shape": like.shape, "stride": like.stride()}
     return DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, **layout)

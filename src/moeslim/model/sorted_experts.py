@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import grouped_mm
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 NAME = "moeslim_sorted"
 
@@ -61,9 +61,12 @@ def sorted_experts_forward(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.gate_up_proj.dtype
     x_Sd = _ToSlots.apply(hidden_states.to(dtype), order_S, back_S, k)
     both = grouped_mm(x_Sd, self.gate_up_proj.to(dtype).transpose(-2, -1), offs=offsets_E)
-    gate, up = both.chunk(2, dim=-1)
     weight_S1 = top_k_weights.reshape(-1)[order_S].unsqueeze(-1)
-    h_SI = self.act_fn(gate) * (up * weight_S1)
+    if type(self)._apply_gate is _default_apply_gate:
+        gate, up = both.chunk(2, dim=-1)
+        h_SI = self.act_fn(gate) * (up * weight_S1)  # the product that autograd keeps fewer tensors for
+    else:
+        h_SI = self._apply_gate(both) * weight_S1
     y_Sd = grouped_mm(h_SI.to(dtype), self.down_proj.to(dtype).transpose(-2, -1), offs=offsets_E)
     return _ToTokens.apply(y_Sd, order_S, back_S, k).to(hidden_states.dtype)
 

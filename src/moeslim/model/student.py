@@ -4,8 +4,7 @@ Everything that needs the embedding or the head happens inside `Student.forward`
 them only there. Shapes: B rows, T positions, d hidden size, E experts.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,87 +12,40 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
-from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausalLM, Qwen3NextTopKRouter
+from transformers import PreTrainedModel
 
-from moeslim.families import Shape, check_live
-from moeslim.losses import Coefficients, Outcomes, Signal, StepTerms, balance, fused_loss
-from moeslim.machine import parallel
+from moeslim.errors import FamilyError
+from moeslim.families import STACKED, Shape, table
+from moeslim.losses import Coefficients, Outcomes, Signal, StepTerms, fused_loss
 from moeslim.model.chain import Chain
+from moeslim.model.moe import MoeBlock, RouterWatch
 from moeslim.model.mtp import MtpBlock
-
-
-class RouterWatch:
-    """Records what every router decides while a forward is watched, and the step's assignment counts per layer.
-
-    A hook on the router module, so nothing is derived a second time. The counts grow over the micro-batches of a step
-    and restart with `start_step`. A forward repeated by activation checkpointing is outside `watching`: not counted.
-    A student that is shared out counts over all ranks (`over_ranks`), who must ask for the loss together.
-    """
-
-    def __init__(self, root: nn.Module) -> None:
-        self.seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self.assigned: dict[str, torch.Tensor] = {}
-        self.active = False
-        self.over_ranks = False
-        for name, module in root.named_modules():
-            if isinstance(module, Qwen3NextTopKRouter):
-                module.register_forward_hook(self._hook(name))
-
-    def _hook(self, name: str) -> Any:
-        def record(_module: nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
-            if self.active:
-                self.seen.setdefault(name, []).append((output[0], output[2]))
-
-        return record
-
-    def start_step(self) -> None:
-        """Forget the counts of the step before."""
-        self.assigned.clear()
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Record inside the block; what an earlier forward left is dropped."""
-        self.seen.clear()
-        self.active = True
-        try:
-            yield
-        finally:
-            self.active = False
-
-    def loss(self) -> torch.Tensor | None:
-        """The balance loss of the forward just watched (None without a MoE layer); adds it to the step's counts."""
-        if not self.seen:
-            return None
-        counts, probabilities = [], []
-        for calls in self.seen.values():
-            logits_NE = torch.cat([logits for logits, _ in calls])
-            chosen = torch.cat([indices.reshape(-1) for _, indices in calls])
-            counts.append(torch.bincount(chosen, minlength=logits_NE.shape[-1]))
-            probabilities.append(torch.softmax(logits_NE, dim=-1, dtype=torch.float32).mean(0))
-        if self.over_ranks:
-            counts = list(parallel.total(torch.cat(counts)).split([len(count) for count in counts]))
-        for name, count in zip(self.seen, counts, strict=True):
-            self.assigned[name] = count + self.assigned[name] if name in self.assigned else count
-        assigned = [self.assigned[name] for name in self.seen]
-        self.seen.clear()
-        return balance(assigned, probabilities)
+from moeslim.model.names import is_copy, live_name
+from moeslim.model.trunk import Trunk, build_trunk
 
 
 class Student(nn.Module):
-    """`trunk` (Qwen3NextForCausalLM), `mtp` (MtpBlock or None), `config` (the raw config.json), its `shape`."""
+    """`trunk` (transformers' causal language model), `mtp` (MtpBlock or None), `config` (the raw config.json), `shape`.
 
-    def __init__(
-        self, trunk: Qwen3NextForCausalLM, mtp: MtpBlock | None, *, config: dict[str, Any], shape: Shape
-    ) -> None:
+    `parts` finds the trunk's embedding, layers and so on, `moe` the mixtures by layer key.
+    """
+
+    def __init__(self, parts: Trunk, mtp: MtpBlock | None, *, config: dict[str, Any]) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk: PreTrainedModel = parts.model
+        self.parts = parts
         self.mtp = mtp
         self.config = config
-        self.shape = shape
+        self.shape = parts.shape
         self.detach_trunk = False
         self.serving = False
-        self.routers = RouterWatch(self)
+        self._disk_names = self._checked_names()
+        layers = dict(
+            zip(self.shape.layer_keys, [*parts.layers, *(mtp.layers if mtp is not None else ())], strict=True)
+        )
+        found = {key: MoeBlock.find(self.shape, key, layer=layer) for key, layer in layers.items()}
+        self.moe = {key: block for key, block in found.items() if block is not None}
+        self.routers = RouterWatch(self.moe)
 
     @classmethod
     def from_config(
@@ -108,27 +60,22 @@ class Student(nn.Module):
         """A freshly initialised student of the shape in `config` (std `initializer_range`, torch's global generator).
 
         `shape` knows whether there is an MTP head; None: as `num_nextn_predict_layers` says. Built on the current
-        default device, so that `with torch.device("meta")` makes an empty one to load into. FamilyError for a model of
-        another family.
+        default device, so that `with torch.device("meta")` makes an empty one to load into. FamilyError where the
+        family's page and transformers' class disagree.
         """
-        check_live(config)
-        live = Qwen3NextConfig.from_dict({k: v for k, v in config.items() if k != "architectures"})
-        live._attn_implementation = attn
-        live._experts_implementation = experts
-        live.use_cache = False
-        trunk = Qwen3NextForCausalLM(live)
         if shape is None:
             shape = Shape.from_config(config)
             shape = shape if config.get("num_nextn_predict_layers", 0) else shape.trunk
-        block = MtpBlock(trunk.config) if shape.mtp_layers else None
+        parts = Trunk(build_trunk(config, attn=attn, experts=experts), shape)
+        block = MtpBlock(parts) if shape.mtp_layers else None
         if block is not None:
-            block.apply(trunk._init_weights)
-        return cls(trunk, block, config=config, shape=shape).to(dtype)
+            block.apply(parts.model._init_weights)
+        return cls(parts, block, config=config).to(dtype)
 
     @property
     def blocks(self) -> list[nn.Module]:
         """What is gathered, and computed again in the backward, as one: every decoder layer, and the MTP block."""
-        return [*self.trunk.model.layers, *([self.mtp] if self.mtp is not None else [])]
+        return [*self.parts.layers, *([self.mtp] if self.mtp is not None else [])]
 
     def checkpoint_activations(self) -> None:
         """Keep only every block's input for the backward, which computes the rest of the block again.
@@ -142,19 +89,37 @@ class Student(nn.Module):
     @property
     def head(self) -> torch.Tensor:
         """The output head (V, d); the embedding itself when tied."""
-        return self.trunk.lm_head.weight
+        return self.parts.head.get_parameter("weight")
 
     def disk_state(self) -> dict[str, torch.Tensor]:
-        """Live tensors by their name on disk, experts stacked; a tied head appears once, as the embedding."""
-        tied = self.trunk.lm_head.weight is self.trunk.model.embed_tokens.weight
-        state = {name.removeprefix("trunk."): tensor for name, tensor in self.state_dict(keep_vars=True).items()}
-        if tied:
-            del state["lm_head.weight"]
-        return state
+        """Live tensors by their name on disk, experts stacked; a tied head appears once, as the embedding.
+
+        Parameters, and the buffers that files hold (a router's correction bias).
+        """
+        state = self.state_dict(keep_vars=True)
+        return {self._disk_names[name]: tensor for name, tensor in state.items() if name in self._disk_names}
+
+    def _checked_names(self) -> dict[str, str]:
+        """Live name -> name on disk of every tensor; FamilyError unless the page names just what the class holds."""
+        rows = {
+            live_name(self.shape, name): row for name, row in table(self.shape, STACKED).items() if not is_copy(row)
+        }
+        live = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        if self.shape.tied:
+            live.pop(next(name for name, module in self.named_modules() if module is self.parts.head) + ".weight")
+        named = {name: row.shape for name, row in rows.items()}
+        wrong = sorted(name for name in {*live, *named} if live.get(name) != named.get(name))
+        if wrong:
+            told = "; ".join(f"{name}: page {named.get(name)}, class {live.get(name)}" for name in wrong[:3])
+            raise FamilyError(
+                f"families/{self.shape.family.model_type}.py and {type(self.trunk).__name__} disagree on {len(wrong)} "
+                f"tensors ({told}); mend the page"
+            )
+        return {name: row.name for name, row in rows.items()}
 
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The trunk's states (B, T, d) after `model.norm`."""
-        return self.trunk.model(input_ids=tokens, use_cache=False).last_hidden_state
+        """The trunk's states (B, T, d) after its last norm."""
+        return self.parts.body(input_ids=tokens, use_cache=False).last_hidden_state
 
     def states_and_head(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`hidden` and the head, as a teacher gives them; where the model is shared out, the head is gathered here.
@@ -178,12 +143,12 @@ class Student(nn.Module):
         states = []
         for m in range(1, depths + 1):
             state = state[:, : rows.shape[1] - 1 - m]
-            words = self.trunk.model.embed_tokens(rows[:, m:-1])
+            words = self.parts.embed(rows[:, m:-1])
             words = words.detach() if self.detach_trunk else words
             if self.serving and depths > 1:
-                state, chain = self.mtp(state, words, rotary=self.trunk.model.rotary_emb, chain=chain)
+                state, chain = self.mtp(state, words, rotary=self.parts.rotary, chain=chain)
             else:
-                state = self.mtp(state, words, rotary=self.trunk.model.rotary_emb)
+                state = self.mtp(state, words, rotary=self.parts.rotary)
             states.append(state)
         return states
 

@@ -20,7 +20,7 @@ import copy
 import json
 import shutil
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,13 +32,19 @@ from torch import nn
 
 from moeslim.artifacts.commit import flush, read_json, write_json
 from moeslim.checkpoint.reader import Reader
-from moeslim.errors import RunError
-from moeslim.families import Row, is_mtp, layer_prefix
+from moeslim.errors import FamilyError, RunError
+from moeslim.families import Row, Shape, is_mtp
 from moeslim.model.experts import ExpertFile, FileExperts
 from moeslim.model.hidden import HiddenFiles
+from moeslim.model.load import check_copies
+from moeslim.model.moe import MoeBlock
+from moeslim.model.names import live_dtype, live_name
 from moeslim.model.student import Student
+from moeslim.model.trunk import Recorder
 
 SCHEMA = 1
+RunRows = Callable[[nn.Module, torch.Tensor, int, int], torch.Tensor]
+"""A module's outputs (B, T, d) for its inputs, which are the rows from one number up to another."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +76,31 @@ class LayerVisit:
     """One layer, live, with all its inputs.
 
     `root` is what runs (decoder layer, final norm or MTP block), `decoder` the decoder layer in it (None for the final
-    norm), `experts` its routed experts (None without), `rows` the tensors that `root` holds, experts left out.
+    norm), `moe` its mixture of experts (None without), `rows` the tensors that `root` holds, experts left out, and
+    `places` where in it each of them is, by its name on disk.
     """
 
     key: str
+    shape: Shape
     root: nn.Module
     decoder: nn.Module | None
-    experts: FileExperts | None
+    moe: MoeBlock | None
     rows: tuple[Row, ...]
-    prefix: str
+    places: Mapping[str, str]
     folder: Path
-    run: Callable[[nn.Module, torch.Tensor, int, int], torch.Tensor]
+    run: RunRows
     hidden: HiddenFiles
     rows_per_batch: int
     done_rows: int = 0
 
     def module(self, row: Row) -> nn.Module:
         """The live module whose weight is the tensor of that row."""
-        return self.root.get_submodule(row.name.removeprefix(self.prefix).removesuffix("weight").rstrip("."))
+        return self.root.get_submodule(self.places[row.name].rpartition(".")[0])
+
+    @property
+    def experts(self) -> FileExperts | None:
+        """The routed experts, None in a layer without."""
+        return None if self.moe is None else self.moe.experts
 
     def twin(self) -> "LayerVisit":
         """The same layer for another thread: modules and hooks of its own, on the same weights and experts' file."""
@@ -96,8 +109,8 @@ class LayerVisit:
             kept.append(self.experts.file)
         copies: dict[int, Any] = {id(each): each for each in kept}
         root = copy.deepcopy(self.root, copies)
-        decoder, experts = (copies.get(id(module)) for module in (self.decoder, self.experts))
-        return replace(self, root=root, decoder=decoder, experts=experts)
+        moe = None if self.moe is None else replace(self.moe, block=copies[id(self.moe.block)])
+        return replace(self, root=root, decoder=copies.get(id(self.decoder)), moe=moe)
 
     def batches(
         self,
@@ -151,6 +164,7 @@ def walk(
     another name. ResourceError if the disk cannot hold two generations of hidden states.
     """
     workdir = Path(workdir)
+    check_copies(reader)
     keys = reader.shape.keys
     lengths = (rows.shape[0], rows.shape[1] - 1, reader.shape["hidden"])
     hidden = HiddenFiles(workdir, lengths, dtype=settings.dtype, device=settings.device)
@@ -161,7 +175,7 @@ def walk(
         if hidden.source is None:
             for start in range(0, rows.shape[0], settings.rows_per_batch):
                 stop = min(start + settings.rows_per_batch, rows.shape[0])
-                hidden.write(start, skeleton.embed(rows[start:stop, :-1]))
+                hidden.write(start, skeleton.enter(rows[start:stop, :-1]))
             committing = thread.submit(_commit, workdir, name, done=[], hidden=hidden)
         for key in keys[len(done) :]:
             folder = workdir / "layers" / key
@@ -180,87 +194,100 @@ def walk(
             committing.result()
 
 
-class _Recorder(nn.Module):
-    """Stands where a decoder layer was, keeps the arguments that the model hands it and returns its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arguments: dict[str, Any] = {}
-
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.arguments = arguments
-        return hidden_states
-
-
 class _Skeleton:
-    """The model without weights: its own forward for masks and positions, and its layers as moulds."""
+    """The model without weights: its own forward for masks and positions, and its layers, to be filled one by one."""
 
     def __init__(self, reader: Reader, rows: np.ndarray, *, settings: WalkSettings) -> None:
         self.reader, self.rows, self.settings = reader, rows, settings
         with torch.device("meta"):
             student = Student.from_config(reader.config, shape=reader.shape, attn=settings.attn, experts="eager")
-        self.trunk, self.mtp = student.trunk.model, student.mtp
-        self.moulds = {str(index): layer for index, layer in enumerate(self.trunk.layers)}
-        self.moulds["norm"] = self.trunk.norm
-        if self.mtp is not None:
-            self.moulds |= dict.fromkeys(reader.shape.mtp_keys, self.mtp)
-        self.recorders = [_Recorder() for _ in self.trunk.layers]
-        self.trunk.layers = nn.ModuleList(self.recorders)
-        self.trunk.norm = nn.Identity()
-        # Built anew outside meta: its frequencies are a buffer that is in no file.
-        self.trunk.rotary_emb = type(self.trunk.rotary_emb)(self.trunk.config).to(settings.device)
+        self.parts, self.mtp, self.moe = student.parts, student.mtp, student.moe
+        self.layers = dict(zip(reader.shape.trunk_keys, self.parts.layers, strict=True))
+        self.norm = self.parts.norm
+        self.recorders = [Recorder(layer) for layer in self.parts.layers]
+        self.parts.layers = nn.ModuleList(self.recorders)
+        self.parts.norm = nn.Identity()
+        self.parts.renew_rotary(settings.device)
         self._recorded: tuple[int, ...] = ()
         self._recording = threading.Lock()
 
     def embed(self, tokens_BT: np.ndarray) -> torch.Tensor:
         """Embeddings (B, T, d) of token ids, only the rows that occur being read from the file."""
         found, places = np.unique(tokens_BT.astype(np.int64), return_inverse=True)
-        table = self.reader.read_rows("model.embed_tokens.weight", found.tolist())
+        table = self.reader.read_rows(self.reader.shape.outer("embedding"), found.tolist())
         table = table.to(self.settings.device, self.settings.dtype)
         return table[torch.from_numpy(places.reshape(tokens_BT.shape)).to(table.device)]
 
+    def enter(self, tokens_BT: np.ndarray) -> torch.Tensor:
+        """What the first layer gets (B, T, d) of token ids: the embeddings as the model's own forward hands them on."""
+        self._record(self.embed(tokens_BT))
+        x_BTd = self.recorders[0].x
+        assert x_BTd is not None
+        return x_BTd
+
     def visit(self, key: str, folder: Path, *, hidden: HiddenFiles) -> LayerVisit:
         """The layer with its weights, ready to run."""
-        shape, family = self.reader.shape, self.reader.shape.family
-        root = self.moulds.pop(key)
-        prefix = "model.norm." if key == "norm" else "mtp." if is_mtp(key) else layer_prefix(shape, key)
-        decoder = None
-        if key != "norm":
-            decoder = root.get_submodule(layer_prefix(shape, key).removeprefix(prefix).rstrip("."))
-        experts = None
-        if decoder is not None and shape.is_moe(key):
-            file = ExpertFile(
-                self.reader,
-                key,
-                dtype=self.settings.dtype,
-                device=self.settings.device,
-                group=self.settings.group,
-            )
-            experts = FileExperts(file, decoder.get_submodule(family.expert_prefix).act_fn)
-            decoder.set_submodule(family.expert_prefix, experts)
-        self._fill(root, prefix)
-        rows = tuple(r for n, r in self.reader.rows.items() if n.startswith(prefix) and r.component != "experts")
-        run = self._run_norm if key == "norm" else self._run_mtp if is_mtp(key) else self._trunk_run(int(key))
-        per_batch = self.settings.rows_per_batch
-        return LayerVisit(key, root, decoder, experts, rows, prefix, folder, run, hidden, per_batch)
+        shape = self.reader.shape
+        root, decoder, run = self._part(key)
+        moe = self.moe.get(key)
+        if moe is not None:
+            settings = self.settings
+            file = ExpertFile(self.reader, key, dtype=settings.dtype, device=settings.device, group=settings.group)
+            moe.experts = FileExperts(file, moe.experts._apply_gate)
+        own = self._rows(key)
+        self._fill(root, own)
+        rows, places = tuple(row for row, _ in own), {row.name: place for row, place in own}
+        return LayerVisit(
+            key, shape, root, decoder, moe, rows, places, folder, run, hidden, self.settings.rows_per_batch
+        )
 
-    def _fill(self, module: nn.Module, prefix: str) -> None:
-        state = {
-            name: self.reader.read(prefix + name).to(self.settings.device, self.settings.dtype)
-            for name, _ in module.named_parameters()
-        }
+    def _part(self, key: str) -> tuple[nn.Module, nn.Module | None, RunRows]:
+        """What runs at `key`, still empty, the decoder layer in it, and how it is run."""
+        if key == "norm":
+            return self.norm, None, self._run_norm
+        if is_mtp(key):
+            assert self.mtp is not None
+            return self.mtp, self.mtp.layers[0], self._run_mtp
+        layer = self.layers.pop(key)
+        return layer, layer, self._trunk_run(int(key))
+
+    def _rows(self, key: str) -> list[tuple[Row, str]]:
+        """The tensors of what runs at `key`, routed experts left out, each with its name inside."""
+        shape = self.reader.shape
+        if is_mtp(key):
+            prefix = "mtp."
+        elif key == "norm":
+            prefix = live_name(shape, shape.outer("norm")).rpartition(".")[0] + "."
+        else:
+            prefix = live_name(shape, shape.prefix(key))
+        named = ((row, live_name(shape, name)) for name, row in self.reader.rows.items() if row.component != "experts")
+        return [(row, name.removeprefix(prefix)) for row, name in named if name.startswith(prefix)]
+
+    def _fill(self, module: nn.Module, rows: Sequence[tuple[Row, str]]) -> None:
+        dtype, device = self.settings.dtype, self.settings.device
+        state = {place: self.reader.read(row.name).to(device, live_dtype(row, dtype)) for row, place in rows}
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False).eval()
         assert not any(tensor.is_meta for tensor in module.buffers()), "a buffer that is in no file was left empty"
 
-    def _trunk_run(self, index: int) -> Callable[[nn.Module, torch.Tensor, int, int], torch.Tensor]:
+    def _record(self, x_BTd: torch.Tensor) -> None:
+        """Let the model hand every recorder its arguments: they depend on the shape alone, rows being unpadded."""
+        self.parts.body(inputs_embeds=x_BTd, use_cache=False)
+        self._recorded = tuple(x_BTd.shape)
+
+    def _trunk_run(self, index: int) -> RunRows:
         def run(layer: nn.Module, x_BTd: torch.Tensor, start: int, stop: int) -> torch.Tensor:
             with self._recording:
-                if self._recorded != tuple(x_BTd.shape):  # they depend on the shape alone: rows are whole and unpadded
-                    self.trunk(inputs_embeds=x_BTd, use_cache=False)
-                    self._recorded = tuple(x_BTd.shape)
-                arguments = self.recorders[index].arguments
-            return layer(x_BTd, **arguments)
+                if self._recorded != tuple(x_BTd.shape):
+                    self._record(x_BTd)
+                more, named = self.recorders[index].arguments
+            y_BTd = layer(x_BTd, *more, **named)
+            if not isinstance(y_BTd, torch.Tensor):
+                raise FamilyError(
+                    f"{type(layer).__name__} returns {type(y_BTd).__name__}; layers that hand on more than their "
+                    "output cannot be run one by one yet"
+                )
+            return y_BTd
 
         return run
 
@@ -269,7 +296,7 @@ class _Skeleton:
 
     def _run_mtp(self, block: nn.Module, x_BTd: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         words = self.rows[start:stop, 1 : x_BTd.shape[1] + 1]  # whoever drives may run fewer positions
-        return block(x_BTd, self.embed(words), rotary=self.trunk.rotary_emb)
+        return block(x_BTd, self.embed(words), rotary=self.parts.rotary)
 
 
 def _open(workdir: Path, name: str, *, hidden: HiddenFiles) -> list[str]:

@@ -56,6 +56,5 @@ class Aligner:
         if self.x_Sd is None:
             rows = torch.cat([*both_Fd.double().chunk(2), down_dI.double().T], dim=1)
         else:
-            gate, up = linear(self.x_Sd, both_Fd).chunk(2, dim=-1)
-            rows = (self.experts.act_fn(gate) * up).double().T
+            rows = self.experts.activate(linear(self.x_Sd, both_Fd)).double().T
         return rows.cpu().numpy()

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from moeslim.model.walk import LayerVisit
-from moeslim.search.layer import moe_block
 
 CHUNK = 1024
 """Tokens that go through the block at once."""
@@ -45,7 +44,8 @@ class BlockSample:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Take the sample while the layer runs inside the block."""
-        handle = moe_block(self.visit).register_forward_hook(self._see)
+        assert self.visit.moe is not None
+        handle = self.visit.moe.block.register_forward_hook(self._see)
         try:
             yield
         finally:

@@ -15,6 +15,7 @@ from torch import nn
 from moeslim.checkpoint.reader import Reader
 from moeslim.families import Shape
 from moeslim.model.experts import ExpertFile, FileExperts
+from moeslim.model.moe import MoeBlock
 from moeslim.model.walk import LayerVisit
 from moeslim.plan.steps import LayerCut, Merge
 from moeslim.surgery.merge import merged
@@ -56,20 +57,7 @@ def merged_expert(reader: Reader, key: str, *, merge: Merge) -> dict[str, torch.
 
 def router_name(visit: LayerVisit) -> str:
     """The name in the checkpoint of the visited layer's router rows."""
-    return next(row.name for row in visit.rows if row.component == "router")
-
-
-def router_of(visit: LayerVisit) -> nn.Module:
-    """The live router, whose `weight` are its rows (E, d)."""
-    return visit.module(next(row for row in visit.rows if row.component == "router"))
-
-
-def moe_block(visit: LayerVisit) -> nn.Module:
-    """The module that holds router, routed experts and shared expert."""
-    assert visit.experts is not None
-    assert visit.decoder is not None
-    place = visit.experts.file.reader.shape.family.expert_prefix
-    return visit.decoder.get_submodule(place.rpartition(".")[0])
+    return next(row.name for row in visit.rows if row.component == "router" and row.axes == ("experts", "hidden"))
 
 
 @contextmanager
@@ -78,40 +66,27 @@ def cut_as(visit: LayerVisit, cut: LayerCut, *, top_k: int, rows: torch.Tensor |
 
     `rows` (E', d) are new router rows in place of the kept ones. Afterwards the layer is what it was.
     """
-    router, before = router_of(visit), visit.experts
-    weight, selected = cast(torch.Tensor, router.weight), router.top_k
-    try:
-        yield _put(visit, cut, top_k=top_k, rows=rows)
-    finally:
-        assert before is not None
-        _replace(visit, before, weight=weight, top_k=cast(int, selected))
+    moe = _moe(visit)
+    with moe.cut_to(cut.kept, top_k=top_k, experts=_smaller(moe.experts, visit.key, cut=cut), rows=rows):
+        yield visit.root
 
 
 def become(visit: LayerVisit, cut: LayerCut, *, top_k: int, rows: torch.Tensor | None = None) -> nn.Module:
     """`visit.root` as in `cut_as`, for good: what a walk may be sent. The visit forgets the uncut experts."""
-    assert visit.experts is not None
-    visit.experts.file.release()
-    return _put(visit, cut, top_k=top_k, rows=rows)
-
-
-def _put(visit: LayerVisit, cut: LayerCut, *, top_k: int, rows: torch.Tensor | None) -> nn.Module:
-    assert visit.experts is not None
-    file = visit.experts.file
-    assert not isinstance(file.reader, CutExperts), "the layer is cut already"
-    view = cast(Reader, CutExperts(file.reader, cut))
-    group = None if file.whole else file.group
-    smaller = ExpertFile(view, visit.key, dtype=file.dtype, device=file.device, group=group)
-    weight = cast(torch.Tensor, router_of(visit).weight)
-    # In memory of their own either way: a matmul's last bits may depend on its alignment.
-    kept = weight[list(cut.kept)] if rows is None else rows.to(weight.device, weight.dtype, copy=True)
-    _replace(visit, FileExperts(smaller, visit.experts.act_fn), weight=kept, top_k=top_k)
+    moe = _moe(visit)
+    moe.experts.file.release()
+    moe.cut(cut.kept, top_k=top_k, experts=_smaller(moe.experts, visit.key, cut=cut), rows=rows)
     return visit.root
 
 
-def _replace(visit: LayerVisit, experts: FileExperts, *, weight: torch.Tensor, top_k: int) -> None:
-    assert visit.decoder is not None
-    router = router_of(visit)
-    router.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    router.num_experts, router.top_k = weight.shape[0], top_k  # type: ignore[assignment]  # plain numbers of the module
-    visit.decoder.set_submodule(experts.file.reader.shape.family.expert_prefix, experts)
-    visit.experts = experts
+def _moe(visit: LayerVisit) -> MoeBlock:
+    assert visit.moe is not None, f"layer {visit.key} has no experts to cut"
+    return visit.moe
+
+
+def _smaller(experts: FileExperts, key: str, *, cut: LayerCut) -> FileExperts:
+    file = experts.file
+    assert not isinstance(file.reader, CutExperts), "the layer is cut already"
+    view = cast(Reader, CutExperts(file.reader, cut))
+    group = None if file.whole else file.group
+    return FileExperts(ExpertFile(view, key, dtype=file.dtype, device=file.device, group=group), experts.activate)

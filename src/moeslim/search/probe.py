@@ -208,7 +208,7 @@ class _Trial:
         """Put the sums of all streams, beside the uncut model's own, into the visit's folder."""
         rows, mask, reader = self.probe.rows, self.probe.mask, self.probe.reader
         skipped = 0 if self.visit.key == "norm" else 1  # the MTP block says one token further
-        head = reader.tensor("model.embed_tokens.weight" if reader.shape.tied else "lm_head.weight")
+        head = reader.tensor(reader.shape.outer("head"))
         # copied: a product's last bits may depend on where in a file a mapped operand lies
         head = head.to(self.visit.hidden.device, self.visit.hidden.dtype, copy=True)
         targets = Targets(rows[:, 1 + skipped :], mask[:, skipped:], head)

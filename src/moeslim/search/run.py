@@ -20,6 +20,7 @@ from moeslim.artifacts.fingerprint import hash_file
 from moeslim.errors import PlanError
 from moeslim.families import Shape
 from moeslim.log import logger
+from moeslim.model.moe import MoeBlock
 from moeslim.model.walk import LayerVisit
 from moeslim.plan.experts import layer_scores, search_facts
 from moeslim.plan.grouping import RHOS, Wanted, alignment, cut_layer, is_sequential, needs_search
@@ -28,7 +29,7 @@ from moeslim.plan.steps import LayerCut
 from moeslim.recipe import Methods
 from moeslim.search.align import Aligner
 from moeslim.search.block import BlockSample, block_error, spread
-from moeslim.search.layer import become, cut_as, moe_block, router_name, router_of
+from moeslim.search.layer import become, cut_as, router_name
 from moeslim.search.rho import least
 from moeslim.search.router import trained_rows
 from moeslim.statistics import LayerStats
@@ -189,6 +190,11 @@ class _Trial:
         facts = {"rho": float(found), "rho_errors": {f"{float(rho):g}": error for rho, error in errors.items()}}
         return cuts[found], facts
 
+    @property
+    def moe(self) -> MoeBlock:
+        assert self.visit.moe is not None
+        return self.visit.moe
+
     def _aligner(self) -> Aligner | None:
         if self.align == "none":
             return None
@@ -203,17 +209,15 @@ class _Trial:
         """How far the cut block's output is from the uncut one's on the held-out rows."""
         assert self.held_out is not None
         with cut_as(self.visit, cut, top_k=self.search.top_k, rows=rows):
-            return block_error(moe_block(self.visit), self.held_out.x, y_Nd=self.held_out.y)
+            return block_error(self.moe.block, self.held_out.x, y_Nd=self.held_out.y)
 
     def _router_rows(self, cut: LayerCut, facts: dict[str, Any]) -> torch.Tensor | None:
         """Trained rows in the source's dtype, left in the layer's folder; None where they do no better."""
-        assert self.visit.experts is not None
         assert self.observed is not None
         name = router_name(self.visit)
         with cut_as(self.visit, cut, top_k=self.search.top_k):
-            block, router = moe_block(self.visit), router_of(self.visit)
-            rows = trained_rows(block, router, x_Nd=self.observed.x, y_Nd=self.observed.y)
-        rows = rows.to(self.visit.experts.file.reader.tensor(name).dtype)
+            rows = trained_rows(self.moe.block, self.moe.router, x_Nd=self.observed.x, y_Nd=self.observed.y)
+        rows = rows.to(self.moe.experts.file.reader.tensor(name).dtype)
         before, after = self._error(cut), self._error(cut, rows)
         better = after < before
         logger.info("layer %s: router rows %s, error %.4g -> %.4g", self.visit.key, better, before, after)
