@@ -28,11 +28,11 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, Signal]:
     return rows, mask, Signal(hidden, torch.randn(64, D_TEACHER, generator=generator))
 
 
-def step_factors() -> Coefficients:
-    """Every term of a step over the whole batch, two depths, and the balance loss."""
+def step_factors(depths: int = 2) -> Coefficients:
+    """Every term of a step over the whole batch, so many depths, and the balance loss."""
     _, mask, _ = batch()
     weights = LossWeights(lam=0.5, beta=0.5, alpha=0.1)
-    return coefficients(weights, counts=term_counts(mask, 2), tokens=mask.numel())
+    return coefficients(weights, counts=term_counts(mask, depths), tokens=mask.numel())
 
 
 def frozen(student: Student, trained: Sequence[str]) -> None:
@@ -44,7 +44,7 @@ def frozen(student: Student, trained: Sequence[str]) -> None:
 def step_gradients(student: Student) -> dict[str, Any]:
     """What this rank sees after one step's backward passes: loss (over all ranks), gradients, the routers' counts."""
     rows, mask, teacher = batch()
-    here, factors = parallel.world(), step_factors()
+    here, factors = parallel.world(), step_factors(2 if student.mtp is not None else 0)
     share = ROWS // MICRO_BATCHES // here.size
     loss, balance = torch.zeros(()), torch.zeros(())
     student.routers.start_step()

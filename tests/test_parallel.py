@@ -62,6 +62,22 @@ def test_gradients_of_two_ranks_add_up_to_one_process(request: Any, model: str, 
     assert all(float(g.abs().max()) > 1e-5 for g in one["gradients"].values())
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_two_ranks_are_one_process_in_every_family(tmp_path: Path, family: str) -> None:
+    """Sigmoid routers, whose correction biases are buffers and whole on every rank; loaded, trained and saved."""
+    folder = write_tiny(tmp_path / "model", family=family, num_hidden_layers=2)
+    found = ranks.run(sharded.gradients, folder)
+    _assert_same_step(found, sharded.gradients(folder))
+    plain, loaded = load_student(folder).disk_state(), ranks.run(sharded.loaded, folder)
+    for here in loaded:
+        assert here["tensors"].keys() == plain.keys()
+        assert all(torch.equal(tensor, plain[name]) for name, tensor in here["tensors"].items())
+    sharded.saved(folder, tmp_path / "one")
+    ranks.run(sharded.saved, folder, tmp_path / "two")
+    for path in (tmp_path / "one").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
 @pytest.mark.parametrize("shard_over", [2, None, 1])
 def test_gradients_of_four_ranks_in_any_grouping(folder: Path, shard_over: int | None) -> None:
     """Two copies shared by two each (HSDP), one copy shared by four, four copies; with activation checkpointing."""

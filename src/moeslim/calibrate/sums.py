@@ -100,7 +100,8 @@ def per_expert(routing: Routing, values_SC: torch.Tensor) -> torch.Tensor:
 
 def neuron_sums(gates_N: torch.Tensor, h_NI: torch.Tensor, *, counts: list[int]) -> torch.Tensor:
     """`sum over n of g_n |h_ni|` (E, I) of consecutive experts, routed or shared, over `counts` of the tokens each."""
-    own = zip(wide(gates_N).split(counts), wide(h_NI).abs().split(counts), strict=True)
+    h_NI = wide(h_NI).abs()  # a sigmoid router's gates stay float32 in a float64 model
+    own = zip(gates_N.to(h_NI.dtype).split(counts), h_NI.split(counts), strict=True)
     return torch.stack([gates @ magnitudes for gates, magnitudes in own])
 
 

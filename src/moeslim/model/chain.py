@@ -60,26 +60,25 @@ def chain_attention(
     key_BGXK: torch.Tensor,
     value_BGXK: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    *,
-    scaling: float,
-    chain_call: ChainCall,
-    **more: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """An attention back end of transformers: mixed values (B, X, H, K) of one further slot of every chain.
 
+    `options` are `scaling` and what else a back end gets, and the `chain_call` that `MtpBlock` hands to its layer.
     Queries and keys come rotated and normed from the layer's own forward, so nothing here knows its class. On an empty
-    chain it is the back end `chain_call.base`, and the keys are taken as the true pairs'. A chain may have more starts
+    chain it is the back end `base` of the call, and the keys are taken as the true pairs'. A chain may have more starts
     than there are states now: those at the end are too near the end of the text to go on.
     """
-    keys, chain = Keys(key_BGXK, value_BGXK), chain_call.chain
-    if chain.prefix is None:
-        chain_call.grown = Chain(keys)
+    call: ChainCall = options.pop("chain_call")
+    keys = Keys(key_BGXK, value_BGXK)
+    if call.chain.prefix is None:
+        call.grown = Chain(keys)
         eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-        base = ALL_ATTENTION_FUNCTIONS.get_interface(chain_call.base, eager)
-        return base(module, query_BHXK, key_BGXK, value_BGXK, attention_mask, scaling=scaling, **more)
-    chain_call.grown = grown = chain._replace(own=(*chain.own, keys))
+        base = ALL_ATTENTION_FUNCTIONS.get_interface(call.base, eager)
+        return base(module, query_BHXK, key_BGXK, value_BGXK, attention_mask, **options)
+    call.grown = grown = call.chain._replace(own=(*call.chain.own, keys))
     query_BGRXK = query_BHXK.unflatten(1, (key_BGXK.shape[1], -1))
-    mixed = _mix(query_BGRXK, grown, first=chain_call.first, scaling=scaling)
+    mixed = _mix(query_BGRXK, grown, first=call.first, scaling=options["scaling"])
     return mixed.flatten(1, 2).transpose(1, 2), None
 
 
