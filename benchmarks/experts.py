@@ -44,7 +44,7 @@ from moeslim.model.walk import WalkSettings
 from moeslim.plan.make import make_plan
 from moeslim.plan.schedule import Target
 from moeslim.plan.steps import Plan
-from moeslim.recipe import Methods
+from moeslim.recipe import Evaluate, Methods
 from moeslim.search.probe import Ask, Found, probe
 from moeslim.search.run import expert_search
 from moeslim.statistics import Stats
@@ -95,7 +95,13 @@ class Bench:
             seed=0,
         )
         settings = Settings(
-            documents_per_domain=arguments.documents, document_tokens=arguments.tokens, window=arguments.tokens
+            Evaluate(documents_per_domain=arguments.documents, prompts=32, samples=2),
+            document_tokens=arguments.tokens,
+            window=arguments.tokens,
+            seed=0,
+            dtype="float32",
+            device="cpu",
+            max_memory=None,
         )
         ground = Ground.of(held_out.documents(), tokenizer=tokenizer_path(), settings=settings)
         order = np.random.default_rng(0).permutation(len(text))
@@ -103,7 +109,7 @@ class Bench:
             raise SystemExit(f"{arguments.samples} samples of {arguments.rows} rows: there are {len(text)} rows")
         samples = [np.sort(part) for part in np.split(order[: arguments.samples * arguments.rows], arguments.samples)]
         facts = [folder_fingerprint(teacher_path()), text.fingerprint, ground.fingerprint, arguments.rows]
-        _check_same(out / "ground.json", fingerprint([*facts, vars(settings)]))
+        _check_same(out / "ground.json", fingerprint([*facts, settings.facts()]))
         teacher = score(load(teacher_path(), settings), ground.documents, layout=ground.layout, keep_states=True)
         return cls(out, ground, teacher, text, [text.rows[part].astype(np.int32) for part in samples])
 

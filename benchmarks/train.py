@@ -43,7 +43,7 @@ from moeslim.machine.host import tune_cpu
 from moeslim.model.load import load_student
 from moeslim.model.sorted_experts import NAME as SORTED
 from moeslim.model.student import Student
-from moeslim.recipe import Recipe
+from moeslim.recipe import Distill, Recipe
 
 CHUNK = 512
 """Positions per matrix product of the loss, ours on a CPU; logits of all at once would not fit."""
@@ -60,14 +60,15 @@ class Case:
     length: int
 
     def settings(self, steps: int, *, device: str) -> TrainSettings:
-        return TrainSettings(
-            tokens=steps * self.rows * self.length,
+        section = Distill(
             rows_per_step=self.rows,
             micro_rows=self.rows,
-            precision="float32" if device == "cpu" else "bfloat16",
+            learning_rate=1e-3,
+            min_learning_rate=1e-4,
             save_every=10**9,
-            device=device,
         )
+        tokens, precision = steps * self.rows * self.length, "float32" if device == "cpu" else "bfloat16"
+        return TrainSettings(section, tokens=tokens, seed=0, precision=precision, device=device)
 
 
 def _wide(base: dict[str, Any], d: int, *, layers: int, vocabulary: int, **changes: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +17,7 @@ from moeslim.distill.watch import read_log
 from moeslim.errors import MoeslimError
 from moeslim.machine import parallel
 from moeslim.model.student import Student
-from tiny import write_tiny
+from tiny import changed, train_settings, write_tiny
 
 STEPS, ROWS, LENGTH = 30, 8, 12
 
@@ -43,8 +42,8 @@ def write_home(home: Path) -> Path:
 
 def settings(micro_rows: int, **changes: Any) -> TrainSettings:
     """Every term has a weight; two micro-batches per step where `micro_rows` times the processes is 4."""
-    base = TrainSettings(tokens=STEPS * ROWS * LENGTH, rows_per_step=ROWS, micro_rows=micro_rows, learning_rate=3e-3)
-    return replace(base, **{"depths": 2, "alpha": 1e-2, "clip": 0.25, "save_every": 10, "keep_last": 9, **changes})
+    base = train_settings(STEPS * ROWS * LENGTH, rows_per_step=ROWS, micro_rows=micro_rows, learning_rate=3e-3)
+    return changed(base, **{"depths": 2, "alpha": 1e-2, "clip": 0.25, "save_every": 10, "keep_last": 9, **changes})
 
 
 def learn(home: Path, name: str, teacher: str = "teacher", **changes: Any) -> None:

@@ -13,19 +13,18 @@ import torch
 from moeslim.checkpoint.reader import Reader
 from moeslim.data.cursor import Cursor
 from moeslim.distill.optimizer import make_optimizer
-from moeslim.distill.settings import TrainSettings
 from moeslim.distill.state import Position, States
 from moeslim.losses import LossWeights, coefficients, term_counts
 from moeslim.model.load import load_student
 from moeslim.model.student import Student
 from moeslim.model.walk import WalkSettings, walk
-from tiny import moved_in_file, write_tiny
+from tiny import moved_in_file, train_settings, write_tiny
 
 pytestmark = pytest.mark.bits("the contract of determinism: where a weight lies in its file changes no bit")
 LINE = 64
 OFFSETS = (0, 8, 24, 40)
 ROWS = np.random.default_rng(3).integers(0, 64, (4, 22))
-SETTINGS = TrainSettings(tokens=84, rows_per_step=4, micro_rows=4, learning_rate=1e-2)
+SETTINGS = train_settings(84, rows_per_step=4, micro_rows=4, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")

@@ -382,6 +382,49 @@ def test_what_stands_is_skipped_and_said(tmp_path: Path, caplog: pytest.LogCaptu
     assert list(run.outputs("cut")) == ["cut"]
 
 
+def write_stage(
+    run: Run, *outputs: str, problem: type[BaseException] | None = None, resumes: bool = False
+) -> list[str]:
+    """Write `outputs` in a stage that promises a plan and perhaps rows, then raise `problem`; what stood there before.
+
+    With a problem what stood is said in the exception.
+    """
+    with run.stage("plan", {}, outputs=["plan"], optional=["rows"], resumes=resumes) as due:
+        assert due
+        found = [output for output in ("plan", "rows") if run.path(output).exists()]
+        for output in outputs:
+            run.path(output).write_text("written")
+        if problem is not None:
+            raise problem(*found)
+    return found
+
+
+def fail(run: Run, problem: type[BaseException], *, resumes: bool = False) -> list[str]:
+    with pytest.raises(problem) as caught:
+        write_stage(run, "plan", "rows", problem=problem, resumes=resumes)
+    assert not run.finished("plan")
+    return list(caught.value.args)
+
+
+@pytest.mark.parametrize("problem", [ValueError, KeyboardInterrupt])
+def test_a_stage_is_recorded_when_its_block_has_ended(tmp_path: Path, problem: type[BaseException]) -> None:
+    with open_run(tmp_path / "run") as run:
+        assert fail(run, problem) == []
+        assert fail(run, problem) == []  # what is left without a record is gone before the next
+        assert fail(run, problem, resumes=True) == ["plan", "rows"]
+        assert write_stage(run, "plan") == []
+        assert list(run.outputs("plan")) == ["plan"]  # what it left out is not expected later
+        before = contents(tmp_path / "run")
+        with run.stage("plan", {}, outputs=["plan"], optional=["rows"]) as due:
+            assert not due
+        assert contents(tmp_path / "run") == before
+    with open_run(tmp_path / "other", redo=True) as run:
+        assert fail(run, problem) == []
+        assert fail(run, problem, resumes=True) == []
+        assert write_stage(run, "plan", "rows") == []
+        assert list(run.outputs("plan")) == ["plan", "rows"]
+
+
 def test_other_inputs_are_refused_by_name_or_done_again(tmp_path: Path) -> None:
     with open_run(tmp_path / "run") as run:
         finished(run, {"recipe": {"keep": {"experts": "50%"}, "seed": 0}})

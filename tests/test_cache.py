@@ -38,7 +38,7 @@ from moeslim.losses import Coefficients, Outcomes, fused_loss
 from moeslim.losses.outcomes import lm_and_outcomes_kd
 from moeslim.model.load import load_student
 from moeslim.recipe import Recipe
-from tiny import write_tiny
+from tiny import changed, train_settings, write_tiny
 
 pytestmark = pytest.mark.bits("a cache holds the same bytes however it was made, and the same numbers on every CPU")
 
@@ -558,8 +558,8 @@ def test_a_student_that_has_the_top_k_for_certain_keeps_a_finite_rest() -> None:
 
 
 def _settings(**changes: object) -> TrainSettings:
-    base = TrainSettings(tokens=4 * 4 * T, rows_per_step=4, micro_rows=2, learning_rate=1e-3, save_every=100, depths=2)
-    return replace(base, **changes)
+    base = train_settings(4 * 4 * T, rows_per_step=4, micro_rows=2, learning_rate=1e-3, save_every=100, depths=2)
+    return changed(base, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import weakref
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ from moeslim.errors import (
 from moeslim.losses import Coefficients, LossWeights, Signal, coefficients, fused_loss, term_counts
 from moeslim.model.load import load_student
 from moeslim.model.student import Student
-from tiny import write_tiny
+from tiny import changed, train_settings, write_tiny
 
 pytestmark = pytest.mark.bits("how a step is divided into calls must not move the weights where the sums are the same")
 
@@ -64,8 +63,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenSet:
 
 
 def _settings(steps: int = 6, **changes: object) -> TrainSettings:
-    base = TrainSettings(tokens=steps * 4 * T, rows_per_step=4, micro_rows=2, learning_rate=3e-3, save_every=100)
-    return replace(base, lm_only=True, **changes)  # keywords of a dataclass
+    base = train_settings(steps * 4 * T, rows_per_step=4, micro_rows=2, learning_rate=3e-3, save_every=100)
+    return changed(base, lm_only=True, **changes)
 
 
 def _train(student: Student, tokens: TokenSet, folder: Path, **changes: object) -> list[dict]:
@@ -299,7 +298,7 @@ def test_online_teacher_is_frozen(folder: Path) -> None:
 
 
 def test_distill_from_folder_to_folder_in_two_stages(folder: Path, tokens: TokenSet, tmp_path: Path) -> None:
-    settings = replace(_settings(4), lm_only=False)
+    settings = changed(_settings(4), lm_only=False)
     teacher = write_tiny_teacher(folder)
     first = Place(tmp_path / "stage-1", start=0.0, end=0.5)
     record = distill(folder, teacher, tokens=tokens, out=tmp_path / "one", settings=settings, place=first)
@@ -310,7 +309,7 @@ def test_distill_from_folder_to_folder_in_two_stages(folder: Path, tokens: Token
     second = Place(tmp_path / "stage-2", start=0.5, end=1.0, moments=tmp_path / "moments")
     record = distill(tmp_path / "one", teacher, tokens=tokens, out=tmp_path / "two", settings=settings, place=second)
     assert record["last"]["lam"] == pytest.approx(0.75)
-    assert record["last"]["learning_rate"] == pytest.approx(settings.min_learning_rate)
+    assert record["last"]["learning_rate"] == pytest.approx(settings.distill.min_learning_rate)
     facts = json.loads((last_state(second.work) / "state.json").read_text())  # it is there
     assert set(facts["adam_steps"].values()) == {8}
     again = distill(tmp_path / "one", teacher, tokens=tokens, out=tmp_path / "three", settings=settings, place=second)
@@ -330,7 +329,7 @@ def test_what_was_trained_leaves_the_memory(
         return student
 
     monkeypatch.setattr(run, "load_student", noted)
-    settings = replace(_settings(1), activation_checkpointing=True)
+    settings = changed(_settings(1), activation_checkpointing=True)
     gc.disable()  # it may come at any moment, or not before the next stage
     try:
         distill(folder, None, tokens=tokens, out=tmp_path / "out", settings=settings, place=Place(tmp_path / "work"))
@@ -379,11 +378,11 @@ def test_what_cannot_work_is_refused_first(folder: Path, tokens: TokenSet, tmp_p
     with pytest.raises(RecipeError, match="lm_only is on"):
         distill(folder, folder, settings=settings, **options)
     with pytest.raises(RecipeError, match="needs a teacher"):
-        distill(folder, None, settings=replace(settings, lm_only=False), **options)
+        distill(folder, None, settings=changed(settings, lm_only=False), **options)
     with pytest.raises(RecipeError, match="no text is held out to measure on"):
-        distill(folder, None, settings=replace(settings, measure_every=5), **options)
+        distill(folder, None, settings=changed(settings, measure_every=5), **options)
     with pytest.raises(RecipeError, match="train_only names dense of a model where it has none"):
-        distill(folder, None, settings=replace(settings, train_only=("dense",)), **options)
+        distill(folder, None, settings=changed(settings, train_only=("dense",)), **options)
     small = write_tiny(tmp_path / "small", num_hidden_layers=2, vocab_size=32)
     with pytest.raises(DataError, match="64 words"):
         distill(small, None, settings=settings, **options)
@@ -391,7 +390,7 @@ def test_what_cannot_work_is_refused_first(folder: Path, tokens: TokenSet, tmp_p
 
 
 def test_a_stage_reads_on_where_the_one_before_ended(tokens: TokenSet) -> None:
-    settings = TrainSettings(tokens=90 * tokens.sequence_length, rows_per_step=1, micro_rows=1)
+    settings = train_settings(90 * tokens.sequence_length, rows_per_step=1, micro_rows=1)
     later = loop.first_row(tokens, settings=settings, stage=Stage(fingerprint="x", start=0.1, end=1.0))
     assert later.epoch * len(tokens) + later.position == 10  # a tenth of 100 steps of one row
     assert loop.first_row(tokens, settings=settings, stage=Stage(fingerprint="x")).position == 0

@@ -10,8 +10,11 @@ from moeslim.demo import teacher_path
 from moeslim.errors import RecipeError
 from moeslim.evaluate.engine import check_engine, engine_figures
 from moeslim.evaluate.settings import Settings
+from moeslim.recipe import Evaluate
+from tiny import changed
 
 SERVING = Path(__file__).parents[1] / ".venv-serve/bin/python"
+SETTINGS = Settings(Evaluate(), window=1024, seed=0, dtype="float32", device="cpu", max_memory=None)
 PROMPTS = [[0, 5, 6], [0, 7, 8], [0, 9, 4]]
 
 
@@ -65,9 +68,9 @@ def test_what_cannot_be_asked_is_said_first(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"has no vLLM; install it there, or name .* in evaluate\.engine_python"):
         check_engine(bare)
     with pytest.raises(RecipeError, match="cannot be started"):
-        Settings(engine="vllm", engine_python=str(tmp_path / "gone")).check()
+        changed(SETTINGS, engine="vllm", engine_python=str(tmp_path / "gone")).check()
     with pytest.raises(RecipeError, match="speed_repeats is 0"):
-        Settings(engine="vllm", speed_repeats=0).check()
+        changed(SETTINGS, engine="vllm", speed_repeats=0).check()
 
 
 @pytest.mark.slow

@@ -23,7 +23,8 @@ from moeslim.figures import Figure, difference, mean, median, ratio
 from moeslim.losses.metrics import kl_and_top1
 from moeslim.machine import parallel
 from moeslim.model.student import Student
-from tiny import tiny_config, tiny_shape, write_tiny
+from moeslim.recipe import Evaluate
+from tiny import changed, tiny_config, tiny_shape, write_tiny
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCAB = len(ALPHABET) + 1  # one token per byte, and EOS as token 0
@@ -219,19 +220,25 @@ class TestScore:
 
 
 SETTINGS = Settings(
-    documents_per_domain=3,
-    document_tokens=40,
+    Evaluate(
+        documents_per_domain=3,
+        stride=16,
+        prompts=4,
+        prompt_tokens=8,
+        new_tokens=10,
+        sampling_prompts=2,
+        samples=1,
+        speed_prompt_tokens=12,
+        speed_new_tokens=3,
+        speed_repeats=2,
+    ),
     window=32,
-    stride=16,
-    prompts=4,
-    prompt_tokens=8,
-    new_tokens=10,
-    sampling_prompts=2,
-    samples=1,
+    seed=0,
+    dtype="float32",
+    device="cpu",
+    max_memory=None,
+    document_tokens=40,
     sample_tokens=6,
-    speed_prompt_tokens=12,
-    speed_new_tokens=3,
-    speed_repeats=2,
 )
 
 
@@ -325,7 +332,7 @@ class TestEvaluate:
 
     def test_other_settings_are_another_record(self, done: tuple, folders: dict[str, Path], tmp_path: Path) -> None:
         _, arguments = done
-        small = Settings(**{**vars(SETTINGS), "samples": 0, "speed_repeats": 0, "prompts": 0})
+        small = changed(SETTINGS, samples=0, speed_repeats=0, prompts=0)
         one = {"bare": folders["bare"]}
         (record,) = evaluate(one, text_documents(), **{**arguments, "settings": small, "out": tmp_path}).values()
         assert record.inputs != done[0]["bare"].inputs
@@ -357,7 +364,7 @@ class TestEvaluate:
             ({"stride": 33}, "must be 1 to 32"),
             ({"dtype": "int8"}, "use one of float32"),
         ):
-            wrong = Settings(**{**vars(SETTINGS), **changes})
+            wrong = changed(SETTINGS, **changes)
             with pytest.raises(RecipeError, match=message):
                 evaluate(folders, text_documents(), **{**arguments, "settings": wrong})
         small = write_tiny(tmp_path / "small", vocab_size=40)

@@ -1,7 +1,6 @@
 """Which part a tensor belongs to, what each part's optimizer does to it, and that a frozen part is left alone."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +20,11 @@ from moeslim.model.load import load_student
 from moeslim.model.sharding import sharding, whole
 from moeslim.model.student import Student
 from moeslim.recipe import PartSettings
-from tiny import write_tiny
+from tiny import changed, train_settings, write_tiny
 
 pytestmark = pytest.mark.bits("frozen and untouched weights keep their bits")
 
-SETTINGS = TrainSettings(tokens=1, learning_rate=1e-2, weight_decay=0.1)
+SETTINGS = train_settings(1, learning_rate=1e-2, weight_decay=0.1)
 BY_NAME = [  # the first pattern that is found decides
     (r"^mtp\.", "mtp"),
     (r"embed_tokens", "embedding"),
@@ -89,7 +88,7 @@ def test_weight_decay_is_on_matrices_only(folder: Path) -> None:
 def test_each_part_has_its_rate_and_decay(folder: Path) -> None:
     """Adam's first step by hand: with g the gradient, p - rate * f * (decay * p + g / (|g| + eps))."""
     student = load_student(folder)
-    settings = replace(
+    settings = changed(
         SETTINGS,
         parts={
             "router": PartSettings(learning_rate=0.25),
@@ -118,7 +117,7 @@ def test_each_part_has_its_rate_and_decay(folder: Path) -> None:
 def test_what_is_frozen_stays_as_it_is(folder: Path, parts: tuple) -> None:
     whole, student = load_student(folder), load_student(folder)
     gradients(whole)
-    settings = replace(SETTINGS, train_only=parts)
+    settings = changed(SETTINGS, train_only=parts)
     freeze(student, settings)
     optimizer = make_optimizer(student, settings)
     gradients(student)
@@ -132,8 +131,8 @@ def test_what_is_frozen_stays_as_it_is(folder: Path, parts: tuple) -> None:
             assert p.grad is None, name
     optimizer.step()
     assert {id(p) for p in optimizer.state} == {id(p) for n, p in student.disk_state().items() if n in trained}
-    changed = {name for name, p in student.disk_state().items() if not torch.equal(p.detach(), before[name])}
-    assert changed == trained
+    moved = {name for name, p in student.disk_state().items() if not torch.equal(p.detach(), before[name])}
+    assert moved == trained
 
 
 def test_training_the_mtp_head_costs_no_backward_pass_of_the_trunk(folder: Path) -> None:
@@ -148,7 +147,7 @@ def test_training_the_mtp_head_costs_no_backward_pass_of_the_trunk(folder: Path)
         return len(kept)
 
     assert kept_by_the_trunk() > 10
-    freeze(student, replace(SETTINGS, train_only=("mtp",)))
+    freeze(student, changed(SETTINGS, train_only=("mtp",)))
     assert kept_by_the_trunk() == 0
     (state,) = student.mtp_states(student.hidden(rows), rows, depths=1)
     assert state.requires_grad
@@ -156,20 +155,20 @@ def test_training_the_mtp_head_costs_no_backward_pass_of_the_trunk(folder: Path)
 
 def test_a_rate_of_zero_freezes(folder: Path) -> None:
     student = load_student(folder)
-    freeze(student, replace(SETTINGS, parts={"embedding": PartSettings(learning_rate=0.0)}))
+    freeze(student, changed(SETTINGS, parts={"embedding": PartSettings(learning_rate=0.0)}))
     assert {n for n, p in student.disk_state().items() if not p.requires_grad} == {"model.embed_tokens.weight"}
 
 
 def test_a_tied_head_is_the_embedding(tied: Path) -> None:
     student = load_student(tied)
-    freeze(student, replace(SETTINGS, train_only=("embedding",)))
+    freeze(student, changed(SETTINGS, train_only=("embedding",)))
     assert student.head.requires_grad
-    (group,) = make_optimizer(student, replace(SETTINGS, train_only=("embedding",))).param_groups
+    (group,) = make_optimizer(student, changed(SETTINGS, train_only=("embedding",))).param_groups
     assert [p is student.head for p in group["params"]] == [True]
     with pytest.raises(
         RecipeError, match=r"train_only names head .* its head is its embedding .*name some of embedding,"
     ):
-        freeze(student, replace(SETTINGS, train_only=("head",)))
+        freeze(student, changed(SETTINGS, train_only=("head",)))
 
 
 @pytest.mark.parametrize(
@@ -184,14 +183,14 @@ def test_a_tied_head_is_the_embedding(tied: Path) -> None:
 )
 def test_parts_that_cannot_be_trained_are_refused(tied: Path, changes: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        trained_parts(replace(SETTINGS, **changes), Reader(tied).shape)
+        trained_parts(changed(SETTINGS, **changes), Reader(tied).shape)
 
 
 def test_the_mtp_head_may_be_missing(tied: Path) -> None:
     assert "mtp" not in trained_parts(SETTINGS, Reader(tied).shape.trunk)
     with pytest.raises(RecipeError, match="train_only names mtp"):
-        trained_parts(replace(SETTINGS, train_only=("mtp",)), Reader(tied).shape.trunk)
-    constant = replace(SETTINGS, train_only=("mtp",), beta_end=0.0, beta_schedule="constant")
+        trained_parts(changed(SETTINGS, train_only=("mtp",)), Reader(tied).shape.trunk)
+    constant = changed(SETTINGS, train_only=("mtp",), beta_end=0.0, beta_schedule="constant")
     assert trained_parts(constant, Reader(tied).shape) == {"mtp"}
 
 
@@ -203,7 +202,7 @@ def two_steps(folder: Path, settings: TrainSettings) -> dict[str, torch.Tensor]:
     optimizer = make_optimizer(student, settings)
     for rate in (1e-2, 5e-3):
         sharded.step_gradients(student)
-        torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), settings.distill.clip)
         set_rate(optimizer, rate)
         optimizer.step()
         optimizer.zero_grad()
@@ -214,7 +213,7 @@ def two_steps(folder: Path, settings: TrainSettings) -> dict[str, torch.Tensor]:
 def test_two_ranks_train_the_same_parts_to_the_same_weights(folder: Path, parts: tuple) -> None:
     own = {"mtp": PartSettings(learning_rate=0.5, weight_decay=0.3)}
     # A large eps: next to zero Adam takes a gradient's sign, and so rounding would decide.
-    settings = replace(SETTINGS, train_only=parts, parts=own, eps=1e-2)
+    settings = changed(SETTINGS, train_only=parts, parts=own, eps=1e-2)
     before, one = load_student(folder).disk_state(), two_steps(folder, settings)
     two, other = ranks.run(two_steps, folder, settings)
     for name, tensor in one.items():
@@ -230,5 +229,5 @@ def test_a_run_of_two_stages_trains_routers_alone(tmp_path: Path) -> None:
     pipeline.run(recipe, run, overrides=["distill.train_only=[router]", "distill.learning_rate=0.05"])
     for cut, trained in (("stage-1/cut", "stage-1/distilled"), ("stage-2/cut", "model")):
         before, after = Reader(run / cut), Reader(run / trained)
-        changed = {name for name in before.rows if not torch.equal(before.tensor(name), after.tensor(name))}
-        assert changed == {name for name in before.rows if part_by_name(name) == "router"}
+        moved = {name for name in before.rows if not torch.equal(before.tensor(name), after.tensor(name))}
+        assert moved == {name for name in before.rows if part_by_name(name) == "router"}

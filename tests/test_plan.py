@@ -4,7 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -26,10 +26,12 @@ from moeslim.plan import (
     write_plan,
 )
 from moeslim.plan.engines import engine_warnings
+from moeslim.plan.grouping import OPERATIONS
 from moeslim.plan.make import hidden_norms, kept_layers, kept_share, norm_scale, source_shape
 from moeslim.plan.schedule import Target
+from moeslim.plan.similarity import SIMILARITIES
 from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK
-from moeslim.recipe import Methods
+from moeslim.recipe import OWN_IMPORTANCE, Methods
 from moeslim.statistics import LayerStats, NormStats, Stats
 from tiny import tiny_config, tiny_shape
 
@@ -77,8 +79,16 @@ def test_unreached_experts_are_listed_and_random_depends_on_seed_and_layer() -> 
     assert (one == importance.random_importance(8, seed=1, key="0")).all()
     assert not (one == importance.random_importance(8, seed=1, key="1")).all()
     assert not (one == importance.random_importance(8, seed=2, key="0")).all()
-    with pytest.raises(PlanError, match="'loudness' is not an importance of experts; known are frequency"):
-        importance.expert_importance(HAND, "loudness")
+
+
+def test_the_recipe_names_what_there_is() -> None:
+    """The recipe may not import the plan's functions, so its lists of names are compared with them here."""
+    listed = {name: {*get_args(field.annotation)} for name, field in Methods.model_fields.items()}
+    assert listed["experts"] - {"random"} == importance.EXPERT_IMPORTANCES.keys() - {"ream_saliency"}  # ream's own
+    assert {*OWN_IMPORTANCE.values()} <= importance.EXPERT_IMPORTANCES.keys()
+    assert listed["width"] == importance.WIDTH_SCORES.keys()
+    assert listed["expert_op"] == OPERATIONS.keys()
+    assert listed["similarity"] - {"auto"} == SIMILARITIES.keys() - {"ream"}
 
 
 def test_neuron_importance_by_hand() -> None:

@@ -29,10 +29,10 @@ from moeslim.machine.parallel import World
 from moeslim.model.sorted_experts import NAME as SORTED
 from moeslim.model.student import Student
 from moeslim.recipe import Recipe
-from tiny import tiny_config, tiny_shape
+from tiny import changed, tiny_config, tiny_shape, train_settings
 
 LENGTH = 64
-SETTINGS = TrainSettings(tokens=10**6, rows_per_step=8, micro_rows=4)
+SETTINGS = train_settings(10**6, rows_per_step=8, micro_rows=4)
 CONFIG = tiny_config(num_key_value_heads=1)
 SHAPE = Shape.from_config(CONFIG)
 CASE = Case(SHAPE, None, length=LENGTH)
@@ -58,15 +58,15 @@ def test_bytes_by_hand() -> None:
     assert found.activations == 256 * 4 * layers + logits
     assert found.total == found.weights + found.gradients + found.moments + found.teacher + found.activations
     # Two further depths keep as much each, and the serving form 4 heads' scores of 64 x 64 in each of 4 rows.
-    deep = replace(SETTINGS, depths=3)
+    deep = changed(SETTINGS, depths=3)
     block = 2 * 16 + 2 * (16 + 36) + 30 + 3 * 32 + 2 * 8
     further = needed(CASE, deep).activations - needed(CASE, SETTINGS).activations
     assert further == 2 * 256 * 4 * (block + 64)
-    served = needed(CASE, replace(deep, mtp_train="serving")).activations
+    served = needed(CASE, changed(deep, mtp_train="serving")).activations
     assert served - needed(CASE, deep).activations == 4 * 4 * 4 * 64 * 64
-    once = needed(CASE, replace(SETTINGS, micro_rows=8))
+    once = needed(CASE, changed(SETTINGS, micro_rows=8))
     assert once.total == once.weights + once.moments + max(once.gradients, once.activations)
-    bf16 = needed(replace(CASE, teacher=Shape.from_config(teacher)), replace(SETTINGS, precision="bfloat16"))
+    bf16 = needed(replace(CASE, teacher=Shape.from_config(teacher)), changed(SETTINGS, precision="bfloat16"))
     assert (bf16.weights, bf16.teacher) == (found.weights, found.teacher // 2)
     assert bf16.activations - logits == (found.activations - logits) // 2
     spread = needed(replace(CASE, teacher=Shape.from_config(teacher)), SETTINGS, ranks=2, shard=2)
@@ -76,10 +76,10 @@ def test_bytes_by_hand() -> None:
 
 def test_what_is_frozen_has_no_gradient_and_no_moments() -> None:
     block = _parameters(CONFIG) - _parameters(CONFIG, mtp=False)
-    found = needed(CASE, replace(SETTINGS, train_only=("mtp",)))
+    found = needed(CASE, changed(SETTINGS, train_only=("mtp",)))
     assert (found.weights, found.gradients, found.moments) == (4 * _parameters(CONFIG), 4 * block, 8 * block)
     assert found.activations == 256 * 64 * 4 * 2  # the logits alone
-    router = needed(CASE, replace(SETTINGS, train_only=("router",)))
+    router = needed(CASE, changed(SETTINGS, train_only=("router",)))
     assert router.moments == 8 * 4 * 8 * 16
     assert router.activations - found.activations == 256 * 4 * 5 * 16
 
@@ -92,7 +92,7 @@ def test_activations_are_a_lower_bound_of_what_autograd_keeps(
 ) -> None:
     """Every tensor that the graph holds, weights and what two share counted once: more than said, not ten times it."""
     config = tiny_config(hidden_size=64, moe_intermediate_size=16, **form)
-    settings = replace(SETTINGS, precision=precision, depths=depths, mtp_train=how)
+    settings = changed(SETTINGS, precision=precision, depths=depths, mtp_train=how)
     torch.manual_seed(0)
     student = Student.from_config(config, shape=Shape.from_config(config), experts=SORTED)
     student.serving = how == "serving"
@@ -121,7 +121,7 @@ def _free(monkeypatch: pytest.MonkeyPatch, free: int, world: World | None = None
 
 
 def _changed(settings: TrainSettings, **changes: Any) -> int:
-    return needed(CASE, replace(settings, **changes)).total
+    return needed(CASE, changed(settings, **changes)).total
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,9 @@ def test_too_little_is_refused_with_what_would_fit(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], told: str
 ) -> None:
     """The advice is the mildest change that makes room: followed, nothing is refused."""
-    settings = replace(SETTINGS, rows_per_step=16)
+    settings = changed(SETTINGS, rows_per_step=16)
     if "activation_checkpointing" in changes and "micro_rows" not in changes:
-        settings = replace(settings, micro_rows=1)
+        settings = changed(settings, micro_rows=1)
         told = told.replace(r" \(now 4\)", "")
     elif "activation_checkpointing" in changes:
         monkeypatch.setattr(room, "CHUNK_BYTES", 0)  # logits that do not shrink with the rows
@@ -150,12 +150,12 @@ def test_too_little_is_refused_with_what_would_fit(
     with pytest.raises(ResourceError, match=told) as caught:
         check_room(SHAPE, settings, length=LENGTH)
     assert "training needs at least" in str(caught.value)
-    check_room(SHAPE, replace(settings, **changes), length=LENGTH)
+    check_room(SHAPE, changed(settings, **changes), length=LENGTH)
 
 
 def test_where_no_setting_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_shape(hidden_size=256)
-    least = replace(SETTINGS, micro_rows=1, activation_checkpointing=True)
+    least = changed(SETTINGS, micro_rows=1, activation_checkpointing=True)
     _free(monkeypatch, needed(CASE, least).total)
     with pytest.raises(ResourceError, match=r"the teacher .*\. A teacher_cache .* takes the teacher out"):
         check_room(SHAPE, SETTINGS, length=LENGTH, teacher=teacher)
@@ -168,7 +168,7 @@ def test_where_no_setting_helps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_processes_share_a_machines_memory_and_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = replace(SETTINGS, micro_rows=1)
+    settings = changed(SETTINGS, micro_rows=1)
     two = World(rank=0, size=2, local_size=2)
     each = needed(CASE, settings, ranks=2, shard=2).total
     _free(monkeypatch, 2 * each, two)
@@ -178,12 +178,12 @@ def test_processes_share_a_machines_memory_and_the_weights(monkeypatch: pytest.M
         check_room(SHAPE, settings, length=LENGTH)
     _free(monkeypatch, 2 * each, two)
     with pytest.raises(ResourceError, match="for each process"):  # each process a copy of its own
-        check_room(SHAPE, replace(settings, shard_over=1), length=LENGTH)
+        check_room(SHAPE, changed(settings, shard_over=1), length=LENGTH)
 
 
 def test_the_demo_has_room_on_a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, shape = Recipe.load(recipe_path()), read_structure(teacher_path()).shape
-    settings = TrainSettings.of(recipe.distill, tokens=recipe.distill.tokens)
+    settings = TrainSettings(recipe.distill, tokens=recipe.distill.tokens, seed=0, precision="float32", device="cpu")
     _free(monkeypatch, 1 << 30)
     check_room(shape, settings, length=recipe.data.sequence_length, teacher=shape)
 
@@ -251,7 +251,7 @@ def _in_python() -> None:
     [(_on_a_gpu, " (2.50 GiB more"), (_on_a_cpu, " (4,503,599.6 GB more"), (_in_a_library, "."), (_in_python, ".")],
 )
 def test_running_out_names_what_to_lower(fail: Callable[[], None], asked: str) -> None:
-    with pytest.raises(ResourceError) as caught, room_named(replace(SETTINGS, micro_rows=6, rows_per_step=12), 3):
+    with pytest.raises(ResourceError) as caught, room_named(changed(SETTINGS, micro_rows=6, rows_per_step=12), 3):
         fail()
     told = str(caught.value)
     assert told.startswith(f"step 3: out of memory on cpu{asked}")
@@ -262,7 +262,7 @@ def test_running_out_names_what_to_lower(fail: Callable[[], None], asked: str) -
 
 def test_only_what_helps_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "world", lambda: World(size=8, local_size=4))
-    tight = replace(SETTINGS, micro_rows=1, activation_checkpointing=True)
+    tight = changed(SETTINGS, micro_rows=1, activation_checkpointing=True)
     with pytest.raises(ResourceError) as caught, room_named(tight, 1):
         raise MemoryError
     assert "micro_rows" not in str(caught.value)

@@ -6,7 +6,6 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,11 +27,11 @@ from moeslim.model.sharding import sharding, whole
 from moeslim.model.student import Student
 from moeslim.plan.steps import DropLayers, for_moments
 from moeslim.surgery import cut
-from tiny import write_tiny
+from tiny import changed, train_settings, write_tiny
 
 pytestmark = pytest.mark.bits("a training that goes on ends as one that was not stopped")
 
-SETTINGS = TrainSettings(tokens=64, rows_per_step=4, micro_rows=2, learning_rate=1e-2, save_every=100, keep_last=2)
+SETTINGS = train_settings(64, rows_per_step=4, micro_rows=2, learning_rate=1e-2, save_every=100, keep_last=2)
 Pair = tuple[Student, torch.optim.Optimizer]
 
 
@@ -85,7 +84,7 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def states(root: Path, *, fingerprint: str = "one", **changes: object) -> States:
-    return States(root, settings=replace(SETTINGS, **changes), fingerprint=fingerprint)
+    return States(root, settings=changed(SETTINGS, **changes), fingerprint=fingerprint)
 
 
 def at(number: int) -> Position:
@@ -231,7 +230,7 @@ def test_leaving_finishes_a_save_and_keeps_the_error(
 
 
 def test_frozen_parts_have_no_moments(folder: Path, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, train_only=("mtp",))
+    settings = changed(SETTINGS, train_only=("mtp",))
     pair, before = fresh(folder, settings=settings), values(fresh(folder))
     kept = States(tmp_path, settings=settings, fingerprint="one")
     step(pair, 1)
@@ -242,9 +241,9 @@ def test_frozen_parts_have_no_moments(folder: Path, tmp_path: Path) -> None:
     States(tmp_path, settings=settings, fingerprint="one").resume(*again)
     assert_same(values(again), values(pair))
     now = values(again)
-    changed = {name.split("/")[1] for name, tensor in before.items() if not torch.equal(tensor, now[name])}
-    assert changed
-    assert all(name.startswith("mtp.") for name in changed)
+    moved = {name.split("/")[1] for name, tensor in before.items() if not torch.equal(tensor, now[name])}
+    assert moved
+    assert all(name.startswith("mtp.") for name in moved)
 
 
 # what is refused, what is kept
@@ -290,7 +289,7 @@ def test_the_newest_and_the_best_are_kept(folder: Path, tmp_path: Path) -> None:
     pair = fresh(folder)
     found = []
     for number, bits in enumerate([3.0, 1.0, 2.0, 1.0, 5.0, None], 1):
-        kept = states(tmp_path, keep_best=1 if number < 6 else 2, async_save=number % 2 == 0)
+        kept = states(tmp_path, keep_best=1 if number < 6 else 2, measure_every=1, async_save=number % 2 == 0)
         kept.save(at(number), pair[0], optimizer=pair[1], bits=bits)
         kept.wait()
         found.append([int(f.name[5:]) for f in step_folders(tmp_path)])
@@ -427,7 +426,7 @@ def test_moments_after_a_cut_are_the_slices(folder: Path, tmp_path: Path) -> Non
 def save_together(folder: Path, root: Path, *, shard_over: int | None = None, background: bool = False) -> dict:
     """Two steps, each saved; whole values after the second, on every rank."""
     pair = fresh(folder, shard_over=shard_over)
-    kept = States(root, settings=replace(SETTINGS, async_save=background), fingerprint="one")
+    kept = States(root, settings=changed(SETTINGS, async_save=background), fingerprint="one")
     with kept:
         assert kept.resume(*pair) is None
         for number in (1, 2):
@@ -523,4 +522,4 @@ def test_states_of_two_are_refused_alike(folder: Path, tmp_path: Path, alone: tu
 
 def refused(folder: Path, root: Path) -> None:
     pair = fresh(folder)
-    States(root, settings=replace(SETTINGS, seed=5), fingerprint="other").resume(*pair)
+    States(root, settings=changed(SETTINGS, seed=5), fingerprint="other").resume(*pair)

@@ -12,14 +12,14 @@ import torch
 import ranks
 from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.errors import ResourceError
-from moeslim.evaluate import Record, Settings, evaluate, settings, walking
+from moeslim.evaluate import Record, evaluate, settings, walking
 from moeslim.evaluate.score import Layout, Scores, score
 from moeslim.evaluate.walking import Walked, score_walking
 from moeslim.machine import parallel
 from moeslim.model.load import load_student
 from moeslim.model.walk import WalkSettings
 from test_evaluate import SETTINGS, VOCAB, cut_small, random_documents, text_documents, write_tokenizer
-from tiny import write_tiny
+from tiny import changed, write_tiny
 
 pytestmark = pytest.mark.bits("a measurement through the walk is the whole model's")
 
@@ -135,7 +135,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def measured(text: dict, out: Path, *, models: tuple[str, ...] = ("teacher", "cut"), **changes: object) -> dict:
-    told = Settings(**{**vars(SETTINGS), "speed_repeats": 0, **changes})
+    told = changed(SETTINGS, **{"speed_repeats": 0, **changes})
     named = {name: text[name] for name in models}
     options = {"teacher": text["teacher"], "tokenizer": text["tokenizer"], "settings": told, "out": out}
     return evaluate(named, text_documents(), **options)

@@ -6,7 +6,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ from rich.console import Console
 
 from moeslim.cli import display
 from moeslim.distill import trackers, watch
-from moeslim.distill.settings import TrainSettings
 from moeslim.distill.watch import Watch, read_log, spike, told
 from moeslim.errors import RecipeError
 from moeslim.log import progress, set_sink
 from moeslim.machine.gpus import device_peak, peak_of
+from tiny import changed, train_settings
 
-SETTINGS = TrainSettings(tokens=1000, lm_only=True)
+SETTINGS = train_settings(1000, lm_only=True)
 STEPS, TOKENS = 100, 64
 
 
@@ -42,7 +41,7 @@ def _record(step: int, total: float = 2.0, **more: Any) -> dict[str, Any]:
 
 def _watch(folder: Path, step: int = 0, *, flops: float | None = None, **changes: Any) -> Watch:
     folder.mkdir(exist_ok=True)
-    settings = replace(SETTINGS, **changes)
+    settings = changed(SETTINGS, **changes)
     return Watch(folder, settings=settings, steps=STEPS, tokens_per_step=TOKENS, flops_per_token=flops, step=step)
 
 

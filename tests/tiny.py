@@ -1,17 +1,24 @@
-"""Tiny models of every family, written in a fraction of a second. A new family joins every law in FAMILIES."""
+"""Tiny models of every family, written in a fraction of a second, and settings for them.
+
+A new family joins every law in FAMILIES.
+"""
 
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from moeslim.distill.settings import TrainSettings
+from moeslim.evaluate.settings import Settings
 from moeslim.families import Shape
 from moeslim.model.init import write_random
+from moeslim.recipe import Distill
 
 STACKED = {"trunk": "stacked", "mtp": "stacked"}
 MIXED = {"trunk": "stacked", "mtp": "per_expert"}
@@ -203,3 +210,20 @@ def _reordered(matrix: torch.Tensor, name: str, order: Sequence[int] | None) -> 
     if "down_proj" in name:
         return matrix[:, ids]
     return matrix[torch.cat([ids, ids + matrix.shape[0] // 2]) if "gate_up" in name else ids]
+
+
+def train_settings(tokens: int, **section: Any) -> TrainSettings:
+    """A training of `tokens` in fp32 on the CPU, at rates that a tiny model learns with; `section` is of `Distill`."""
+    rates = {"micro_rows": 16, "learning_rate": 1e-3, "min_learning_rate": 1e-4}
+    return TrainSettings(Distill(**rates | section), tokens=tokens, seed=0, precision="float32", device="cpu")
+
+
+AnySettings = TypeVar("AnySettings", TrainSettings, Settings)
+
+
+def changed(settings: AnySettings, **changes: Any) -> AnySettings:
+    """The same settings but for `changes`, of the recipe's section or of what stands beside it."""
+    name = "distill" if isinstance(settings, TrainSettings) else "evaluate"
+    section = getattr(settings, name)
+    beside = {key: changes.pop(key) for key in vars(settings).keys() & changes.keys()}
+    return replace(settings, **{name: type(section)(**dict(section) | changes)}, **beside)

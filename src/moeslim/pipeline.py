@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,21 @@ from moeslim.artifacts.commit import check_vacant, read_json, replace_file, writ
 from moeslim.artifacts.fingerprint import file_fingerprint, folder_fingerprint
 from moeslim.artifacts.run import Run, open_run
 from moeslim.checkpoint.config_json import read_config
-from moeslim.checkpoint.structure import Structure, check_structure, read_structure
-from moeslim.commands import describe, files, inputs, measure, settings
-from moeslim.commands.forecast import left_out, run_bytes
+from moeslim.checkpoint.structure import read_structure
+from moeslim.commands import checks, describe, files, inputs, measure, settings
+from moeslim.commands.forecast import left_out
 from moeslim.commands.text import advice, text_parts
 from moeslim.errors import RecipeError
 from moeslim.log import logger
 from moeslim.machine.disk import check_disk
+from moeslim.plan.check import check_plan
+from moeslim.plan.experts import ROUTERS
+from moeslim.plan.make import make_plan
+from moeslim.plan.protect import renumbered
 from moeslim.plan.schedule import StageTarget
+from moeslim.plan.steps import for_moments, read_plan, write_plan
 from moeslim.recipe import Methods, Recipe
+from moeslim.statistics import Stats
 
 PARTS = ("train", "calibration", "heldout")
 _LIGHT = {"documents_per_domain": 8, "prompts": 0, "samples": 0, "speed_repeats": 0}
@@ -51,16 +58,26 @@ class Story:
         return self.run.path(name)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: what its cut leaves, its stretch of the whole training, its folder, its number from 1."""
+
+    target: StageTarget
+    span: tuple[float, float]
+    folder: str
+    number: int
+
+
 def run(
     recipe_file: Path | str, out: Path | str, *, overrides: Sequence[str] = (), redo: bool = False
 ) -> dict[str, Any]:
     """Carry out a recipe in the run folder `out`; going on where it stands. Returns the record with the table."""
     recipe = Recipe.load(recipe_file, overrides)
-    source, teacher = find_models(recipe)
+    source, teacher = checks.find_models(recipe)
     targets = settings.stage_targets(recipe, source.shape)
     settings.check_search(recipe, source.shape, targets=targets)
-    check_settings(recipe, source, teacher=teacher)
-    check_room(recipe, source, folder=Path(out), targets=targets)
+    checks.check_settings(recipe, source, teacher=teacher)
+    checks.check_room(recipe, source, folder=Path(out), targets=targets)
     for line in left_out(recipe, targets):
         logger.warning("%s", line)
     with open_run(out, redo=redo) as folder:
@@ -70,22 +87,18 @@ def run(
         pack_text(story)
         # refuses a foreign cache
         settings.teaching_folder(recipe, story.teacher, student=story.source, tokens=story.tokens["train"])
-        student, done = story.source, 0.0
-        for number, target in enumerate(targets, start=1):
-            last = number == len(targets)
-            folder_name = f"stage-{number}"
-            calibrate_stage(story, folder_name, student=student, target=target)
-            plan_stage(story, folder_name, student=student, target=target)
-            cut_stage(story, folder_name, student=student)
-            span = (done, done + float(target.token_share))
-            output = "model" if last else f"{folder_name}/distilled"
-            student = distill_stage(story, folder_name, student=f"{folder_name}/cut", output=output, span=span)
-            done = span[1]
-        models = {"teacher": story.teacher, "cut": story.path(f"stage-{len(targets)}/cut")}
+        student, stages = story.source, stages_of(targets)
+        for stage in stages:
+            calibrate_stage(story, stage, student=student)
+            plan_stage(story, stage, student=student)
+            cut_stage(story, stage, student=student)
+            output = "model" if stage == stages[-1] else f"{stage.folder}/distilled"
+            student = distill_stage(story, stage, student=f"{stage.folder}/cut", output=output)
+        models = {"teacher": story.teacher, "cut": story.path(f"{stages[-1].folder}/cut")}
         if recipe.distill.tokens:
             models["distilled"] = student
         if recipe.compare_random_init:
-            models["random-init"] = random_init(story, student)
+            models["random-init"] = random_init(story, stages[-1], student=student)
         evaluate_models(story, models)
         write_recipe(story)
         return tell(story, student)
@@ -113,19 +126,20 @@ def prune(
         )
     if not work.exists():
         check_vacant(out)
-    source, _ = find_models(recipe)
-    target = settings.stage_targets(recipe.model_copy(update={"schedule": "one_shot"}), source.shape)[-1]
-    settings.check_search(recipe, source.shape, targets=[target])
-    check_settings(recipe, source, teacher=source)
+    source, _ = checks.find_models(recipe)
+    targets = settings.stage_targets(recipe.model_copy(update={"schedule": "one_shot"}), source.shape)
+    settings.check_search(recipe, source.shape, targets=targets)
+    checks.check_settings(recipe, source, teacher=source)
     with open_run(work, redo=redo) as folder:
         story = Story(recipe, folder, source.folder, source.folder)
-        check_output(story, "stage-1", out=out)
-        if not folder.finished("stage-1-cut"):
-            check_disk(out, describe.cut_bytes(source, target))
+        (stage,) = stages_of(targets)
+        check_output(story, stage, out=out)
+        if not folder.finished(f"{stage.folder}-cut"):
+            check_disk(out, describe.cut_bytes(source, stage.target))
         pack_text(story, parts=("calibration", "heldout"))
-        calibrate_stage(story, "stage-1", student=story.source, target=target)
-        plan_stage(story, "stage-1", student=story.source, target=target)
-        cut_stage(story, "stage-1", student=story.source, output=out)
+        calibrate_stage(story, stage, student=story.source)
+        plan_stage(story, stage, student=story.source)
+        cut_stage(story, stage, student=story.source, output=out)
         proof = files.verify(str(out))
         evaluate_models(story, {"teacher": story.source, "cut": out})
         text = ", ".join(data) if data else "the bundled mix"
@@ -135,14 +149,11 @@ def prune(
         return {"model": str(out), "verified": proof["ok"], "table": table, "lines": lines}
 
 
-def find_models(recipe: Recipe) -> tuple[Structure, Structure]:
-    """Source and teacher, both whole as far as headers tell."""
-    source = teacher = read_structure(inputs.model_folder(recipe.model, revision=recipe.revision))
-    check_structure(source)
-    if recipe.teacher is not None:
-        teacher = read_structure(inputs.model_folder(recipe.teacher))
-        check_structure(teacher)
-    return source, teacher
+def stages_of(targets: Sequence[StageTarget]) -> list[Stage]:
+    """The stages that come to these targets, one after the other."""
+    ends = accumulate((float(target.token_share) for target in targets), initial=0.0)
+    parts = zip(targets, pairwise(ends), strict=True)
+    return [Stage(target, span, f"stage-{number}", number) for number, (target, span) in enumerate(parts, start=1)]
 
 
 def write_recipe(story: Story) -> None:
@@ -150,34 +161,15 @@ def write_recipe(story: Story) -> None:
     write_bytes(story.path("recipe.yaml"), yaml.safe_dump(story.recipe.dump(), sort_keys=False).encode())
 
 
-def check_settings(recipe: Recipe, source: Structure, *, teacher: Structure) -> None:
-    """Refuse settings that a late stage could not work with, before the first one."""
-    from moeslim.distill.words import check_same_words
-
-    settings.prepare(recipe)
-    settings.evaluate_settings(recipe).check()
-    settings.check_training(recipe, source.shape)
-    if teacher.folder != source.folder:
-        check_same_words(source.folder, teacher.folder)
-
-
-def check_room(recipe: Recipe, source: Structure, *, folder: Path, targets: Sequence[StageTarget]) -> None:
-    """Refuse a run that the disk cannot hold; what stands in its folder already is not asked for again."""
-    standing = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    check_disk(folder, max(0, run_bytes(recipe, source, targets=targets) - standing))
-
-
-def check_output(story: Story, stage: str, *, out: Path) -> None:
+def check_output(story: Story, stage: Stage, *, out: Path) -> None:
     """Refuse an `out` that holds something which this work folder's own cut did not write; nothing of it is touched.
 
     A run that was killed between the cut and its record leaves a model whose receipt names the plan that stands here.
     """
-    plan_file = story.path(f"{stage}/plan.json")
-    if story.run.finished(f"{stage}-cut"):
+    plan_file = story.path(f"{stage.folder}/plan.json")
+    if story.run.finished(f"{stage.folder}-cut"):
         return  # then it is compared with what was written
     if plan_file.is_file() and (out / "receipt.json").is_file():
-        from moeslim.plan.steps import read_plan
-
         parents = read_json(out / "receipt.json").get("parents", {})
         if parents.get("plan") == read_plan(plan_file).fingerprint:
             return
@@ -201,109 +193,94 @@ def pack_text(story: Story, parts: Sequence[str] = PARTS) -> None:
         )
 
 
-def calibrate_stage(story: Story, stage: str, *, student: Path, target: StageTarget) -> None:
+def calibrate_stage(story: Story, stage: Stage, *, student: Path) -> None:
     """STAGE/stats: what every layer of the current student does on calibration text.
 
-    Where the methods ask for something to be tried on the live layers, that is done on the way, for this target.
+    Where the methods ask for something to be tried on the live layers, that is done on the way, for the stage's target.
     """
     from moeslim.calibrate.observe import Observe
     from moeslim.calibrate.run import calibrate
 
-    recipe, tokens, output = story.recipe, story.tokens["calibration"], f"{stage}/stats"
+    recipe, tokens, output = story.recipe, story.tokens["calibration"], f"{stage.folder}/stats"
     removal = recipe.calibrate.removal or recipe.methods.experts == "removal"
     methods = stage_methods(story, stage)
-    search = settings.stage_search(read_structure(student).shape, target, methods=methods, seed=recipe.seed)
+    search = settings.stage_search(read_structure(student).shape, stage.target, methods=methods, seed=recipe.seed)
     made_from = {
         "model": folder_fingerprint(student),
         "text": tokens.fingerprint,
         "calibrate": {**recipe.calibrate.model_dump(mode="json"), "removal": removal},
         "search": None if search is None else search.facts,
     }
-    # Statistics without a record (a kill came between) are not cleared: `calibrate` knows whether they are right.
-    if story.run.stands(f"{stage}-calibrate", made_from, outputs=[output] if story.run.redo else []):
-        return
-    settings.prepare(recipe)
-    calibrate(
-        student,
-        tokens,
-        out=story.path(output),
-        sequences=min(recipe.calibrate.sequences, len(tokens)),
-        settings=settings.walk_settings(recipe),
-        observe=Observe(removal=removal, search=search, redo=story.run.redo),
-    )
-    story.run.finish(f"{stage}-calibrate", made_from, outputs=[output])
+    # It resumes: `calibrate` knows whether statistics without a record (a kill came between) are right.
+    with story.run.stage(f"{stage.folder}-calibrate", made_from, outputs=[output], resumes=True) as due:
+        if due:
+            settings.prepare(recipe)
+            calibrate(
+                student,
+                tokens,
+                out=story.path(output),
+                sequences=min(recipe.calibrate.sequences, len(tokens)),
+                settings=settings.walk_settings(recipe),
+                observe=Observe(removal=removal, search=search, redo=story.run.redo),
+            )
 
 
-def plan_stage(story: Story, stage: str, *, student: Path, target: StageTarget) -> None:
+def plan_stage(story: Story, stage: Stage, *, student: Path) -> None:
     """STAGE/plan.json: what stays, decided from the statistics; can be read and edited before the cut.
 
     Beside it the router rows, where a search has trained some.
     """
-    from moeslim.plan.check import check_plan
-    from moeslim.plan.experts import ROUTERS
-    from moeslim.plan.make import make_plan
-    from moeslim.plan.steps import write_plan
-    from moeslim.statistics import Stats
-
-    recipe, output, routers = story.recipe, f"{stage}/plan.json", f"{stage}/{ROUTERS}"
-    counts = {axis: value for axis, value in vars(target).items() if axis != "token_share"}
+    recipe, output, routers = story.recipe, f"{stage.folder}/plan.json", f"{stage.folder}/{ROUTERS}"
+    counts = {axis: value for axis, value in vars(stage.target).items() if axis != "token_share"}
     made_from = {
-        "stats": story.run.outputs(f"{stage}-calibrate"),
+        "stats": story.run.outputs(f"{stage.folder}-calibrate"),
         "target": counts,
         "methods": recipe.methods.model_dump(mode="json"),
         "seed": recipe.seed,
     }
-    if story.run.stands(f"{stage}-plan", made_from, outputs=[output, routers]):
-        return
-    shape = read_structure(student).shape
-    stats, methods = Stats.load(story.path(f"{stage}/stats")), stage_methods(story, stage)
-    plan = make_plan(shape, stats=stats, target=target, methods=methods, seed=recipe.seed)
-    for warning in check_plan(plan, shape):
-        logger.warning("%s", warning)
-    outputs = [output]
-    if any(step.step == "set_routers" for step in plan.steps):
-        with replace_file(story.path(routers)) as temporary:
-            shutil.copyfile(story.path(f"{stage}/stats/routers.safetensors"), temporary)
-        outputs.append(routers)
-    write_plan(story.path(output), plan)
-    story.run.finish(f"{stage}-plan", made_from, outputs=outputs)
+    with story.run.stage(f"{stage.folder}-plan", made_from, outputs=[output], optional=[routers]) as due:
+        if due:
+            shape, stats = read_structure(student).shape, Stats.load(story.path(f"{stage.folder}/stats"))
+            methods = stage_methods(story, stage)
+            plan = make_plan(shape, stats=stats, target=stage.target, methods=methods, seed=recipe.seed)
+            for warning in check_plan(plan, shape):
+                logger.warning("%s", warning)
+            if any(step.step == "set_routers" for step in plan.steps):
+                with replace_file(story.path(routers)) as temporary:
+                    shutil.copyfile(story.path(f"{stage.folder}/stats/routers.safetensors"), temporary)
+            write_plan(story.path(output), plan)
 
 
-def stage_methods(story: Story, stage: str) -> Methods:
+def stage_methods(story: Story, stage: Stage) -> Methods:
     """The recipe's methods, with the protected experts as the stage's student numbers them."""
-    from moeslim.plan.protect import renumbered
-    from moeslim.plan.steps import read_plan
-
     protect: Mapping[str, Sequence[int]] = story.recipe.methods.protect
-    for earlier in range(1, int(stage.removeprefix("stage-"))):
+    for earlier in range(1, stage.number):
         protect = renumbered(protect, read_plan(story.path(f"stage-{earlier}/plan.json")))
     return story.recipe.methods.model_copy(update={"protect": protect})
 
 
-def cut_stage(story: Story, stage: str, *, student: Path, output: Path | None = None) -> None:
+def cut_stage(story: Story, stage: Stage, *, student: Path, output: Path | None = None) -> None:
     """STAGE/cut: the smaller checkpoint, streamed tensor by tensor from the student."""
-    from moeslim.plan.steps import read_plan
     from moeslim.surgery import check_cut, cut
 
-    name = f"{stage}/cut" if output is None else os.path.relpath(output, story.run.folder)
+    name = f"{stage.folder}/cut" if output is None else os.path.relpath(output, story.run.folder)
     if output is not None:
         check_output(story, stage, out=output)
-    plan_file = story.path(f"{stage}/plan.json")
+    plan_file = story.path(f"{stage.folder}/plan.json")
     made_from = {"model": folder_fingerprint(student), "plan": file_fingerprint(plan_file)}
-    if story.run.stands(f"{stage}-cut", made_from, outputs=[name]):
-        return
-    plan = check_cut(student, read_plan(plan_file), bound=settings.memory_bound(story.recipe.max_memory))
-    cut(student, plan, out_folder=story.path(name), recipe=story.recipe.dump(), beside=plan_file.parent)
-    story.run.finish(f"{stage}-cut", made_from, outputs=[name])
+    with story.run.stage(f"{stage.folder}-cut", made_from, outputs=[name]) as due:
+        if due:
+            plan = check_cut(student, read_plan(plan_file), bound=settings.memory_bound(story.recipe.max_memory))
+            cut(student, plan, out_folder=story.path(name), recipe=story.recipe.dump(), beside=plan_file.parent)
 
 
-def distill_stage(story: Story, stage: str, *, student: str, output: str, span: tuple[float, float]) -> Path:
-    """OUTPUT: the cut student after its share of the training; without tokens, the cut model itself."""
+def distill_stage(story: Story, stage: Stage, *, student: str, output: str) -> Path:
+    """OUTPUT: the student after the stage's share of the training; without tokens, the student itself."""
     from moeslim.distill.run import Place, distill
     from moeslim.distill.settings import FREE
 
     recipe, run, heldout = story.recipe, story.run, story.tokens["heldout"]
-    tokens = round(recipe.distill.tokens * (span[1] - span[0]))
+    tokens = round(recipe.distill.tokens * (stage.span[1] - stage.span[0]))
     if not tokens:
         return story.path(student)
     text = story.tokens["train"]
@@ -316,58 +293,57 @@ def distill_stage(story: Story, stage: str, *, student: str, output: str, span: 
         "chosen_by": heldout.fingerprint if recipe.distill.final == "best" else None,
         "precision": recipe.precision,
         "seed": recipe.seed,
-        "span": list(span),
+        "span": list(stage.span),
     }
-    if not run.stands(f"{stage}-distill", made_from, outputs=[output]):
-        moments = slice_moments(story, stage)
-        place = Place(story.path(stage), *span, moments=moments, redo=run.redo, heldout=heldout)
-        settings.prepare(recipe)
-        own = settings.train_settings(recipe, tokens)
-        distill(story.path(student), teacher, tokens=text, out=story.path(output), settings=own, place=place)
-        run.finish(f"{stage}-distill", made_from, outputs=[output])
+    with run.stage(f"{stage.folder}-distill", made_from, outputs=[output]) as due:
+        if due:
+            moments = slice_moments(story, stage)
+            place = Place(story.path(stage.folder), *stage.span, moments=moments, redo=run.redo, heldout=heldout)
+            settings.prepare(recipe)
+            own = settings.train_settings(recipe, tokens)
+            distill(story.path(student), teacher, tokens=text, out=story.path(output), settings=own, place=place)
     return story.path(output)
 
 
-def slice_moments(story: Story, stage: str) -> Path | None:
+def slice_moments(story: Story, stage: Stage) -> Path | None:
     """STAGE/moments: the moments of the stage before, cut by this stage's plan; None where there are none."""
     from moeslim.distill.run import last_state
     from moeslim.distill.state import slice_moments as write_moments
-    from moeslim.plan.steps import for_moments, read_plan
     from moeslim.surgery.apply import cut
 
-    number = int(stage.removeprefix("stage-")) if stage.startswith("stage-") else 1
-    before = last_state(story.path(f"stage-{number - 1}")) if number > 1 else None
-    if before is None or story.recipe.distill.optimizer_state == "reset":
+    state = last_state(story.path(f"stage-{stage.number - 1}")) if stage.number > 1 else None
+    if state is None or story.recipe.distill.optimizer_state == "reset":
         return None
-    plan_file, output = story.path(f"{stage}/plan.json"), f"{stage}/moments"
-    made_from = {"state": folder_fingerprint(before), "plan": file_fingerprint(plan_file)}
-    if not story.run.stands(f"{stage}-moments", made_from, outputs=[output]):
-        plan = for_moments(read_plan(plan_file))
-        write_moments(before, story.path(output), cut=lambda source, target: cut(source, plan, out_folder=target))
-        story.run.finish(f"{stage}-moments", made_from, outputs=[output])
+    plan_file, output = story.path(f"{stage.folder}/plan.json"), f"{stage.folder}/moments"
+    made_from = {"state": folder_fingerprint(state), "plan": file_fingerprint(plan_file)}
+    with story.run.stage(f"{stage.folder}-moments", made_from, outputs=[output]) as due:
+        if due:
+            plan = for_moments(read_plan(plan_file))
+            write_moments(state, story.path(output), cut=lambda source, target: cut(source, plan, out_folder=target))
     return story.path(output)
 
 
-def random_init(story: Story, student: Path) -> Path:
-    """random-init/distilled: the student's shape from random values, trained as the student was."""
+def random_init(story: Story, last: Stage, *, student: Path) -> Path:
+    """random-init/distilled: the student's shape from random values, trained in one stage of all tokens."""
     from moeslim.model.init import write_random
 
     structure = read_structure(student)
     config = {**structure.config, "initializer_range": read_config(story.source).get("initializer_range", 0.02)}
     made_from = {"config": config, "seed": story.recipe.seed, "layouts": dict(structure.layouts)}
     output = "random-init/start"
-    if not story.run.stands("random-init", made_from, outputs=[output]):
-        write_random(
-            story.path(output),
-            config,
-            seed=story.recipe.seed,
-            tokenizer_from=student,
-            layouts=structure.layouts,
-            dtype="bfloat16",
-            mtp=structure.shape.mtp_layers > 0,
-        )
-        story.run.finish("random-init", made_from, outputs=[output])
-    return distill_stage(story, "random-init", student=output, output="random-init/distilled", span=(0.0, 1.0))
+    with story.run.stage("random-init", made_from, outputs=[output]) as due:
+        if due:
+            write_random(
+                story.path(output),
+                config,
+                seed=story.recipe.seed,
+                tokenizer_from=student,
+                layouts=structure.layouts,
+                dtype="bfloat16",
+                mtp=structure.shape.mtp_layers > 0,
+            )
+    alone = Stage(last.target, span=(0.0, 1.0), folder="random-init", number=1)
+    return distill_stage(story, alone, student=output, output="random-init/distilled")
 
 
 def evaluate_models(story: Story, models: Mapping[str, Path]) -> None:

@@ -5,7 +5,7 @@ RUN/stages/<name>.json    inputs (as given, and their fingerprint), outputs (pat
 RUN/<output>              what the stage wrote: a folder or a file, committed before its record
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,28 @@ class Run:
     def path(self, name: str) -> Path:
         """Where the output `name` lies or will lie."""
         return self.folder / name
+
+    @contextmanager
+    def stage(
+        self,
+        name: str,
+        inputs: Mapping[str, object],
+        *,
+        outputs: Sequence[str],
+        optional: Sequence[str] = (),
+        resumes: bool = False,
+    ) -> Iterator[bool]:
+        """Yield whether stage `name` is to be done (see `stands`); if so, record what it made when the block has ended.
+
+        A block that raises is not recorded. `optional`: outputs that it may leave out. `resumes`: what an earlier block
+        left without a record is not removed (unless with `redo`), since this one knows whether to go on from it.
+        """
+        cleared = [*outputs, *optional] if self.redo or not resumes else []
+        due = not self.stands(name, inputs, outputs=cleared)
+        yield due
+        if due:
+            made = [*outputs, *(output for output in optional if self.path(output).exists())]
+            self.finish(name, inputs, outputs=made)
 
     def stands(self, name: str, inputs: Mapping[str, object], *, outputs: Iterable[str] = ()) -> bool:
         """True if stage `name` was finished from the same inputs and its outputs are untouched: skip it.

@@ -150,12 +150,10 @@ def probe(
             "seed": recipe.seed,
             "precision": recipe.precision,
         }
-        # Statistics without a record (a kill came between) are not cleared: the probe knows whether they are right.
-        stands = run.stands("probe", made_from, outputs=["stats"] if redo else [])
-        prepare(recipe)
-        found = predict(folder, tokens, out=out / "stats", ask=ask, settings=walk_settings(recipe), redo=redo)
-        if not stands:
-            run.finish("probe", made_from, outputs=["stats"])
+        # It resumes: the probe knows whether statistics without a record (a kill came between) are right.
+        with run.stage("probe", made_from, outputs=["stats"], resumes=True):
+            prepare(recipe)
+            found = predict(folder, tokens, out=out / "stats", ask=ask, settings=walk_settings(recipe), redo=redo)
         record: dict[str, Any] = {"model": model, "fingerprint": made_from["model"], "text": tokens.fingerprint}
         allowed = TOLERANCE if tolerance is None else tolerance
         record |= verdict(found, structure.shape, methods=methods, tolerance=allowed)

@@ -98,7 +98,7 @@ def train_settings(recipe: Recipe, tokens: int) -> Any:
     from moeslim.distill.settings import TrainSettings
 
     where = device(recipe.device)
-    return TrainSettings.of(recipe.distill, tokens=tokens, seed=recipe.seed, precision=recipe.precision, device=where)
+    return TrainSettings(recipe.distill, tokens=tokens, seed=recipe.seed, precision=recipe.precision, device=where)
 
 
 def check_training(recipe: Recipe, student: Shape) -> None:
@@ -141,7 +141,7 @@ def evaluate_settings(recipe: Recipe) -> Any:
     from moeslim.evaluate.settings import Settings
 
     return Settings(
-        **recipe.evaluate.model_dump(),
+        recipe.evaluate,
         window=recipe.data.sequence_length,
         seed=recipe.seed,
         device=device(recipe.device),

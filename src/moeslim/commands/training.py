@@ -85,12 +85,12 @@ def distill(
     check_training(recipe, structure.shape)
     settings, cached = train_settings(recipe, recipe.distill.tokens), recipe.distill.teacher_cache if not data else None
     prepare(recipe)
-    if cached and settings.measure_every and not any(text.startswith("data.heldout=") for text in overrides):
+    if cached and settings.distill.measure_every and not any(text.startswith("data.heldout=") for text in overrides):
         raise RecipeError(
             "distill.measure_every measures on held-out text, and a cache holds none; give the text that the cache was "
             "made from with --data, or some that it has not seen with --set data.heldout=..."
         )
-    text = {} if cached and not settings.measure_every else text_parts(recipe.data)
+    text = {} if cached and not settings.distill.measure_every else text_parts(recipe.data)
     length, seed = recipe.data.sequence_length, recipe.seed
     with run_lock(work):
         if cached:
@@ -98,7 +98,7 @@ def distill(
         else:
             tokens = pack(text["train"], folder, out_folder=work / "tokens", sequence_length=length, seed=seed)
         heldout = None
-        if settings.measure_every:
+        if settings.distill.measure_every:
             beside = work / "heldout"
             heldout = pack(text["heldout"], folder, out_folder=beside, sequence_length=length, seed=seed)
         word = teaching_folder(recipe, master, student=folder, tokens=tokens)

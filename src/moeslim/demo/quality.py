@@ -28,7 +28,7 @@ from moeslim.log import logger
 from moeslim.machine.host import tune_cpu
 from moeslim.plan.make import make_plan
 from moeslim.plan.schedule import Target
-from moeslim.recipe import Methods
+from moeslim.recipe import Evaluate, Methods
 from moeslim.surgery.apply import cut
 
 SEEDS = (0, 1, 2)
@@ -39,7 +39,8 @@ def quality(model: Path, work: Path) -> dict[str, Any]:
     tune_cpu()
     heldout = read_corpus([(text_path("heldout"), None)])
     tokens = pack(heldout, tokenizer_path(), out_folder=work / "tokens", sequence_length=256, seed=0)
-    settings = Settings(documents_per_domain=64, window=256, stride=128, samples=0, speed_repeats=0)
+    section = Evaluate(documents_per_domain=64, stride=128, prompts=32, samples=0, speed_repeats=0)
+    settings = Settings(section, window=256, seed=0, dtype="float32", device="cpu", max_memory=None)
     models = {"teacher": model, **{f"random-half-{seed}": _without_half(model, work, seed=seed) for seed in SEEDS}}
     records = evaluate(
         models, tokens.documents(), teacher=None, tokenizer=tokenizer_path(), settings=settings, out=work / "records"

@@ -29,6 +29,7 @@ from moeslim.model.init import write_random
 from moeslim.model.load import load_student
 from moeslim.model.save import save_student
 from moeslim.model.sorted_experts import NAME as SORTED
+from moeslim.recipe import Distill
 
 LAYERS = 8
 
@@ -88,8 +89,7 @@ def teacher_config(*, vocab_size: int, eos: int) -> dict[str, Any]:
 
 def settings_for(tokens: int, *, seed: int, learning_rate: float) -> TrainSettings:
     """Plain language modelling with a balancing weight ten times the default, so that no expert dies."""
-    return TrainSettings(
-        tokens=tokens,
+    section = Distill(
         rows_per_step=8,
         micro_rows=8,
         learning_rate=learning_rate,
@@ -99,10 +99,10 @@ def settings_for(tokens: int, *, seed: int, learning_rate: float) -> TrainSettin
         beta_end=0.3,
         alpha=1e-2,
         lm_only=True,
-        seed=seed,
         save_every=250,
         keep_last=2,
     )
+    return TrainSettings(section, tokens=tokens, seed=seed, precision="float32", device="cpu")
 
 
 def export(work: Path, start: Path, *, out: Path) -> None:

@@ -83,15 +83,15 @@ def accumulate(
     micro-batches and ranks add up to one token mean however the rows are split.
     """
     rows, mask, numbers = batch
-    depths = settings.depths if student.mtp is not None else 0
+    depths = settings.distill.depths if student.mtp is not None else 0
     counts = term_counts(mask, depths)
     factors = coefficients(weights, counts=counts, tokens=mask.numel())
     student.routers.start_step()
     device, here = student.head.device, parallel.world()
     sums: dict[str, torch.Tensor] = {}
-    for start in range(0, len(rows), here.size * settings.micro_rows):
-        first = start + here.rank * settings.micro_rows
-        part = slice(first, first + settings.micro_rows)
+    for start in range(0, len(rows), here.size * settings.distill.micro_rows):
+        first = start + here.rank * settings.distill.micro_rows
+        part = slice(first, first + settings.distill.micro_rows)
         part_rows, part_mask = rows[part].to(device), mask[part].to(device)
         with _precision(settings, device):
             signal = teacher(part_rows, numbers[part]) if teacher is not None else None
@@ -139,11 +139,11 @@ def train(
     process. Raises TrainingError (NaN or Inf) and Interrupted (signal; after the running step was saved), both on all
     ranks alike, RunError (foreign state), ResourceError (memory).
     """
-    tokens, teacher, heldout = material.tokens, material.teacher, material.heldout
-    tokens_per_step = settings.rows_per_step * tokens.sequence_length
+    section, tokens, teacher, heldout = settings.distill, material.tokens, material.teacher, material.heldout
+    tokens_per_step = section.rows_per_step * tokens.sequence_length
     steps = num_steps(settings, tokens.sequence_length)
     optimizer, states, position = begin(student, tokens, settings=settings, folder=folder, stage=stage)
-    stream = batches(tokens, position.cursor, rows_per_batch=settings.rows_per_step)
+    stream = batches(tokens, position.cursor, rows_per_batch=section.rows_per_step)
     step = position.step
     watch = watching(student, material, settings=settings, folder=folder, step=step)
     with stop_signals() as stopped, states, watch:
@@ -157,7 +157,7 @@ def train(
                 gradient = accumulate(
                     student, batch, weights=weights, settings=settings, teacher=teacher, stopped=stopped
                 )
-                norm = float(whole(torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)))
+                norm = float(whole(torch.nn.utils.clip_grad_norm_(student.parameters(), section.clip)))
                 check_finite(gradient, norm, step=step)
                 set_rate(optimizer, rate)
                 optimizer.step()
@@ -165,10 +165,10 @@ def train(
             record = {"step": step, "tokens": step * tokens_per_step, "total": gradient.loss, **gradient.terms}
             record |= {"gradient_norm": norm, "learning_rate": rate, "lam": weights.lam, "beta": weights.beta}
             record |= {"least_load": _least_load(student.routers.assigned), "seconds": time.perf_counter() - began}
-            due = step == steps or step % settings.save_every == 0
-            if heldout is not None and (due or step % settings.measure_every == 0):
+            due = step == steps or step % section.save_every == 0
+            if heldout is not None and (due or step % section.measure_every == 0):
                 with _precision(settings, student.head.device):
-                    record["bits_per_byte"] = heldout.bits_per_byte(student, settings.micro_rows)
+                    record["bits_per_byte"] = heldout.bits_per_byte(student, section.micro_rows)
             watch.write(record)
             states.poll()
             if due or gradient.asked:
@@ -181,7 +181,7 @@ def train(
     if asked:
         done = f"after step {step} of {steps}"
         raise Interrupted(f"{asked}: stopped {done}, saved in {folder}; run again to go on")
-    if settings.final == "best" and (best := states.best()) is not None:
+    if section.final == "best" and (best := states.best()) is not None:
         logger.info("the model is that of %s, of the fewest bits per byte", best.name)
         load_weights(best, student)
     return read_log(folder / "curve.jsonl")
@@ -197,8 +197,8 @@ def begin(
     settings.check(ranks=parallel.world().size)
     freeze(student, settings)
     student.train()
-    student.detach_trunk, student.serving = settings.detach_trunk, settings.mtp_train == "serving"
-    if settings.activation_checkpointing:
+    student.detach_trunk, student.serving = settings.distill.detach_trunk, settings.distill.mtp_train == "serving"
+    if settings.distill.activation_checkpointing:
         student.checkpoint_activations()
     optimizer = make_optimizer(student, settings)
     states = States(folder / "states", settings=settings, fingerprint=stage.fingerprint)
@@ -215,7 +215,7 @@ def begin(
 def first_row(tokens: TokenSet, *, settings: TrainSettings, stage: Stage) -> Cursor:
     """Where the stage's text begins: behind what the stages before it have read, so that a run reads on and on."""
     run_steps = num_steps(settings, tokens.sequence_length) / (stage.end - stage.start)
-    rows = round(stage.start * run_steps) * settings.rows_per_step
+    rows = round(stage.start * run_steps) * settings.distill.rows_per_step
     return Cursor.after(rows, seed=settings.seed, num_rows=len(tokens))
 
 
@@ -227,7 +227,7 @@ def watching(student: Student, material: Material, *, settings: TrainSettings, f
     operations = training_operations(
         student.shape,
         length=tokens.sequence_length,
-        depths=settings.depths,
+        depths=settings.distill.depths,
         teacher=teacher.model.shape if isinstance(teacher, OnlineTeacher) else None,
         trained=trained_parts(settings, student.shape),
         targets=tokens.num_targets / (len(tokens) * tokens.sequence_length),
@@ -236,7 +236,7 @@ def watching(student: Student, material: Material, *, settings: TrainSettings, f
         folder,
         settings=settings,
         steps=num_steps(settings, tokens.sequence_length),
-        tokens_per_step=settings.rows_per_step * tokens.sequence_length,
+        tokens_per_step=settings.distill.rows_per_step * tokens.sequence_length,
         flops_per_token=operations,
         step=step,
     )

@@ -27,19 +27,19 @@ def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.Ada
     and dt_bias have one dimension and a meaning at a value other than 0: decay would pull them off.
     """
     parts = parts_of(student.shape)
-    own = {str(part): found for part, found in settings.parts.items()}
+    own = {str(part): found for part, found in settings.distill.parts.items()}
     groups: dict[tuple[float, float], list[torch.Tensor]] = {}
     for name, tensor in student.disk_state().items():
         if not tensor.requires_grad:
             continue
         part = own.get(parts[name], PartSettings())
-        decay = settings.weight_decay if part.weight_decay is None else part.weight_decay
+        decay = settings.distill.weight_decay if part.weight_decay is None else part.weight_decay
         groups.setdefault((part.learning_rate, decay if tensor.ndim >= 2 else 0.0), []).append(tensor)
     return torch.optim.AdamW(
         [{"params": found, "factor": key[0], "weight_decay": key[1]} for key, found in groups.items()],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
+        lr=settings.distill.learning_rate,
+        betas=settings.distill.betas,
+        eps=settings.distill.eps,
         fused=True,
     )
 

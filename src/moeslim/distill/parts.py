@@ -19,8 +19,9 @@ def trained_parts(settings: TrainSettings, shape: Shape) -> set[str]:
 
     Raises RecipeError for a part that the model does not have, and where nothing would be trained.
     """
+    section = settings.distill
     present = list(dict.fromkeys(parts_of(shape).values()))
-    for key, named in (("train_only", settings.train_only), ("parts", settings.parts)):
+    for key, named in (("train_only", section.train_only), ("parts", section.parts)):
         for part in named:
             if part not in present:
                 tied = part == "head" and shape.tied
@@ -28,14 +29,14 @@ def trained_parts(settings: TrainSettings, shape: Shape) -> set[str]:
                 raise RecipeError(
                     f"distill.{key} names {part} of a model where {why}; name some of {', '.join(present)}"
                 )
-    trained = set(settings.train_only or present)
-    trained -= {part for part, own in settings.parts.items() if own.learning_rate == 0}
+    trained = set(section.train_only or present)
+    trained -= {part for part, own in section.parts.items() if own.learning_rate == 0}
     if not trained:
         raise RecipeError("distill.parts gives every part that is trained a learning_rate of 0; let one of them learn")
-    ends = (settings.beta_start, settings.beta_start if settings.beta_schedule == "constant" else settings.beta_end)
+    ends = (section.beta_start, section.beta_start if section.beta_schedule == "constant" else section.beta_end)
     if trained == {"mtp"} and not min(ends):
         raise RecipeError(
-            f"distill.beta_start is {settings.beta_start:g}, beta_end {settings.beta_end:g}, and only mtp is trained: "
+            f"distill.beta_start is {section.beta_start:g}, beta_end {section.beta_end:g}, and only mtp is trained: "
             "where beta is 0 nothing would train it; give both a value above 0"
         )
     return trained

@@ -70,7 +70,7 @@ def needed(case: Case, settings: TrainSettings, *, ranks: int = 1, shard: int = 
         moments=8 * trained // shard,
         teacher=teacher // shard,
         activations=activations(case, settings, whole=learning == set(part.values())),
-        together=settings.rows_per_step > ranks * settings.micro_rows,
+        together=settings.distill.rows_per_step > ranks * settings.distill.micro_rows,
     )
 
 
@@ -82,19 +82,19 @@ def activations(case: Case, settings: TrainSettings, *, whole: bool) -> int:
     DeltaNet's states come on top. In the serving form, the scores of one further depth, or of a part of them.
     """
     shape = case.shape
-    tokens = settings.micro_rows * case.length
+    tokens = settings.distill.micro_rows * case.length
     width = 2 if settings.precision == "bfloat16" else 4
-    depths = settings.depths if shape.mtp_layers else 0
+    depths = settings.distill.depths if shape.mtp_layers else 0
     keys = (*shape.trunk_keys, *shape.mtp_keys * depths)
-    if set(settings.train_only) == {"mtp"}:
+    if set(settings.distill.train_only) == {"mtp"}:
         kept = 0
-    elif settings.activation_checkpointing or not whole:
+    elif settings.distill.activation_checkpointing or not whole:
         kept = shape["hidden"] * len(keys)
     else:
         kept = sum(_kept(shape, key) for key in keys)
     logits = min(tokens, LARGEST_CHUNK) * shape["vocab"] * 4 * (1 + depths + (case.teacher is not None))
     scores = 0
-    if settings.mtp_train == "serving" and depths > 1:
+    if settings.distill.mtp_train == "serving" and depths > 1:
         scores = min(SCORE_BYTES, 4 * tokens * case.length * shape["heads"])
     return tokens * width * kept + min(CHUNK_BYTES, logits) + scores
 
@@ -124,11 +124,11 @@ def check_room(shape: Shape, settings: TrainSettings, *, length: int, teacher: S
     free = free_memory(settings.device, processes=here.local_size)
     if free is None:
         return
-    shard = min(settings.shard_over or here.local_size, here.size)
+    shard = min(settings.distill.shard_over or here.local_size, here.size)
     need = needed(case, settings, ranks=here.size, shard=shard)
     if need.total <= free:
         return
-    rows = f"activations of {settings.micro_rows} x {length} tokens"
+    rows = f"activations of {settings.distill.micro_rows} x {length} tokens"
     parts = {"weights": need.weights, "gradients": need.gradients, "moments": need.moments}
     parts |= {"the teacher": need.teacher, rows: need.activations}
     each = " for each process" if here.size > 1 else ""
@@ -142,18 +142,18 @@ def check_room(shape: Shape, settings: TrainSettings, *, length: int, teacher: S
 def _remedy(case: Case, settings: TrainSettings, *, free: int) -> str:
     """The mildest change of settings that makes room, as a sentence."""
     here = world()
-    shard = min(settings.shard_over or here.local_size, here.size)
-    now = (settings.micro_rows, settings.activation_checkpointing)
+    shard = min(settings.distill.shard_over or here.local_size, here.size)
+    now = (settings.distill.micro_rows, settings.distill.activation_checkpointing)
     fewer = [rows for rows in range(now[0] - 1, 0, -1) if now[0] % rows == 0]
     tried = [(rows, now[1]) for rows in fewer]
     tried += [] if now[1] else [(rows, True) for rows in (now[0], *fewer)]
     for rows, checkpointing in tried:
-        changed = replace(settings, micro_rows=rows, activation_checkpointing=checkpointing)
+        changed = _at(settings, rows, checkpointing=checkpointing)
         if needed(case, changed, ranks=here.size, shard=shard).total <= free:
             words = [f"distill.micro_rows to {rows} (now {now[0]})"] if rows != now[0] else []
             words += ["distill.activation_checkpointing to true"] if checkpointing != now[1] else []
             return f"Set {' and '.join(words)}"
-    least = replace(settings, micro_rows=1, activation_checkpointing=True)
+    least = _at(settings, 1, checkpointing=True)
     alone = needed(replace(case, teacher=None), least, ranks=here.size, shard=shard)
     if case.teacher is not None and alone.total <= free:
         return "A teacher_cache (`moeslim cache-teacher`) takes the teacher out of the memory"
@@ -164,6 +164,12 @@ def _remedy(case: Case, settings: TrainSettings, *, free: int) -> str:
                 "distill.micro_rows: 1 and distill.activation_checkpointing: true"
             )
     return "No setting makes room for it here: train a smaller student, on shorter rows, or on a larger machine"
+
+
+def _at(settings: TrainSettings, micro_rows: int, *, checkpointing: bool) -> TrainSettings:
+    """The same settings for another amount of memory."""
+    changes = {"micro_rows": micro_rows, "activation_checkpointing": checkpointing}
+    return replace(settings, distill=settings.distill.model_copy(update=changes))
 
 
 _FULL = re.compile(r"can.?t allocate memory|cannot allocate memory|out of memory|alloc_failed|bad_alloc", re.IGNORECASE)
@@ -192,19 +198,19 @@ def _asked(found: re.Match[str]) -> str:
 
 def _lower(settings: TrainSettings) -> str:
     """What takes less memory than these settings, the mildest first."""
-    rows, here = settings.micro_rows, world()
-    shard = min(settings.shard_over or here.local_size, here.size)
+    rows, here = settings.distill.micro_rows, world()
+    shard = min(settings.distill.shard_over or here.local_size, here.size)
     words = []
     if rows > 1:
         half = max(r for r in range(1, rows // 2 + 1) if rows % r == 0)
         words.append(f"set distill.micro_rows to {half} (now {rows}): the same step in smaller parts")
-    if not settings.activation_checkpointing:
+    if not settings.distill.activation_checkpointing:
         words.append("set distill.activation_checkpointing to true: a third more computing")
     if shard < here.size:
         words.append(f"set distill.shard_over to {here.size} (now {shard}): more processes share one copy of weights")
     else:
         words.append(f"start more than {here.size} (torchrun --nproc-per-node): they share one copy of the weights")
-    if rows == 1 and settings.activation_checkpointing:
+    if rows == 1 and settings.distill.activation_checkpointing:
         words.append("or take shorter rows (data.sequence_length)")
     text = "; ".join(words)
     return text[0].upper() + text[1:]

@@ -71,19 +71,20 @@ def check(
     student: Path, teacher: Path | None, *, tokens: TokenSet, heldout: TokenSet | None, settings: TrainSettings
 ) -> None:
     """Refuse what cannot work before any weight is read; `teacher` is a model's folder or that of a cache."""
+    section = settings.distill
     settings.check(ranks=parallel.world().size)
-    if heldout is None and (settings.measure_every or settings.final == "best"):
+    if heldout is None and (section.measure_every or section.final == "best"):
         raise RecipeError(
-            f"distill.measure_every is {settings.measure_every} and final {settings.final}, but no text is held out to "
+            f"distill.measure_every is {section.measure_every} and final {section.final}, but no text is held out to "
             "measure on; hold some out, or set measure_every: 0 and final: last"
         )
-    if settings.lm_only and teacher is not None:
+    if section.lm_only and teacher is not None:
         raise RecipeError(f"distill.lm_only is on, but there is a teacher ({teacher}); leave one of them out")
-    if not settings.lm_only and teacher is None:
+    if not section.lm_only and teacher is None:
         raise RecipeError("distillation needs a teacher; name one, or set distill.lm_only to train without")
-    if settings.mtp_train == "serving" and settings.depths == 1:
+    if section.mtp_train == "serving" and section.depths == 1:
         logger.warning("distill.mtp_train: serving is parallel at depths: 1; they differ from the second draft on")
-    check_trackers(settings.watch)
+    check_trackers(section.watch)
     shape = read_structure(student).shape
     check_knows(student, shape["vocab"], tokens=tokens)
     trained_parts(settings, shape)
@@ -93,9 +94,9 @@ def check(
         return
     if master is not None:
         check_same_words(student, teacher)
-    elif settings.temperature != 1.0:
+    elif section.temperature != 1.0:
         raise RecipeError(
-            f"distill.temperature is {settings.temperature:g}, and the cache {teacher} keeps the largest probabilities "
+            f"distill.temperature is {section.temperature:g}, and the cache {teacher} keeps the largest probabilities "
             "and the mass of the rest at 1; set it to 1, or train with the teacher itself"
         )
     else:
@@ -138,7 +139,7 @@ def distill(
 ) -> dict[str, Any]:
     """Train the checkpoint `student` and write it to `out` (same layout and dtypes); returns the stage's record.
 
-    `teacher` is the folder of a model or of a cache; with `settings.lm_only` there is none. A killed stage goes on from
+    `teacher` is the folder of a model or of a cache; with `distill.lm_only` there is none. A killed stage goes on from
     its newest state; in one process the same settings, folders and text give the same weights, interrupted or not.
     Under several processes rank 0 calls this and all train together. Raises MoeslimErrors before anything is loaded
     where the parts do not fit, and Interrupted or TrainingError from the loop.
@@ -148,7 +149,7 @@ def distill(
     check_vacant(out)
     check(student, teacher, tokens=tokens, heldout=place.heldout, settings=settings)
     parents = {"student": folder_fingerprint(student), "text": tokens.fingerprint, **_teaching(teacher)}
-    if settings.final == "best" and place.heldout is not None:
+    if settings.distill.final == "best" and place.heldout is not None:
         parents["heldout"] = place.heldout.fingerprint  # it says which state becomes the model
     facts = {"settings": settings.facts(), "span": [place.start, place.end]}
     moments = None if place.moments is None else folder_fingerprint(place.moments)
@@ -159,7 +160,7 @@ def distill(
     if place.redo:
         forget_others(place.work / "states", identity)
     place.work.mkdir(parents=True, exist_ok=True)
-    measured = place.heldout if settings.measure_every else None
+    measured = place.heldout if settings.distill.measure_every else None
     job = Job(
         student,
         teacher,
@@ -195,13 +196,13 @@ def carry_out(job: Job) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 def _carry_out(job: Job) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     settings = job.settings
-    layout = sharding(settings.shard_over, device=settings.device, precision=settings.precision)
+    layout = sharding(settings.distill.shard_over, device=settings.device, precision=settings.precision)
     student = load_student(job.student, device=settings.device, experts=SORTED, sharding=layout)
     teacher = None if job.teacher is None else listen(job.teacher, settings, sharding=layout)
     heldout = None
     if job.heldout is not None:
         rows = TokenSet.open(job.heldout)
-        heldout = HeldOut.of(rows, settings.measure_rows, tokenizer=load_tokenizer(job.student))
+        heldout = HeldOut.of(rows, settings.distill.measure_rows, tokenizer=load_tokenizer(job.student))
     material = Material(TokenSet.open(job.tokens), teacher, heldout)
     curve = train(student, material, settings=settings, folder=job.work, stage=job.stage)
     receipt = save_student(student, job.student, out=job.out, kind="distilled", parents=job.parents, recipe=job.facts)

@@ -117,7 +117,7 @@ class States:
         self.root, self.settings, self.fingerprint = root, settings, fingerprint
         world = parallel.world()
         self._leads, self._alone = world.rank == 0, world.size == 1
-        asked = settings.async_save
+        asked = settings.distill.async_save
         self._background = torch.device(settings.device).type == "cuda" if asked is None else asked
         # A group of its own: a save in the background must not come between the collectives of the steps.
         self._group = None if self._alone else dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -241,7 +241,8 @@ class States:
         if not self._leads:
             return
         bits = self._bits()
-        kept = {*list(bits)[-max(self.settings.keep_last, 1) :], *ranking(bits)[: self.settings.keep_best]}
+        section = self.settings.distill
+        kept = {*list(bits)[-max(section.keep_last, 1) :], *ranking(bits)[: section.keep_best]}
         for old in [folder for folder in bits if folder not in kept]:
             discard(old)
 

@@ -88,9 +88,9 @@ class Watch:
         peak = device_peak(settings.device, precision=settings.precision)
         self._peak = None if peak is None else peak * world().size
         self._trackers: Trackers | None = None
-        if settings.watch:
+        if settings.distill.watch:
             sent = max((record["step"] for record in old), default=0) if step else 0
-            self._trackers = Trackers(settings.watch, _introduction(folder, settings, step=step), sent=sent)
+            self._trackers = Trackers(settings.distill.watch, _introduction(folder, settings, step=step), sent=sent)
         self._advance: Callable[..., None] = lambda *_args, **_named: None
         self._open = ExitStack()
 
@@ -122,7 +122,7 @@ class Watch:
         if self.path is None:
             return
         record = dict(record)
-        above = spike(record["total"], self._losses, deviations=self._settings.spike)
+        above = spike(record["total"], self._losses, deviations=self._settings.distill.spike)
         if above is not None:
             record["spike"] = True
             _warn(record, above, before=self._losses)

@@ -6,7 +6,7 @@ All processes do this together. What is timed, and the samples, are the first on
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,19 +61,19 @@ class Ground:
         """Choose and cut the documents as `settings` say; `fingerprint` names them."""
         loaded = load_tokenizer(tokenizer)
         decode = partial(loaded.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        chosen = choose(
-            documents, per_domain=settings.documents_per_domain, max_tokens=settings.document_tokens, decode=decode
-        )
+        per_domain, most = settings.evaluate.documents_per_domain, settings.document_tokens
+        chosen = choose(documents, per_domain=per_domain, max_tokens=most, decode=decode)
         facts = [(d.source, d.domain, d.num_bytes, hashlib.sha256(d.tokens.tobytes()).hexdigest()) for d in chosen]
         return cls(chosen, decode, fingerprint(facts), settings)
 
     @property
     def layout(self) -> Layout:
-        return Layout(window=self.settings.window, stride=self.settings.stride or self.settings.window)
+        return Layout(window=self.settings.window, stride=self.settings.stride)
 
     def prompts(self, per_domain: int) -> tuple[torch.Tensor, Sequence[TokenDocument]]:
         """Held-out prompts on the device, and the document that each is from."""
-        rows, owners = drafting.prompts(self.documents, per_domain=per_domain, length=self.settings.prompt_tokens)
+        length = self.settings.evaluate.prompt_tokens
+        rows, owners = drafting.prompts(self.documents, per_domain=per_domain, length=length)
         return rows.to(self.settings.device), owners
 
 
@@ -149,7 +149,7 @@ def measure(
     shape = read_structure(job.folder).shape
     figures: Figures = size_figures(shape, job.folder)
     student, samples, notes = None, [], [WALKED] if job.walk else []
-    if settings.engine != "none":
+    if settings.evaluate.engine != "none":
         parallel.barrier()
         if first:
             found, told = _engine(job, ground, shape=shape)
@@ -158,7 +158,7 @@ def measure(
     if not job.walk:
         restart_peak(device)
         student = load(job.folder, settings)
-        if settings.speed_repeats:
+        if settings.evaluate.speed_repeats:
             parallel.barrier()  # nobody is busy while times are taken
             figures |= _speed(student, ground) | peak_figure(device) if first else {}
             parallel.barrier()
@@ -166,9 +166,9 @@ def measure(
     scores = _score(job, ground, student=student, teacher=compared, keep_states=keep_states, out=out)
     figures |= scores.figures()
     if student is not None:
-        if settings.prompts and student.mtp is not None:
+        if settings.evaluate.prompts and student.mtp is not None:
             figures |= _drafting(student, ground)
-        samples = _samples(student, ground) if settings.samples and first else []
+        samples = _samples(student, ground) if settings.evaluate.samples and first else []
     record = _record(job, ground, figures=figures, scores=scores)
     return replace(record, samples=samples, notes=notes), scores.states
 
@@ -202,7 +202,7 @@ def _record(job: Job, ground: Ground, *, figures: Figures, scores: Scores) -> Re
         model=job.model,
         teacher=job.teacher,
         data=ground.fingerprint,
-        settings=asdict(ground.settings) | {"through": "walk" if job.walk else "memory"},
+        settings=ground.settings.facts() | {"through": "walk" if job.walk else "memory"},
         environment=_environment(torch.device(ground.settings.device)),
         figures=figures,
         load={key: [round(figure.value, 4) for figure in layer] for key, layer in loads.items()},
@@ -212,9 +212,9 @@ def _record(job: Job, ground: Ground, *, figures: Figures, scores: Scores) -> Re
 
 
 def _speed(student: Student, ground: Ground) -> Figures:
-    settings = ground.settings
+    section = ground.settings.evaluate
     prompt = torch.tensor(_stretches(ground, 1)[0], device=student.head.device)
-    return speed_figures(student, prompt, new_tokens=settings.speed_new_tokens, repeats=settings.speed_repeats)
+    return speed_figures(student, prompt, new_tokens=section.speed_new_tokens, repeats=section.speed_repeats)
 
 
 def _engine(job: Job, ground: Ground, *, shape: Shape) -> tuple[Figures, list[str]]:
@@ -223,24 +223,24 @@ def _engine(job: Job, ground: Ground, *, shape: Shape) -> tuple[Figures, list[st
         torch.cuda.empty_cache()  # what this process keeps free, the engine cannot have
     return engine_figures(
         job.folder.absolute(),
-        _stretches(ground, settings.speed_repeats),
-        new_tokens=settings.speed_new_tokens,
+        _stretches(ground, settings.evaluate.speed_repeats),
+        new_tokens=settings.evaluate.speed_new_tokens,
         drafts=(0, ENGINE_DRAFTS) if shape.mtp_layers else (0,),
-        python=settings.engine_python,
+        python=settings.evaluate.engine_python,
     )
 
 
 def _stretches(ground: Ground, number: int) -> list[list[int]]:
     """Up to `number` prompts to be timed: held-out text, document after document, in pieces of equal length."""
     tokens = [token for document in ground.documents for token in document.tokens.tolist()]
-    length = min(ground.settings.speed_prompt_tokens, len(tokens))
+    length = min(ground.settings.evaluate.speed_prompt_tokens, len(tokens))
     return [tokens[i * length : (i + 1) * length] for i in range(min(number, len(tokens) // length))]
 
 
 def _drafting(student: Student, ground: Ground) -> Figures:
     """Acceptance of drafts in greedy text, and in text that is drawn."""
-    settings = ground.settings
-    first, new = settings.prompt_tokens - 1, settings.new_tokens  # the state that gives the first generated token
+    section = ground.settings.evaluate
+    first, new = section.prompt_tokens - 1, section.new_tokens  # the state that gives the first generated token
 
     def greedy(rows: torch.Tensor, _: int) -> dict[str, torch.Tensor]:
         text = generate(student, rows, new_tokens=new)
@@ -248,14 +248,14 @@ def _drafting(student: Student, ground: Ground) -> Figures:
         return {"": drafting.accepted(text.tokens, drafted, first=first).cpu()}
 
     def drawn(rows: torch.Tensor, begun: int) -> dict[str, torch.Tensor]:
-        numbers = [np.random.default_rng([settings.seed, begun + row]).random(new) for row in range(len(rows))]
-        choose = sampling.seeded(settings.sampling_temperature, torch.from_numpy(np.stack(numbers)))
+        numbers = [np.random.default_rng([ground.settings.seed, begun + row]).random(new) for row in range(len(rows))]
+        choose = sampling.seeded(section.sampling_temperature, torch.from_numpy(np.stack(numbers)))
         text = generate(student, rows, new_tokens=new, choose=choose)
-        return sampling.kept(student, text, first=first, temperature=settings.sampling_temperature)
+        return sampling.kept(student, text, first=first, temperature=section.sampling_temperature)
 
-    kept, domains = _kept(ground, settings.prompts, kept=greedy)
+    kept, domains = _kept(ground, section.prompts, kept=greedy)
     found = drafting.figures(kept[""], domains)
-    if some := min(settings.prompts, settings.sampling_prompts):
+    if some := min(section.prompts, section.sampling_prompts):
         found |= sampling.figures(*_kept(ground, some, kept=drawn))
     return found
 
@@ -278,16 +278,16 @@ def _kept(
 
 def _samples(student: Student, ground: Ground) -> list[dict[str, str]]:
     """Continuations of held-out beginnings; the same seed and prompts for every model."""
-    settings = ground.settings
-    rows, owners = ground.prompts(settings.samples)
+    settings, begun = ground.settings, ground.settings.evaluate.prompt_tokens
+    rows, owners = ground.prompts(settings.evaluate.samples)
     choice = sampler(settings.temperature, settings.seed)
     tokens = generate(student, rows, new_tokens=settings.sample_tokens, choose=choice).tokens.tolist()
     return [
         {
             "domain": owner.domain,
             "source": owner.source,
-            "prompt": ground.decode(row[1 : settings.prompt_tokens]),
-            "text": ground.decode(row[settings.prompt_tokens :]),
+            "prompt": ground.decode(row[1:begun]),
+            "text": ground.decode(row[begun:]),
         }
         for row, owner in zip(tokens, owners, strict=True)
     ]

@@ -4,7 +4,7 @@ Several processes share the work: each has every model in turn and runs windows 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def evaluate(
 
     `documents` are held-out ones, each after an EOS (`TokenSet.documents`). With a `teacher` folder every other model
     is compared with it; the teacher runs once, and only its states are kept. A model without an MTP block gets no
-    drafting figures; one that is walked (`settings.through`) gets those of text alone.
+    drafting figures; one that is walked (`evaluate.through`) gets those of text alone.
     """
     settings.check()
     ground = Ground.of(documents, tokenizer=tokenizer, settings=settings)
@@ -73,7 +73,7 @@ def _job(label: str, folder: Path, *, teacher: str | None, ground: Ground) -> Jo
 def _inputs(job: Job, ground: Ground) -> str:
     """The fingerprint of all that a job's figures depend on; what the machine has, is not among it."""
     here = {"through": "walk" if job.walk else "memory", "max_memory": None, "engine_python": None}
-    settings = asdict(ground.settings) | here
+    settings = ground.settings.facts() | here
     return fingerprint([SCHEMA, job.model, job.teacher, ground.fingerprint, settings])
 
 

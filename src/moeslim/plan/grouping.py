@@ -100,7 +100,7 @@ def cut_layer(stats: LayerStats, wanted: Wanted, *, scores: np.ndarray) -> Layer
         scores[importance.unreached(stats)] = -1.0
     size, joined = experts // wanted.groups, Joined()
     for start in range(0, experts, size):
-        found = _OPERATIONS[methods.expert_op](_part(stats, wanted, scores=scores, ids=slice(start, start + size)))
+        found = OPERATIONS[methods.expert_op](_part(stats, wanted, scores=scores, ids=slice(start, start + size)))
         joined |= {base + start: [member + start for member in members] for base, members in found.items()}
     weights = np.maximum(scores, 0.0)
     if own is None and methods.experts == "random" and any(joined.values()):
@@ -231,7 +231,7 @@ def ream(part: _Part) -> Joined:
     return joined
 
 
-_OPERATIONS: dict[str, Callable[[_Part], Joined]] = {
+OPERATIONS: dict[str, Callable[[_Part], Joined]] = {
     "drop": drop,
     "merge": merge,
     "partial": partial,

@@ -5,41 +5,56 @@ then exactly as similar to a third, on every machine, and the lower number decid
 calibration sample says.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
-from moeslim.errors import PlanError
 from moeslim.statistics import LayerStats
 
-SIMILARITIES = ("logits", "router", "outputs", "ream")
 _DECIMALS = 12
 
 
 def similarity(stats: LayerStats, kind: str) -> np.ndarray:
-    """How alike any two experts of a layer are (E, E).
+    """How alike any two experts of a layer are (E, E), by one of SIMILARITIES.
 
-    logits   cosine of the raw, uncentred router logits over all calibration tokens, from their Gram matrix
-    router   cosine of the router's rows
-    outputs  cosine of the mean outputs over the shared sample of tokens
-    ream     `(a + b) / 2`, arXiv 2604.04356: a = (cos + 1) / 2 of the softmax-gated mean outputs, b = 1 - dist / max
-             dist of the router-logit columns, each of unit length; max over the layer. The paper's means run over all
-             tokens, ours over the shared sample, since running every expert on every token costs E / k forwards.
-
-    An all-zero row or column has cosine 0 with everything, and distance 1 from every unit column. Raises PlanError for
-    another name.
+    An all-zero row or column has cosine 0 with everything, and distance 1 from every unit column.
     """
-    if kind == "logits":
-        found = _cosine(stats.logit_gram)
-    elif kind == "router":
-        found = _cosine(stats.router_gram)
-    elif kind == "outputs":
-        found = _cosine(stats.mean_output_sum @ stats.mean_output_sum.T)
-    elif kind == "ream":
-        gated = _cosine(stats.softmax_output_sum @ stats.softmax_output_sum.T)
-        distance = _unit_distance(stats.logit_gram)
-        found = ((gated + 1) / 2 + 1 - distance / (distance.max() or 1.0)) / 2
-    else:
-        raise PlanError(f"methods.similarity: {kind!r} is not known; known are {', '.join(SIMILARITIES)}")
-    return np.round(found, _DECIMALS)
+    return np.round(SIMILARITIES[kind](stats), _DECIMALS)
+
+
+def logits(stats: LayerStats) -> np.ndarray:
+    """Cosine of the raw, uncentred router logits over all calibration tokens, from their Gram matrix."""
+    return _cosine(stats.logit_gram)
+
+
+def router(stats: LayerStats) -> np.ndarray:
+    """Cosine of the router's rows."""
+    return _cosine(stats.router_gram)
+
+
+def outputs(stats: LayerStats) -> np.ndarray:
+    """Cosine of the mean outputs over the shared sample of tokens."""
+    return _cosine(stats.mean_output_sum @ stats.mean_output_sum.T)
+
+
+def ream(stats: LayerStats) -> np.ndarray:
+    """`(a + b) / 2`, arXiv 2604.04356, the operation ream's own.
+
+    a = (cos + 1) / 2 of the softmax-gated mean outputs, b = 1 - dist / max dist of the router-logit columns, each of
+    unit length; max over the layer. The paper's means run over all tokens, ours over the shared sample, since running
+    every expert on every token costs E / k forwards.
+    """
+    gated = _cosine(stats.softmax_output_sum @ stats.softmax_output_sum.T)
+    distance = _unit_distance(stats.logit_gram)
+    return ((gated + 1) / 2 + 1 - distance / (distance.max() or 1.0)) / 2
+
+
+SIMILARITIES: dict[str, Callable[[LayerStats], np.ndarray]] = {
+    "logits": logits,
+    "router": router,
+    "outputs": outputs,
+    "ream": ream,
+}
 
 
 def _cosine(gram: np.ndarray) -> np.ndarray:

@@ -1,0 +1,39 @@
+"""What a run is refused for before its first stage: its models, its settings, the disk."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moeslim.checkpoint.structure import Structure, check_structure, read_structure
+from moeslim.commands.forecast import run_bytes
+from moeslim.commands.inputs import model_folder
+from moeslim.commands.settings import check_training, evaluate_settings, prepare
+from moeslim.machine.disk import check_disk
+from moeslim.plan.schedule import StageTarget
+from moeslim.recipe import Recipe
+
+
+def find_models(recipe: Recipe) -> tuple[Structure, Structure]:
+    """Source and teacher, both whole as far as headers tell."""
+    source = teacher = read_structure(model_folder(recipe.model, revision=recipe.revision))
+    check_structure(source)
+    if recipe.teacher is not None:
+        teacher = read_structure(model_folder(recipe.teacher))
+        check_structure(teacher)
+    return source, teacher
+
+
+def check_settings(recipe: Recipe, source: Structure, *, teacher: Structure) -> None:
+    """Refuse settings that a late stage could not work with, before the first one."""
+    from moeslim.distill.words import check_same_words
+
+    prepare(recipe)
+    evaluate_settings(recipe).check()
+    check_training(recipe, source.shape)
+    if teacher.folder != source.folder:
+        check_same_words(source.folder, teacher.folder)
+
+
+def check_room(recipe: Recipe, source: Structure, *, folder: Path, targets: Sequence[StageTarget]) -> None:
+    """Refuse a run that the disk cannot hold; what stands in its folder already is not asked for again."""
+    standing = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    check_disk(folder, max(0, run_bytes(recipe, source, targets=targets) - standing))
