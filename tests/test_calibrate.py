@@ -340,7 +340,7 @@ def test_float32_statistics_are_close_to_those_of_float64(folder: Path, tmp_path
 
 
 def test_unreached_experts_count_zero_and_nothing_is_nan(folder: Path, tmp_path: Path) -> None:
-    few = calibrate(folder, ROWS[:1, :4], out=tmp_path / "few")
+    few = calibrate(folder, ROWS[:1, :4], out=tmp_path / "few", settings=WalkSettings(8))
     unreached = few.unreached()
     assert all(len(experts) >= E - 3 * K for experts in unreached.values())
     assert unreached.keys() == {"0", "2", "mtp.0"}
@@ -511,8 +511,8 @@ def test_sequences_are_spread_evenly_over_the_token_set(folder: Path, tmp_path: 
     class TokenSet:
         rows = ROWS.astype(np.uint16)
 
-    chosen = calibrate(folder, TokenSet(), out=tmp_path / "a", sequences=3)
-    same = calibrate(folder, ROWS[[0, 2, 4]], out=tmp_path / "b")
+    chosen = calibrate(folder, TokenSet(), out=tmp_path / "a", sequences=3, settings=WalkSettings(8))
+    same = calibrate(folder, ROWS[[0, 2, 4]], out=tmp_path / "b", settings=WalkSettings(8))
     assert chosen.token_sets == same.token_sets
     np.testing.assert_array_equal(chosen.layers["2"].gate_norm_sum, same.layers["2"].gate_norm_sum)
 
@@ -531,7 +531,7 @@ def test_rows_that_cannot_be_used_are_refused(
     folder: Path, tmp_path: Path, rows: np.ndarray, sequences: int | None, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        calibrate(folder, rows, out=tmp_path / "out", sequences=sequences)
+        calibrate(folder, rows, out=tmp_path / "out", sequences=sequences, settings=WalkSettings(8))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from tiny import write_tiny
 
 __all__ = ["moeslim"]  # a fixture
 
+HERE = Running("float32", "cpu", batch=4)
 WORDS = ("state", "house", "tax", "law", "war", "year", "bank", "road", "ship", "farm", "note", "bill", "vote")
 TASK = """task: {name}
 dataset_path: json
@@ -166,7 +168,7 @@ def test_scores_are_those_of_lm_eval_itself_and_of_a_plain_loop(model: Path, tas
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    record = evaluate_tasks({"large": model}, load_tasks([str(task_file)]), running=Running(), out=tmp_path)["large"]
+    record = evaluate_tasks({"large": model}, load_tasks([str(task_file)]), running=HERE, out=tmp_path)["large"]
     score = record.tasks["made_up"]
     own = task_file.with_name("absolute.yaml")
     own.write_text(TASK.format(name="made_up", data=task_file.with_suffix(".jsonl")))
@@ -229,9 +231,10 @@ def test_the_command_prints_retention_and_what_stands_is_not_made_again(
 @needs_lm_eval
 def test_first_questions_only(model: Path, task_file: Path, tmp_path: Path) -> None:
     tasks = load_tasks([str(task_file)])
-    few = evaluate_tasks({"m": model}, tasks, running=Running(limit=3), out=tmp_path / "few")["m"].tasks["made_up"]
+    three = replace(HERE, limit=3)
+    few = evaluate_tasks({"m": model}, tasks, running=three, out=tmp_path / "few")["m"].tasks["made_up"]
     assert few.n == 3
-    whole = evaluate_tasks({"m": model}, tasks, running=Running(), out=tmp_path / "few")["m"].tasks["made_up"]
+    whole = evaluate_tasks({"m": model}, tasks, running=HERE, out=tmp_path / "few")["m"].tasks["made_up"]
     assert whole.n == 12
     assert list(whole.items or [])[:3] == list(few.items or [])
 
@@ -281,4 +284,4 @@ def test_a_model_that_lacks_weights_is_refused(model: Path, tmp_path: Path, task
     del state["model.norm.weight"]
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"1 tensors are not in the files \(model.norm.weight\)"):
-        evaluate_tasks({"m": broken}, load_tasks([str(task_file)]), running=Running(), out=tmp_path / "out")
+        evaluate_tasks({"m": broken}, load_tasks([str(task_file)]), running=HERE, out=tmp_path / "out")

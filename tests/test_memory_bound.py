@@ -72,19 +72,19 @@ def test_amounts_of_memory() -> None:
 def test_the_bound_decides_how_many_experts_stay(model: Path, standing: int) -> None:
     """Each expert beyond the first takes its bytes and the heap's share on top; all are enough."""
     reader, batch = Reader(model), Batch(2, 16)
-    need = needed(reader, WalkSettings(), batch=batch)
+    need = needed(reader, WalkSettings(8), batch=batch)
     assert need.standing == standing
     assert need.expert == need.stored == 3 * 12 * 16 * 4  # three matrices of I d
     for bound, group in ((need.least, 1), (need.least + round(2.5 * 1.15 * need.expert), 3), (10**10, 8)):
-        assert with_room(reader, WalkSettings(max_memory=bound), batch=batch).group == group
-    assert with_room(reader, WalkSettings(max_memory=10**10, group=2), batch=batch).group == 2
-    assert with_room(reader, WalkSettings(), batch=batch) == WalkSettings()
+        assert with_room(reader, WalkSettings(8, max_memory=bound), batch=batch).group == group
+    assert with_room(reader, WalkSettings(8, max_memory=10**10, group=2), batch=batch).group == 2
+    assert with_room(reader, WalkSettings(8), batch=batch) == WalkSettings(8)
 
 
 def test_what_has_no_room_is_refused_with_what_to_lower(model: Path, standing: int, tmp_path: Path) -> None:
     reader = Reader(model)
-    many, few = (needed(reader, WalkSettings(), batch=Batch(rows, 512)).least for rows in (8, 3))
-    settings = WalkSettings(max_memory=few + 1000)
+    many, few = (needed(reader, WalkSettings(8), batch=Batch(rows, 512)).least for rows in (8, 3))
+    settings = WalkSettings(8, max_memory=few + 1000)
     with pytest.raises(ResourceError, match=rf"needs at least {many / 1e9:.2f} GB .*rows_per_batch to 3 \(now 8\)"):
         with_room(reader, settings, batch=Batch(8, 512))
     assert with_room(reader, settings, batch=Batch(3, 512)).group is not None  # what it says to do helps
@@ -94,9 +94,9 @@ def test_what_has_no_room_is_refused_with_what_to_lower(model: Path, standing: i
     assert found is not None
     assert with_room(reader, settings, batch=Batch(1, int(found[1]))).group is not None
     with pytest.raises(ResourceError, match="Shorter rows do not help"):
-        with_room(reader, WalkSettings(max_memory=standing), batch=Batch(8, 512))
+        with_room(reader, WalkSettings(8, max_memory=standing), batch=Batch(8, 512))
     with pytest.raises(ResourceError, match="max_memory is"):
-        calibrate(model, ROWS, out=tmp_path / "stats", settings=WalkSettings(max_memory=standing))
+        calibrate(model, ROWS, out=tmp_path / "stats", settings=WalkSettings(8, max_memory=standing))
     assert not list(tmp_path.iterdir())
 
 

@@ -153,7 +153,7 @@ def test_cutting_in_sequence_equals_calibrating_behind_the_cut_layers(tmp_path: 
     methods = {"expert_op": "merge", "similarity": "logits", "sequential": True}
     stats = searched(source, tmp_path / "stats", search_for(source, top_k=1, **methods))
     cuts = {key: LayerCut(kept=(0, 1, 2, 3)) for key in KEYS}
-    plain = calibrate(source, ROWS, out=tmp_path / "plain", settings=WalkSettings(dtype=torch.float64))
+    plain = calibrate(source, ROWS, out=tmp_path / "plain", settings=WalkSettings(8, dtype=torch.float64))
     for turn, key in enumerate(KEYS):
         smaller = tmp_path / f"cut-{key}"
         cut(source, plan_of(cuts, top_k=1), out_folder=smaller)

@@ -213,7 +213,7 @@ def test_a_disk_that_is_too_small_is_told_first(
 ) -> None:
     monkeypatch.setattr(hidden_files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100})())
     with pytest.raises(ResourceError, match="hidden states need"):
-        next(walk(Reader(folders["stacked"]), ROWS, workdir=tmp_path, settings=WalkSettings()))
+        next(walk(Reader(folders["stacked"]), ROWS, workdir=tmp_path, settings=WalkSettings(8)))
 
 
 @pytest.mark.parametrize("tied", [False, True])

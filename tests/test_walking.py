@@ -31,7 +31,7 @@ LAYOUTS = {
 
 
 def walked(folder: Path, place: Path, **how: object) -> Walked:
-    return Walked(folder, folder_fingerprint(folder), place, WalkSettings(**how))
+    return Walked(folder, folder_fingerprint(folder), place, WalkSettings(8, **how))
 
 
 def same(found: Scores, expected: Scores) -> None:
@@ -233,7 +233,7 @@ rng = np.random.default_rng(0)
 texts = [TokenDocument(f"{i}", "x", np.concatenate([[0], rng.integers(1, 32768, 512)]), 2048) for i in range(8)]
 before = anonymous()
 threading.Thread(target=watch, daemon=True).start()
-layout, how, states = Layout(window=512, stride=512), WalkSettings(max_memory=bound), None
+layout, how, states = Layout(window=512, stride=512), WalkSettings(8, max_memory=bound), None
 for name in ("teacher", "student"):
     scores = score_walking(Walked(folder, name, folder / name, how), texts, layout=layout, teacher=states)
     states = scores.states

@@ -84,8 +84,8 @@ def calibrate(
     tokens: Rows | np.ndarray,
     *,
     out: Path | str,
+    settings: WalkSettings,
     sequences: int | None = None,
-    settings: WalkSettings | None = None,
     observe: Observe | None = None,
 ) -> Stats:
     """Statistics of the checkpoint folder `model` over `sequences` rows spread evenly over `tokens` (None: all).
@@ -95,7 +95,7 @@ def calibrate(
     from all rows, so it walks in one process, whatever their number. Raises DataError for rows that the model cannot
     read, RunError where `out`, or the half-finished work beside it, is of something else or in use.
     """
-    out, settings, observe = Path(out).absolute(), settings or WalkSettings(), observe or Observe()
+    out, observe = Path(out).absolute(), observe or Observe()
     reader = Reader(model)
     rows = _chosen(tokens, sequences, vocab=reader.shape["vocab"])
     held_out = 0

@@ -34,9 +34,9 @@ class Running:
     questions of each task.
     """
 
-    dtype: str = "float32"
-    device: str = "cpu"
-    batch: int = 4
+    dtype: str
+    device: str
+    batch: int
     limit: int | None = None
 
 

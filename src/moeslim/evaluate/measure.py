@@ -43,6 +43,7 @@ from moeslim.model.walk import WalkSettings
 Figures = dict[str, dict[str, Figure]]
 
 _PROMPTS_AT_ONCE = 32
+_WINDOWS_AT_ONCE = 8  # where a model is walked
 LAYER_BY_LAYER = ", layer by layer over its files"
 WALKED = "walked layer by layer over its files: accepted drafts, speed, memory and samples need the whole model"
 
@@ -94,6 +95,7 @@ class Job:
     def walked(self, settings: Settings, out: Path) -> Walked:
         """How the model is walked; the work stands hidden in `out`."""
         how = WalkSettings(
+            _WINDOWS_AT_ONCE,
             dtype=getattr(torch, settings.dtype),
             device=settings.device,
             attn=settings.attn,

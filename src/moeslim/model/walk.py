@@ -54,7 +54,7 @@ class WalkSettings:
     `max_memory`: bytes that whoever walks has `room.with_room` turn into a group. Neither changes a bit.
     """
 
-    rows_per_batch: int = 8
+    rows_per_batch: int
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     attn: str = "sdpa"
