@@ -176,7 +176,7 @@ def check_output(story: Story, stage: str, *, out: Path) -> None:
     if story.run.finished(f"{stage}-cut"):
         return  # then it is compared with what was written
     if plan_file.is_file() and (out / "receipt.json").is_file():
-        from moeslim.plan.steps import read_plan
+        from moeslim.plan.file import read_plan
 
         parents = read_json(out / "receipt.json").get("parents", {})
         if parents.get("plan") == read_plan(plan_file).fingerprint:
@@ -241,8 +241,8 @@ def plan_stage(story: Story, stage: str, *, student: Path, target: StageTarget) 
     """
     from moeslim.plan.check import check_plan
     from moeslim.plan.experts import ROUTERS
+    from moeslim.plan.file import write_plan
     from moeslim.plan.make import make_plan
-    from moeslim.plan.steps import write_plan
     from moeslim.statistics import Stats
 
     recipe, output, routers = story.recipe, f"{stage}/plan.json", f"{stage}/{ROUTERS}"
@@ -271,8 +271,8 @@ def plan_stage(story: Story, stage: str, *, student: Path, target: StageTarget) 
 
 def stage_methods(story: Story, stage: str) -> Methods:
     """The recipe's methods, with the protected experts as the stage's student numbers them."""
+    from moeslim.plan.file import read_plan
     from moeslim.plan.protect import renumbered
-    from moeslim.plan.steps import read_plan
 
     protect: Mapping[str, Sequence[int]] = story.recipe.methods.protect
     for earlier in range(1, int(stage.removeprefix("stage-"))):
@@ -282,7 +282,7 @@ def stage_methods(story: Story, stage: str) -> Methods:
 
 def cut_stage(story: Story, stage: str, *, student: Path, output: Path | None = None) -> None:
     """STAGE/cut: the smaller checkpoint, streamed tensor by tensor from the student."""
-    from moeslim.plan.steps import read_plan
+    from moeslim.plan.file import read_plan
     from moeslim.surgery import check_cut, cut
 
     name = f"{stage}/cut" if output is None else os.path.relpath(output, story.run.folder)
@@ -332,7 +332,7 @@ def slice_moments(story: Story, stage: str) -> Path | None:
     """STAGE/moments: the moments of the stage before, cut by this stage's plan; None where there are none."""
     from moeslim.distill.run import last_state
     from moeslim.distill.state import slice_moments as write_moments
-    from moeslim.plan.steps import for_moments, read_plan
+    from moeslim.plan.file import for_moments, read_plan
     from moeslim.surgery.apply import cut
 
     number = int(stage.removeprefix("stage-")) if stage.startswith("stage-") else 1
