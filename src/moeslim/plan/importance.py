@@ -5,50 +5,78 @@ machine. Symbols as in docs/method: X_e are the tokens routed to expert e, g the
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import get_args
 
 import numpy as np
 
 from moeslim.errors import PlanError
+from moeslim.recipe import Methods
 from moeslim.statistics import LayerStats, NormStats
 
-EXPERT_IMPORTANCES = ("frequency", "soft_logits", "reap", "ean", "router_blind", "removal", "random")
 WIDTH_SCORES = ("mean_abs", "minitron")
+
+
+def frequency(stats: LayerStats) -> np.ndarray:
+    """|X_e| / tokens."""
+    return _routed(stats) / _tokens(stats)
+
+
+def soft_logits(stats: LayerStats) -> np.ndarray:
+    """Mean over all tokens of the gate value renormalised over the top-k, 0 where e is not selected."""
+    return np.asarray(stats.gate_sum, dtype=np.float64) / _tokens(stats)
+
+
+def reap(stats: LayerStats) -> np.ndarray:
+    """Mean over X_e of g ||E_e(x)||, the norm not squared (arXiv 2510.13999)."""
+    return _mean(stats.gate_norm_sum, _routed(stats))
+
+
+def ean(stats: LayerStats) -> np.ndarray:
+    """Sum over X_e of ||E_e(x)||."""
+    return np.asarray(stats.norm_sum, dtype=np.float64).copy()
+
+
+def router_blind(stats: LayerStats) -> np.ndarray:
+    """Mean over X_e of ||E_e(x)|| (Minitron)."""
+    return _mean(stats.norm_sum, _routed(stats))
+
+
+def removal(stats: LayerStats) -> np.ndarray:
+    """Mean over all tokens of the L2 change of the layer's output when e is masked and its tokens go to their next
+    expert (ours): what is lost, not what e puts out. PlanError on statistics that were made without it.
+    """
+    if not np.size(stats.removal_sum):
+        raise PlanError("methods.experts: removal was not measured; calibrate with `calibrate.removal: true`")
+    return np.asarray(stats.removal_sum, dtype=np.float64) / _tokens(stats)
+
+
+def ream_saliency(stats: LayerStats) -> np.ndarray:
+    """Mean over X_e of p ||E_e(x)||, p the softmax over all experts (arXiv 2604.04356); the operation `ream`'s own."""
+    return _mean(stats.softmax_norm_sum, _routed(stats))
+
+
+EXPERT_IMPORTANCES: Mapping[str, Callable[[LayerStats], np.ndarray]] = {
+    "frequency": frequency,
+    "soft_logits": soft_logits,
+    "reap": reap,
+    "ean": ean,
+    "router_blind": router_blind,
+    "removal": removal,
+    "ream_saliency": ream_saliency,
+}
+"""By name; `random` is no function of the statistics. What a recipe may name is in recipe/sections.py."""
 
 
 def expert_importance(stats: LayerStats, method: str) -> np.ndarray:
     """One score (E) per routed expert of a layer; 0 for an expert that no calibration token reached.
 
-    frequency     |X_e| / tokens
-    soft_logits   mean over all tokens of the gate value renormalised over the top-k, 0 where e is not selected
-    reap          mean over X_e of g ||E_e(x)||, the norm not squared (arXiv 2510.13999)
-    ean           sum over X_e of ||E_e(x)||
-    router_blind  mean over X_e of ||E_e(x)|| (Minitron)
-    removal       mean over all tokens of the L2 change of the layer's output when e is masked and its tokens go to
-                  their next expert (ours): what is lost, not what e puts out
-    ream_saliency mean over X_e of p ||E_e(x)||, p the softmax over all experts (arXiv 2604.04356); `ream`'s own
-
-    Raises PlanError for another name, and for `removal` on statistics that were made without it.
+    PlanError for a name that is not in EXPERT_IMPORTANCES, and as its function.
     """
-    routed = np.asarray(stats.routed, dtype=np.float64)
-    tokens = max(float(stats.tokens), 1.0)
-    if method == "frequency":
-        return routed / tokens
-    if method == "soft_logits":
-        return np.asarray(stats.gate_sum, dtype=np.float64) / tokens
-    if method == "ean":
-        return np.asarray(stats.norm_sum, dtype=np.float64).copy()
-    if method == "reap":
-        return _mean(stats.gate_norm_sum, routed)
-    if method == "router_blind":
-        return _mean(stats.norm_sum, routed)
-    if method == "ream_saliency":
-        return _mean(stats.softmax_norm_sum, routed)
-    if method == "removal":
-        if not np.size(stats.removal_sum):
-            raise PlanError("methods.experts: removal was not measured; calibrate with `calibrate.removal: true`")
-        return np.asarray(stats.removal_sum, dtype=np.float64) / tokens
-    raise PlanError(f"methods.experts: {method!r} is not an importance of experts; known are {_listed()}")
+    if method not in EXPERT_IMPORTANCES:
+        known = ", ".join(get_args(Methods.model_fields["experts"].annotation))
+        raise PlanError(f"methods.experts: {method!r} is not an importance of experts; known are {known}")
+    return EXPERT_IMPORTANCES[method](stats)
 
 
 def random_importance(experts: int, *, seed: int, key: str) -> np.ndarray:
@@ -126,9 +154,13 @@ def ranked(scores: np.ndarray, *, always: Iterable[int] = ()) -> list[int]:
     return np.lexsort((np.arange(len(scores)), -np.asarray(scores, dtype=np.float64), others)).tolist()
 
 
+def _routed(stats: LayerStats) -> np.ndarray:
+    return np.asarray(stats.routed, dtype=np.float64)
+
+
+def _tokens(stats: LayerStats) -> float:
+    return max(float(stats.tokens), 1.0)
+
+
 def _mean(sums: np.ndarray, routed: np.ndarray) -> np.ndarray:
     return np.where(routed > 0, np.asarray(sums, dtype=np.float64) / np.maximum(routed, 1.0), 0.0)
-
-
-def _listed() -> str:
-    return ", ".join(EXPERT_IMPORTANCES)

@@ -6,6 +6,7 @@ An output is a list of slots, one for a whole tensor, or one per expert where ex
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,12 @@ def _index(view: View, axes: tuple[str, ...], *, key: str | None, part: Part | N
     own = {} if part is None or part.neurons is None else {"expert_size": part.neurons}
     kept = {
         axis: found
-        for axis in frozenset[str]().union(*map(names, axes))
+        for axis in _named(axes)
         if (found := view.kept.get((key, axis), view.kept.get((None, axis)))) is not None
     }
     return tuple(positions(axis, view.shape.sizes, kept={**kept, **own}) for axis in axes)
+
+
+@cache
+def _named(axes: tuple[str, ...]) -> frozenset[str]:
+    return frozenset[str]().union(*map(names, axes))
