@@ -41,9 +41,9 @@ from moeslim.evaluate.settings import Settings
 from moeslim.families import Shape
 from moeslim.machine.host import tune_cpu
 from moeslim.model.walk import WalkSettings
+from moeslim.plan import Plan
 from moeslim.plan.make import make_plan
 from moeslim.plan.schedule import Target
-from moeslim.plan.steps import Plan
 from moeslim.recipe import Evaluate, Methods
 from moeslim.search.probe import Ask, Found, probe
 from moeslim.search.run import expert_search

@@ -28,7 +28,7 @@ from unittest import mock
 
 import torch
 
-from moeslim.checkpoint.config_json import edit_config, read_config
+from moeslim.checkpoint.config_json import read_config
 from moeslim.commands.settings import stage_targets, target_shape
 from moeslim.data.corpus import read_corpus
 from moeslim.data.tokens import TokenSet, pack
@@ -38,6 +38,7 @@ from moeslim.distill.settings import Stage, TrainSettings
 from moeslim.distill.teacher import OnlineTeacher
 from moeslim.distill.watch import Watch
 from moeslim.families import Shape, training_operations
+from moeslim.families.config import edit_config
 from moeslim.machine.gpus import device_peak
 from moeslim.machine.host import tune_cpu
 from moeslim.model.load import load_student

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from moeslim.checkpoint.reader import Reader
 from moeslim.plan import Plan
-from moeslim.plan.make import source_shape
+from moeslim.plan.file import source_shape
 from moeslim.plan.steps import CutExperts, CutExpertSize, Merge, Step
 from moeslim.surgery import cut
 from oracle import Oracle

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from command import SMALL, Command, moeslim, settings, write_model, write_text
-from moeslim.checkpoint.config_json import edit_config
 from moeslim.commands.propose import Machines
 from moeslim.commands.settings import target_shape
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape, count, forward_operations
+from moeslim.families.config import edit_config
 from moeslim.machine.gpus import GPUS, peak_of
 from moeslim.plan import final_shape, read_plan
 from moeslim.plan.budget import CONTEXT, Wish, axis_weights, proposals

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from moeslim.checkpoint.config_json import edit_config
 from moeslim.checkpoint.index import INDEX_NAME
 from moeslim.checkpoint.source import resolve
 from moeslim.errors import CheckpointError, FamilyError, PlanError
 from moeslim.families import Shape
+from moeslim.families.config import edit_config
 from tiny import tiny_config, tiny_shape, write_tiny
 
 

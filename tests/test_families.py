@@ -302,9 +302,9 @@ def test_the_room_is_light(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(RELEASED))
     code = (
         "import sys\n"
-        "from moeslim.checkpoint.config_json import read_config, edit_config\n"
+        "from moeslim.checkpoint.config_json import read_config\n"
         "from moeslim.checkpoint import source, structure, verify\n"
-        "from moeslim.families import Shape, count\n"
+        "from moeslim.families import Shape, config, count\n"
         f"count(Shape.from_config(read_config({str(tmp_path)!r})))\n"
         "assert not {'torch', 'transformers', 'huggingface_hub'} & sys.modules.keys(), 'heavy'\n"
     )

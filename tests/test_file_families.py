@@ -13,13 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cuts import TOKENS, cut_by, moe_keys, same, some, tensors
 from moeslim import api
-from moeslim.checkpoint.config_json import edit_config
 from moeslim.checkpoint.structure import check_structure, read_structure
 from moeslim.checkpoint.verify import verify
 from moeslim.commands.propose import propose
 from moeslim.errors import CheckpointError, FamilyError, PlanError, RecipeError
 from moeslim.families import FAMILIES as SPECS
 from moeslim.families import Shape, count
+from moeslim.families.config import edit_config
 from moeslim.plan.budget import Wish, resized
 from moeslim.plan.engines import engine_warnings
 from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK

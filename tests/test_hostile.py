@@ -39,7 +39,7 @@ from moeslim.distill.stored import Stored, seal, write
 from moeslim.errors import CheckpointError, DataError, FamilyError, MoeslimError, PlanError, RecipeError, RunError
 from moeslim.families import Shape, table
 from moeslim.plan import Plan, check_plan
-from moeslim.plan.steps import parse_plan, read_plan
+from moeslim.plan.file import parse_plan, read_plan
 from moeslim.recipe import Recipe
 from moeslim.report.records import model_record
 from moeslim.statistics import LayerStats, Stats

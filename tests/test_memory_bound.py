@@ -27,10 +27,10 @@ from moeslim.model.experts import ExpertFile
 from moeslim.model.room import Batch, needed, with_room
 from moeslim.model.walk import WalkSettings
 from moeslim.plan import write_plan
+from moeslim.plan.outputs import Source
 from moeslim.recipe import Recipe, parse_memory
 from moeslim.surgery import read as source_parts
 from moeslim.surgery.apply import cut
-from moeslim.surgery.outputs import Source
 from moeslim.surgery.room import check_cut
 from moeslim.surgery.routers import Beside
 from tiny import write_tiny
@@ -268,7 +268,7 @@ calibrate(sys.argv[1], rows, out=sys.argv[2], settings=WalkSettings(rows_per_bat
 """
 CUT = """
 import sys
-from moeslim.plan.steps import read_plan
+from moeslim.plan.file import read_plan
 from moeslim.surgery.apply import cut
 from moeslim.surgery.room import check_cut
 check_cut(sys.argv[1], read_plan(sys.argv[3]), bound=int(sys.argv[4]))

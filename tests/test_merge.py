@@ -31,7 +31,8 @@ from cuts import (
 )
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import CheckpointError, PlanError
-from moeslim.plan.steps import CutExperts, CutExpertSize, DropLayers, Merge, SetRouters, SetTopK, for_moments
+from moeslim.plan.file import for_moments
+from moeslim.plan.steps import CutExperts, CutExpertSize, DropLayers, Merge, SetRouters, SetTopK
 from moeslim.surgery import cut
 from moeslim.surgery.merge import merged
 from oracle import Oracle

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeslim.checkpoint.config_json import edit_config
 from moeslim.errors import PlanError
 from moeslim.families import Shape
+from moeslim.families.config import edit_config
 from moeslim.plan import (
     Plan,
     check_plan,
@@ -26,11 +26,13 @@ from moeslim.plan import (
     write_plan,
 )
 from moeslim.plan.engines import engine_warnings
+from moeslim.plan.file import source_shape
 from moeslim.plan.grouping import OPERATIONS
-from moeslim.plan.make import hidden_norms, kept_layers, kept_share, norm_scale, source_shape
+from moeslim.plan.make import kept_layers, kept_share, norm_scale
 from moeslim.plan.schedule import Target
 from moeslim.plan.similarity import SIMILARITIES
 from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK
+from moeslim.plan.steps.hidden import hidden_norms
 from moeslim.recipe import OWN_IMPORTANCE, Methods
 from moeslim.statistics import LayerStats, NormStats, Stats
 from tiny import tiny_config, tiny_shape

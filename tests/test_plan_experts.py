@@ -10,9 +10,9 @@ import pytest
 
 from moeslim.errors import PlanError
 from moeslim.families import FAMILIES, Shape
-from moeslim.plan import check_plan, make_plan, parse_plan, plan_text
+from moeslim.plan import Plan, check_plan, make_plan, parse_plan, plan_text
 from moeslim.plan.experts import layer_scores, search_facts
-from moeslim.plan.make import source_shape
+from moeslim.plan.file import source_shape
 from moeslim.plan.schedule import Target, resolve, stages, units
 from moeslim.plan.steps import (
     CutExperts,
@@ -21,7 +21,6 @@ from moeslim.plan.steps import (
     DropLayers,
     LayerCut,
     Merge,
-    Plan,
     SetRouters,
     SetTopK,
 )

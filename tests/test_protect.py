@@ -6,8 +6,9 @@ import pytest
 
 from moeslim.errors import PlanError
 from moeslim.families import Shape
+from moeslim.plan.file import Plan, SourceShape
 from moeslim.plan.protect import check_protected, check_room, renumbered
-from moeslim.plan.steps import CutExperts, CutHidden, DropLayers, Plan, SetTopK, SourceShape
+from moeslim.plan.steps import CutExperts, CutHidden, DropLayers, SetTopK
 from tiny import tiny_config
 
 SOURCE = SourceShape(

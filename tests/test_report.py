@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ import yaml
 from fake_run import DOMAINS, LABELS, fake_run, plans, write_json
 from html_page import Document, shown
 from moeslim.errors import RunError
+from moeslim.plan.file import Plan, known_steps
 from moeslim.report.card import card, write_card
 from moeslim.report.collect import collect
 from moeslim.report.cuts import replay
@@ -84,6 +86,10 @@ def test_thinning_keeps_the_mean() -> None:
     assert thinned(points[:50], most=100) == points[:50]
 
 
+def plan_of(steps: list[dict[str, Any]], sizes: dict[str, int]) -> Plan:
+    return known_steps({"source": {"model_type": "qwen3_next", "mtp": True, **sizes}, "steps": steps})
+
+
 def test_replay_counts_in_the_source() -> None:
     # Stage 1 keeps layers 0 2 3 of 4 and channels 0 1 3; stage 2 keeps layers 0 and 2 of those, that is 0 and 3.
     first = [{"step": "drop_layers", "kept": [0, 2, 3]}, {"step": "cut_hidden", "kept": [0, 1, 3]}]
@@ -96,7 +102,7 @@ def test_replay_counts_in_the_source() -> None:
         {"step": "quantize", "bits": 4},
     ]
     sizes = {"layers": 4, "hidden": 4, "experts": 3, "expert_size": 4, "shared_size": 4, "top_k": 2}
-    facts = replay([first, second], sizes | {"mtp": 1})
+    facts = replay([plan_of(first, sizes), plan_of(second, sizes)])
     assert [(layer.key, layer.lost) for layer in facts.layers] == [("0", 0), ("1", 1), ("2", 2), ("3", 0), ("mtp.0", 0)]
     assert [layer.experts for layer in facts.layers] == [(0, 2, 0), (0, 0, 0), (0, 0, 0), (2, 0, 0), (0, 0, 2)]
     assert facts.channels == (0, 2, 1, 0)
@@ -113,10 +119,10 @@ def test_replay_counts_merged_experts() -> None:
     }
     step = {"step": "cut_experts", "kept": {"0": [1, 4], "mtp.0": [0, 2]}, "merged": merged}
     sizes = {"layers": 1, "hidden": 4, "experts": 5, "expert_size": 4, "shared_size": 4, "top_k": 2}
-    facts = replay([[step]], sizes | {"mtp": 1})
+    facts = replay([plan_of([step], sizes)])
     assert facts.merged == 3
     assert facts.layers[0].experts == (1, 0, 1, 1, 0)
-    assert replay([[{**step, "merged": {}}]], sizes | {"mtp": 1}).merged == 0
+    assert replay([plan_of([{**step, "merged": {}}], sizes)]).merged == 0
 
 
 def test_the_numbers_of_the_records_are_on_the_page(folder: Path) -> None:
@@ -294,7 +300,10 @@ def test_a_large_model_is_no_large_page(tmp_path: Path) -> None:
         {"step": "cut_hidden", "kept": sorted(draw.sample(range(2048), 1536))},
         {"step": "cut_experts", "kept": kept},
     ]
-    write_json(tmp_path / "stage-1" / "plan.json", {"source": {**sizes, "mtp": True}, "steps": steps})
+    write_json(
+        tmp_path / "stage-1" / "plan.json",
+        {"source": {"model_type": "qwen3_next", **sizes, "mtp": True}, "steps": steps},
+    )
     load = {str(layer): [draw.lognormvariate(0, 0.5) for _ in range(512)] for layer in range(48)}
     write_json(tmp_path / "records" / "teacher.json", {"schema": 1, "label": "teacher", "figures": {}, "load": load})
     text = page(collect(tmp_path))

@@ -28,9 +28,10 @@ from moeslim.evaluate.record import Record
 from moeslim.model.load import load_student
 from moeslim.model.walk import WalkSettings, walk
 from moeslim.plan.experts import layer_scores
+from moeslim.plan.file import Plan, SourceShape, read_plan
 from moeslim.plan.grouping import Wanted, cut_layer
 from moeslim.plan.schedule import Target
-from moeslim.plan.steps import CutExperts, DropLayers, LayerCut, Merge, Plan, SetTopK, SourceShape, layer_cut, read_plan
+from moeslim.plan.steps import CutExperts, DropLayers, LayerCut, Merge, SetTopK, layer_cut
 from moeslim.recipe import Data, Methods
 from moeslim.search import run as search_run
 from moeslim.search.align import Aligner

@@ -25,7 +25,8 @@ from moeslim.machine import parallel
 from moeslim.model.load import load_student
 from moeslim.model.sharding import sharding, whole
 from moeslim.model.student import Student
-from moeslim.plan.steps import DropLayers, for_moments
+from moeslim.plan.file import for_moments
+from moeslim.plan.steps import DropLayers
 from moeslim.surgery import cut
 from tiny import changed, train_settings, write_tiny
 

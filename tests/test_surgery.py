@@ -32,10 +32,11 @@ from moeslim.checkpoint.writer import ShardWriter
 from moeslim.errors import PlanError, ResourceError, RunError
 from moeslim.families import Shape
 from moeslim.plan import read_plan, write_plan
-from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK, Step, for_moments
+from moeslim.plan.file import for_moments
+from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK, Step
+from moeslim.plan.view import View
 from moeslim.surgery import cut
-from moeslim.surgery.apply import rescaled
-from moeslim.surgery.view import View
+from moeslim.surgery.functions import rescaled
 from oracle import Oracle
 from tiny import tiny_shape, write_tiny
 

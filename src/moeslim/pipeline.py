@@ -32,10 +32,10 @@ from moeslim.log import logger
 from moeslim.machine.disk import check_disk
 from moeslim.plan.check import check_plan
 from moeslim.plan.experts import ROUTERS
+from moeslim.plan.file import for_moments, read_plan, write_plan
 from moeslim.plan.make import make_plan
 from moeslim.plan.protect import renumbered
 from moeslim.plan.schedule import StageTarget
-from moeslim.plan.steps import for_moments, read_plan, write_plan
 from moeslim.recipe import Methods, Recipe
 from moeslim.statistics import Stats
 

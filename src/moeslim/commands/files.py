@@ -51,8 +51,8 @@ def plan(
 ) -> dict[str, Any]:
     """The decisions for cutting `model` to `keep`, written to `out`; warnings of what engines object to."""
     from moeslim.plan.check import check_plan
+    from moeslim.plan.file import write_plan
     from moeslim.plan.make import make_plan
-    from moeslim.plan.steps import write_plan
     from moeslim.statistics import Stats
 
     recipe = options_recipe(model, keep=keep, overrides=overrides)
@@ -75,7 +75,7 @@ def plan(
 
 def cut(model: str, plan_file: Path | str, *, out: Path | str, max_memory: str | None = None) -> dict[str, Any]:
     """Carry out a plan; the smaller checkpoint appears in `out` whole, verified, or not at all."""
-    from moeslim.plan.steps import read_plan
+    from moeslim.plan.file import read_plan
     from moeslim.surgery import check_cut
     from moeslim.surgery import cut as carry_out
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moeslim.checkpoint.config_json import check_first_layer
 from moeslim.errors import RecipeError
 from moeslim.families import Shape
+from moeslim.families.config import check_first_layer
 from moeslim.plan.budget import resized
 from moeslim.plan.grouping import needs_search
 from moeslim.plan.schedule import StageTarget, Target, axes_of, resolve, stages, units

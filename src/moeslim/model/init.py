@@ -9,10 +9,11 @@ from typing import Any, TypedDict, Unpack
 import torch
 
 from moeslim.artifacts.commit import committed_folder
-from moeslim.checkpoint.config_json import copy_side_files, with_mtp, write_config
+from moeslim.checkpoint.config_json import copy_side_files, write_config
 from moeslim.checkpoint.reader import TORCH_DTYPES
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, write_receipt
 from moeslim.families import PER_EXPERT, Layouts, Row, expert_prefix, pieces, table
+from moeslim.families.config import with_mtp
 from moeslim.families.shape import Shape
 
 _NAMES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16", "float64": "F64"}

@@ -1,9 +1,9 @@
 """Decisions as data: what stays, by which importance, in which stages; deterministic, and no weight is read."""
 
 from moeslim.plan.check import check_plan, final_shape
+from moeslim.plan.file import Plan, parse_plan, plan_text, read_plan, write_plan
 from moeslim.plan.make import make_plan
 from moeslim.plan.schedule import StageTarget, Target, resolve, stages, units
-from moeslim.plan.steps import Plan, parse_plan, plan_text, read_plan, write_plan
 
 __all__ = [
     "Plan",

@@ -9,8 +9,9 @@ from moeslim.errors import PlanError
 from moeslim.families import Shape
 from moeslim.plan import importance
 from moeslim.plan.experts import layer_scores
-from moeslim.plan.make import hidden_norms, kept_layers
+from moeslim.plan.make import kept_layers
 from moeslim.plan.schedule import pattern_period, single_layers
+from moeslim.plan.steps.hidden import hidden_norms
 from moeslim.recipe import Methods
 from moeslim.statistics import LayerStats, NormStats, Stats
 

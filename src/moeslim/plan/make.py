@@ -12,33 +12,17 @@ import numpy as np
 
 from moeslim.artifacts.fingerprint import fingerprint
 from moeslim.errors import PlanError
-from moeslim.families import STACKED, Row, Shape, table
+from moeslim.families import Row, Shape
 from moeslim.plan import experts, importance
+from moeslim.plan.file import Plan, source_shape
 from moeslim.plan.grouping import Wanted, cut_layer
 from moeslim.plan.groups import check_groups
 from moeslim.plan.protect import check_protected
-from moeslim.plan.schedule import AXES, Target, axes_of, check_depth, pattern_period, single_layers
-from moeslim.plan.steps import (
-    CutExperts,
-    CutExpertSize,
-    CutHidden,
-    DropLayers,
-    LayerCut,
-    Plan,
-    SetTopK,
-    SourceShape,
-    Step,
-)
+from moeslim.plan.schedule import Target, axes_of, check_depth, pattern_period, single_layers
+from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, LayerCut, SetTopK, Step
+from moeslim.plan.steps.hidden import hidden_norms
 from moeslim.recipe import Methods
 from moeslim.statistics import LayerStats, NormStats, Stats
-
-
-def source_shape(shape: Shape) -> SourceShape:
-    """The sizes that a plan says it is for."""
-    sizes = {axis: shape.sizes.get(axis) for axis in AXES if axis != "layers"}
-    return SourceShape.model_validate(
-        {"model_type": shape.family.model_type, "layers": shape.layers, "mtp": shape.mtp_layers > 0, **sizes}
-    )
 
 
 def make_plan(shape: Shape, *, stats: Stats | None, target: Target, methods: Methods, seed: int = 0) -> Plan:
@@ -197,12 +181,6 @@ class _Maker:
             return here.named(row.tensor.name)
         key = row.layer if row.subtree == "mtp" else str(self.layers.index(int(row.layer)))
         return here.prefix(key) + row.tensor.name
-
-
-def hidden_norms(shape: Shape) -> list[Row]:
-    """The rows of the table that are norms over the hidden channels, the trunk's first."""
-    rows = table(shape, STACKED).values()
-    return [row for row in rows if row.tensor.norm is not None and row.axes == ("hidden",)]
 
 
 def kept_share(norm: NormStats, kept: Iterable[int]) -> float:

@@ -7,8 +7,10 @@ is left, so the names move with the plan.
 from collections.abc import Mapping, Sequence
 
 from moeslim.errors import PlanError
-from moeslim.families import Shape, is_mtp
-from moeslim.plan.steps import CutExperts, DropLayers, Plan
+from moeslim.families import Shape
+from moeslim.plan.file import Plan
+from moeslim.plan.fold import source_view
+from moeslim.plan.steps.base import span
 
 Protected = Mapping[str, Sequence[int]]
 """Layer key -> expert ids."""
@@ -19,7 +21,7 @@ def check_protected(protect: Protected, shape: Shape) -> None:
     known = shape.moe_keys
     for key, ids in protect.items():
         if key not in known:
-            raise PlanError(f"methods.protect: {key!r} is no layer with experts; known are {_span(known)}")
+            raise PlanError(f"methods.protect: {key!r} is no layer with experts; known are {span(known)}")
         wrong = [expert for expert in ids if not 0 <= expert < shape["experts"]]
         if wrong:
             raise PlanError(f"methods.protect.{key}: {wrong[0]} is no expert; they are 0..{shape['experts'] - 1}")
@@ -41,15 +43,13 @@ def check_room(protect: Protected, experts: int, *, shape: Shape) -> None:
 
 def renumbered(protect: Protected, plan: Plan) -> dict[str, tuple[int, ...]]:
     """The same experts by their layers' and their own numbers after `plan`; what the plan cuts away is left out."""
-    now = {key: tuple(ids) for key, ids in protect.items()}
+    view = source_view(plan.source)
     for step in plan.steps:
-        if isinstance(step, DropLayers):
-            place = {str(old): str(new) for new, old in enumerate(step.kept)}
-            now = {place.get(key, key): ids for key, ids in now.items() if key in place or is_mtp(key)}
-        elif isinstance(step, CutExperts):
-            now = {key: tuple(step.kept[key].index(e) for e in ids if e in step.kept[key]) for key, ids in now.items()}
+        view = step.apply(view)
+    layers = {view.source_key(key): key for key in view.here.layer_keys}
+    now = {}
+    for key, ids in protect.items():
+        if key in layers:
+            places = {int(expert): place for place, expert in enumerate(view.units(key, "experts"))}
+            now[layers[key]] = tuple(places[expert] for expert in ids if expert in places)
     return now
-
-
-def _span(values: Sequence[str]) -> str:
-    return ", ".join(values if len(values) <= 6 else [*values[:3], "...", *values[-2:]])

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from moeslim.artifacts.commit import read_json, read_text
-from moeslim.errors import RunError
+from moeslim.errors import PlanError, RunError
+from moeslim.plan.file import known_steps
 from moeslim.report.cuts import CutFacts, replay
 from moeslim.report.records import ModelRecord, model_record, place
 from moeslim.report.scores import TaskTable, read_task_tables
@@ -100,10 +101,8 @@ def _cut(folders: Sequence[Path]) -> CutFacts | None:
         return None
     plans = [_object(path) for path in paths]
     try:
-        source = plans[0]["source"]
-        sizes = {name: value for name, value in source.items() if isinstance(value, int)}
-        return replay([plan["steps"] for plan in plans], sizes | {"mtp": int(bool(source.get("mtp")))})
-    except (KeyError, IndexError, TypeError, ValueError) as problem:
+        return replay([known_steps(plan, where=str(path)) for plan, path in zip(plans, paths, strict=True)])
+    except (PlanError, KeyError, IndexError, TypeError, ValueError) as problem:
         named = ", ".join(str(path) for path in paths)
         raise RunError(
             f"{named}: not the plans of one run ({type(problem).__name__}: {problem}); make them again"

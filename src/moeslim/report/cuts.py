@@ -1,13 +1,17 @@
 """What a run's plans took away, told in the ids of the original model.
 
-Each plan's ids count in the model as the step finds it, so the steps of all stages are replayed on lists of source ids.
+Each plan's ids count in the model as the step finds it, so the steps of all stages are folded into one view.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from moeslim.families import is_mtp, mtp_keys
+import numpy as np
+
+from moeslim.families import is_mtp
+from moeslim.plan import Plan
+from moeslim.plan.fold import source_view
+from moeslim.plan.view import View
 from moeslim.report.figures import NBSP
 
 
@@ -51,9 +55,6 @@ class CutFacts:
         ]
 
 
-Steps = Sequence[Mapping[str, Any]]
-"""The steps of one plan, as read from its file."""
-
 _WORDS = {
     "experts": "experts per layer",
     "layers": "layers",
@@ -64,102 +65,47 @@ _WORDS = {
 }
 
 
-@dataclass
-class _Replay:
-    """The source ids that are still there while the steps are replayed."""
+def replay(plans: Sequence[Plan]) -> CutFacts:
+    """Follow the plans of all stages from the source of the first one.
 
-    sizes: dict[str, int]
-    trunk: list[str]
-    experts: dict[str, list[int]]
-    hidden: list[int]
-    stage: int = 0
-    merged: int = 0
-    lost_layers: dict[str, int] = field(default_factory=dict)
-    lost_experts: dict[tuple[str, int], int] = field(default_factory=dict)
-    lost_channels: dict[int, int] = field(default_factory=dict)
-
-    def source_key(self, key: str) -> str:
-        return key if is_mtp(key) else self.trunk[int(key)]
-
-
-def replay(plans: Sequence[Steps], sizes: Mapping[str, int]) -> CutFacts:
-    """Replay the plans of all stages (each a list of steps) on a source of `sizes`, "mtp" those of its MTP head.
-
-    Raises KeyError, IndexError, ValueError or TypeError on steps that do not fit the source; the caller names the file.
+    Raises KeyError, IndexError or ValueError on steps that do not fit it; the caller names the file.
     """
-    sizes = dict(sizes)
-    trunk = [str(layer) for layer in range(sizes["layers"])]
-    keys = [*trunk, *mtp_keys(sizes.pop("mtp", 0))]
-    experts = {key: list(range(sizes.get("experts", 0))) for key in keys}
-    state = _Replay(dict(sizes), list(trunk), experts, list(range(sizes.get("hidden", 0))))
-    history = [dict(sizes)]
-    for stage, steps in enumerate(plans, start=1):
-        state.stage = stage
-        for step in steps:
-            _STEPS.get(step["step"], _ignore)(state, step)
-        history.append(dict(state.sizes))
+    source = plans[0].source
+    first = view = source_view(source)
+    lost: dict[tuple[str | None, str, int], int] = {}
+    history, merged = [source.sizes], 0
+    for stage, plan in enumerate(plans, start=1):
+        for step in plan.steps:
+            after = step.apply(view)
+            lost |= dict.fromkeys(_lost(view, after), stage)
+            merged += _merged(view, after)
+            view = after
+        history.append({axis: view.count(axis) for axis in source.sizes})
     layers = tuple(
         LayerCut(
             key=key,
-            lost=state.lost_layers.get(key, 0),
-            experts=tuple(state.lost_experts.get((key, e), 0) for e in range(sizes.get("experts", 0))),
+            lost=0 if is_mtp(key) else lost.get((None, "layers", int(key)), 0),
+            experts=tuple(lost.get((key, "experts", e), 0) for e in range(source.experts)),
         )
-        for key in keys
+        for key in first.source_keys
     )
-    channels = tuple(state.lost_channels.get(c, 0) for c in range(sizes.get("hidden", 0)))
-    return CutFacts(tuple(history), layers, channels, state.merged)
+    channels = tuple(lost.get((None, "hidden", c), 0) for c in range(source.hidden))
+    return CutFacts(tuple(history), layers, channels, merged)
 
 
-def _drop_layers(state: _Replay, step: Mapping[str, Any]) -> None:
-    kept = [state.trunk[int(layer)] for layer in step["kept"]]
-    for key in state.trunk:
-        if key not in kept:
-            state.lost_layers[key] = state.stage
-    state.trunk = kept
-    state.sizes["layers"] = len(kept)
+def _lost(before: View, after: View) -> Iterator[tuple[str | None, str, int]]:
+    """Layer, axis and number in the source of each layer, channel and expert of the layers left that went."""
+    yield from ((None, "layers", layer) for layer in before.layers if layer not in after.layers)
+    places: list[tuple[str | None, str]] = [(None, "hidden"), *((key, "experts") for key in after.source_keys)]
+    for key, axis in places:
+        for unit in np.setdiff1d(before.units(key, axis), after.units(key, axis)).tolist():
+            yield key, axis, unit
 
 
-def _cut_hidden(state: _Replay, step: Mapping[str, Any]) -> None:
-    kept = [state.hidden[channel] for channel in step["kept"]]
-    for channel in set(state.hidden).difference(kept):
-        state.lost_channels[channel] = state.stage
-    state.hidden = kept
-    state.sizes["hidden"] = len(kept)
-
-
-def _cut_experts(state: _Replay, step: Mapping[str, Any]) -> None:
-    for key, ids in step["kept"].items():
-        source = state.source_key(key)
-        kept = [state.experts[source][e] for e in ids]
-        for expert in set(state.experts[source]).difference(kept):
-            state.lost_experts[source, expert] = state.stage
-        state.experts[source] = kept
-        state.sizes["experts"] = len(kept)
-    for merges in step.get("merged", {}).values():
-        state.merged += sum(len(merge["experts"]) - 1 for merge in merges)
-
-
-def _cut_expert_size(state: _Replay, step: Mapping[str, Any]) -> None:
-    for per_expert in (step.get("experts") or {}).values():
-        state.sizes["expert_size"] = len(per_expert[0])
-        break
-    for indices in (step.get("shared") or {}).values():
-        state.sizes["shared_size"] = len(indices)
-        break
-
-
-def _set_top_k(state: _Replay, step: Mapping[str, Any]) -> None:
-    state.sizes["top_k"] = int(step["top_k"])
-
-
-def _ignore(state: _Replay, step: Mapping[str, Any]) -> None:
-    """Steps of later techniques change no id that this page draws."""
-
-
-_STEPS = {
-    "drop_layers": _drop_layers,
-    "cut_hidden": _cut_hidden,
-    "cut_experts": _cut_experts,
-    "cut_expert_size": _cut_expert_size,
-    "set_top_k": _set_top_k,
-}
+def _merged(before: View, after: View) -> int:
+    """How many experts of `before` went into another one."""
+    number = 0
+    for key in after.experts:
+        of = {part.expert: place for place, parts in enumerate(before.parts_of(key)) for part in parts}
+        number += sum(len({of[part.expert] for part in parts}) - 1 for parts in after.parts_of(key))
+    return number

@@ -4,7 +4,7 @@ Stacked experts are read and written one by one, and of other large tensors some
 tensor does not matter.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from moeslim.artifacts.commit import check_vacant, committed_folder
 from moeslim.artifacts.fingerprint import folder_fingerprint
-from moeslim.checkpoint.config_json import copy_side_files, edit_config, write_config
+from moeslim.checkpoint.config_json import copy_side_files, write_config
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
 from moeslim.checkpoint.verify import check_receipt, verify
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, write_receipt
@@ -20,10 +20,10 @@ from moeslim.errors import CheckpointError
 from moeslim.log import logger, progress
 from moeslim.plan import Plan, final_shape, write_plan
 from moeslim.plan.engines import engine_warnings
-from moeslim.surgery.fold import view_of
-from moeslim.surgery.merge import merged
-from moeslim.surgery.outputs import Output, Slot, outputs
-from moeslim.surgery.read import parts, whole
+from moeslim.plan.fold import config_after
+from moeslim.plan.outputs import Output
+from moeslim.surgery.functions import FUNCTIONS
+from moeslim.surgery.read import outputs_of, parts, whole
 from moeslim.surgery.routers import Beside
 
 
@@ -51,18 +51,17 @@ def cut(
     parent = folder_fingerprint(reader.folder)
     if plan.model not in (None, parent):
         logger.warning("plan: it was decided for model %s, this one is %s of the same shape", plan.model, parent)
-    view = view_of(plan, reader.shape)
-    wanted = {output.name: output for output in outputs(view, after, layouts=reader.layouts)}
+    wanted = {output.name: output for output in outputs_of(plan, reader, after=after)}
     files = Beside(beside, plan)
     files.check(wanted.values())
-    planned = [(output.name, output.shape, reader.dtype(output.like)) for output in wanted.values()]
+    planned = [(output.name, output.shape, output.dtype) for output in wanted.values()]
     with committed_folder(out_folder) as folder:
         writer = ShardWriter(folder, planned, shard_bytes=shard_bytes)
         with progress("cut", writer.total_bytes, unit="B") as advance:
             for name in writer.order:
                 writer.add(name, _told(made(wanted[name], reader, files=files), advance, name=name))
         weights = writer.finish()
-        write_config(folder, edit_config(reader.config, after))
+        write_config(folder, config_after(plan, reader.config, after=after))
         copy_side_files(reader.folder, folder)
         write_plan(folder / "plan.json", plan)
         parents = {"source": parent, "plan": plan.fingerprint}
@@ -75,41 +74,15 @@ def cut(
 
 
 def made(output: Output, reader: Reader, *, files: Beside) -> Iterator[torch.Tensor]:
-    """The tensor of one output in its source's dtype, in parts along its first axis: an expert, or some rows, each."""
-    dtype = TORCH_DTYPES[reader.dtype(output.like)]
+    """The tensor of one output in its dtype, in parts along its first axis: an expert, or some rows, each."""
+    dtype = TORCH_DTYPES[output.dtype]
     for slot in output.slots:
         if slot.function == "take":
             (source,) = slot.sources
             yield from (part.to(dtype) for part in parts(source, reader, files=files))
         else:
             sources = (whole(source, reader, files=files) for source in slot.sources)
-            yield FUNCTIONS[slot.function](slot, sources).to(dtype)
-
-
-def rescaled(weight: torch.Tensor, scale: float, *, zero_centred: bool) -> torch.Tensor:
-    """A norm's stored weight whose effective weight is `scale` times as large, in float32 and back to its dtype.
-
-    Zero-centred norms multiply by 1 + w, so w becomes (1 + w) s - 1; plain ones by w.
-    """
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    wide = (1.0 + wide) * scale - 1.0 if zero_centred else wide * scale
-    return wide.to(weight.dtype)
-
-
-def _rescale(slot: Slot, parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    (part,) = parts
-    return rescaled(part, slot.scale, zero_centred=slot.zero_centred)
-
-
-def _merge(slot: Slot, parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    return merged(parts, slot.weights)
-
-
-FUNCTIONS: Mapping[str, Callable[[Slot, Iterable[torch.Tensor]], torch.Tensor]] = {
-    "rescale": _rescale,
-    "merge": _merge,
-}
-"""How a slot's sources, read one at a time, become one tensor; what is only taken need not be one."""
+            yield FUNCTIONS[slot.function](sources, **slot.arguments).to(dtype)
 
 
 def _told(found: Iterable[torch.Tensor], advance: Callable[..., None], *, name: str) -> Iterator[torch.Tensor]:

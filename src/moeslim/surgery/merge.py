@@ -1,38 +1,8 @@
-"""Routed experts: which stay, which take others in, and the weighted mean that a merged one is.
-
-Averaging experts by weight is how M-SMoE (arXiv 2310.01334), HC-SMoE (2410.08589) and REAM (2604.04356) merge; who
-joins whom, with which weight and in which order of neurons has been decided in the plan.
-"""
+"""The weighted mean that a merged expert is; of whom, with which weights and in which order the plan has decided."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
-
-from moeslim.plan.steps import CutExperts, Merge
-from moeslim.surgery.view import Expert, Part, View, among
-
-
-def cut_experts(view: View, step: CutExperts) -> View:
-    """The experts listed per layer, with what each takes in; the router row is the kept expert's own."""
-    experts = dict(view.experts)
-    for key, ids in step.kept.items():
-        old = view.source_key(key)
-        here = view.experts_of(old)
-        merges = {merge.base: merge for merge in step.merged.get(key, ())}
-        experts[old] = tuple(_together(here, merges[e]) if e in merges else here[e] for e in ids)
-    return view.changed(experts=experts)
-
-
-def _together(here: Sequence[Expert], merge: Merge) -> Expert:
-    """One expert of several, each perhaps merged before: weights multiply as shares of their mean, orders compose."""
-    parts = []
-    for place, (member, weight) in enumerate(zip(merge.experts, merge.weights, strict=True)):
-        inside = here[member].parts
-        total = sum(part.weight for part in inside)
-        for part in inside:
-            neurons = among(part.neurons, merge.orders[place]) if merge.orders else part.neurons
-            parts.append(Part(part.expert, weight * (part.weight / total), neurons))
-    return Expert(here[merge.base].base, tuple(sorted(parts, key=lambda part: part.expert)))
 
 
 def merged(parts: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a plan takes of a source tensor, in parts, so that no tensor need be in memory whole."""
+"""What a plan takes of a checkpoint, and of each of its tensors in parts, so that none need be in memory whole."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,20 @@ import torch
 
 from moeslim.checkpoint.index import ITEM_BYTES
 from moeslim.checkpoint.reader import Reader
-from moeslim.surgery.outputs import Source
+from moeslim.families import Shape
+from moeslim.plan import Plan
+from moeslim.plan.fold import view_of
+from moeslim.plan.outputs import Output, Source, outputs
 from moeslim.surgery.routers import Beside
 
 PART_BYTES = 16 << 20
 """Of a larger tensor, so many bytes of rows are read at a time."""
+
+
+def outputs_of(plan: Plan, reader: Reader, *, after: Shape) -> Iterator[Output]:
+    """Every tensor of the cut model that a checked plan leaves of a checkpoint; `after` is that model's shape."""
+    dtypes = {name: entry.dtype for name, entry in reader.index.tensors.items()}
+    return outputs(view_of(plan, reader.shape), after, layouts=reader.layouts, dtypes=dtypes)
 
 
 def parts(source: Source, reader: Reader, *, files: Beside) -> Iterator[torch.Tensor]:

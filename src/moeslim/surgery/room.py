@@ -8,9 +8,8 @@ from moeslim.checkpoint.shard import AHEAD_BYTES
 from moeslim.machine.bound import check_bound
 from moeslim.machine.host import return_memory
 from moeslim.plan import Plan, final_shape
-from moeslim.surgery.fold import view_of
-from moeslim.surgery.outputs import Output, Slot, outputs
-from moeslim.surgery.read import PART_BYTES
+from moeslim.plan.outputs import Output, Slot
+from moeslim.surgery.read import PART_BYTES, outputs_of
 
 _SLACK = 64 << 20
 
@@ -22,8 +21,7 @@ def check_cut(source_folder: Path | str, plan: Plan, *, bound: int | None) -> Pl
     return_memory()
     reader = Reader(source_folder)
     after = final_shape(plan, reader.shape)
-    wanted = list(outputs(view_of(plan, reader.shape), after, layouts=reader.layouts))
-    check_bound(bound, needed(reader, wanted), what="the cut")
+    check_bound(bound, needed(reader, list(outputs_of(plan, reader, after=after))), what="the cut")
     return plan
 
 

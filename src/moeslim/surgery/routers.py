@@ -1,4 +1,4 @@
-"""Router rows from a file beside the plan: where they go, and their reading, checked before anything is written."""
+"""Router rows from a file beside the plan: their reading, checked before anything is written."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,17 +10,9 @@ from moeslim.artifacts.fingerprint import hash_file
 from moeslim.checkpoint.index import path_inside, read_header
 from moeslim.checkpoint.reader import TORCH_DTYPES
 from moeslim.errors import CheckpointError, PlanError
-from moeslim.families import layer_prefix
 from moeslim.plan import Plan
+from moeslim.plan.outputs import Output
 from moeslim.plan.steps import SetRouters
-from moeslim.surgery.outputs import Output
-from moeslim.surgery.view import NewRouter, View
-
-
-def set_routers(view: View, step: SetRouters) -> View:
-    """The layers listed take their router rows from the step's file, under the names that they have by then."""
-    new = {view.source_key(key): NewRouter(step.file, layer_prefix(view.here, key)) for key in step.layers}
-    return view.changed(routers={**view.routers, **new})
 
 
 class Beside:

@@ -8,149 +8,20 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import PositiveInt, ValidationError
 
 from moeslim.artifacts import strict_json
 from moeslim.artifacts.commit import write_bytes
 from moeslim.artifacts.fingerprint import fingerprint
 from moeslim.errors import PlanError
+from moeslim.families import Shape
+from moeslim.plan.steps import STEPS, Merge, Step
+from moeslim.plan.steps.base import Strict
 
 
-def _ascending(ids: tuple[int, ...]) -> tuple[int, ...]:
-    if not ids:
-        raise ValueError("keeps nothing; at least one must stay")
-    for before, after in zip(ids, ids[1:], strict=False):
-        if after == before:
-            raise ValueError(f"names {after} twice; list each number once")
-        if after < before:
-            raise ValueError(f"has {after} after {before}; list the kept numbers in ascending order")
-    return ids
-
-
-Ids = Annotated[tuple[NonNegativeInt, ...], AfterValidator(_ascending)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-
-class DropLayers(_Strict):
-    """Layers of the trunk that stay. The MTP block is not a layer of the trunk and always stays."""
-
-    step: Literal["drop_layers"] = "drop_layers"
-    kept: Ids
-    method: str = "by hand"
-
-
-class CutHidden(_Strict):
-    """Hidden channels that stay, the same in the whole network; `scale` multiplies effective norm weights by name."""
-
-    step: Literal["cut_hidden"] = "cut_hidden"
-    kept: Ids
-    scale: dict[str, Annotated[FiniteFloat, Field(gt=0)]] = {}
-    method: str = "by hand"
-    rescale: Literal["measured", "assume_zero", "none"] = "none"
-
-
-class Merge(_Strict):
-    """A kept expert (`base`) that becomes the weighted mean of `experts`, itself among them; its router row stays.
-
-    `sum_j w_j x_j[order_j] / sum_j w_j` over the members j in float64, rounded once. `weights`: one per member, at
-    least 0, some above; they need not add up to 1. `orders`: none, or per member which of its neurons lands on place i
-    (rows of gate and up, columns of down), the base's too.
-    """
-
-    base: NonNegativeInt
-    experts: Ids
-    weights: tuple[Annotated[FiniteFloat, Field(ge=0)], ...]
-    orders: tuple[tuple[NonNegativeInt, ...], ...] = ()
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.base not in self.experts:
-            raise ValueError(f"base {self.base} is not among its experts; list it there too")
-        if len(self.weights) != len(self.experts):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.experts)} experts; give one each")
-        if not any(self.weights):
-            raise ValueError("all weights are 0; give at least one above, or leave the merge out to copy the base")
-        if self.orders and len(self.orders) != len(self.experts):
-            raise ValueError(f"{len(self.orders)} orders for {len(self.experts)} experts; give one each, or none")
-        for expert, order in zip(self.experts, self.orders, strict=False):
-            if sorted(order) != list(range(len(self.orders[0]))):
-                raise ValueError(f"the order of expert {expert} must name each of {len(self.orders[0])} neurons once")
-        return self
-
-
-class LayerCut(_Strict):
-    """What becomes of one layer's routed experts: which stay, and which of these take others in."""
-
-    kept: Ids
-    merged: tuple[Merge, ...] = ()
-
-
-class CutExperts(_Strict):
-    """Routed experts that stay, by layer key ("0", "1", ... and "mtp.0"); the same count everywhere.
-
-    `merged`: per layer the kept experts that take others in; experts that are neither kept nor merged are dropped, and
-    a layer that merges nothing need not be listed.
-    """
-
-    step: Literal["cut_experts"] = "cut_experts"
-    kept: dict[str, Ids]
-    merged: dict[str, tuple[Merge, ...]] = {}
-    importance: str = "by hand"
-    operation: str = "drop"
-
-
-class SetRouters(_Strict):
-    """New router rows, from a safetensors file beside the plan: the routers' names and shapes as this step finds them.
-
-    `layers` are the keys of those that are replaced. No step that cuts layers, channels or experts may follow.
-    """
-
-    step: Literal["set_routers"] = "set_routers"
-    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*\.safetensors$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    layers: Annotated[tuple[str, ...], Field(min_length=1)]
-
-
-class CutExpertSize(_Strict):
-    """Neurons that stay: by layer key one list per expert, and one list for the shared expert; {} leaves all."""
-
-    step: Literal["cut_expert_size"] = "cut_expert_size"
-    experts: dict[str, tuple[Ids, ...]] = {}
-    shared: dict[str, Ids] = {}
-
-
-class SetTopK(_Strict):
-    """How many experts the router selects per token from here on."""
-
-    step: Literal["set_top_k"] = "set_top_k"
-    top_k: PositiveInt
-
-
-Step = Annotated[
-    DropLayers | CutHidden | CutExperts | SetRouters | CutExpertSize | SetTopK, Field(discriminator="step")
-]
-STEPS: dict[str, type[_Strict]] = {
-    model.model_fields["step"].default: model
-    for model in (DropLayers, CutHidden, CutExperts, SetRouters, CutExpertSize, SetTopK)
-}
-
-
-class SourceShape(_Strict):
+class SourceShape(Strict):
     """The sizes of the model that the plan was made for; `shared_size` null: it has no shared expert.
 
     `mtp`: whether the checkpoint has an MTP head.
@@ -165,8 +36,21 @@ class SourceShape(_Strict):
     top_k: PositiveInt
     mtp: bool
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of "layers" and the size of every other axis that there is."""
+        return {axis: size for axis, size in self if type(size) is int}
 
-class Plan(_Strict):
+
+def source_shape(shape: Shape) -> SourceShape:
+    """The sizes that a plan for models of `shape` says it is for."""
+    sizes = {axis: shape.sizes.get(axis) for axis in ("hidden", "experts", "expert_size", "shared_size", "top_k")}
+    return SourceShape.model_validate(
+        {"model_type": shape.family.model_type, "layers": shape.layers, "mtp": shape.mtp_layers > 0, **sizes}
+    )
+
+
+class Plan(Strict):
     """What to do to `source`; `model` and `stats` are the fingerprints of what it was decided from, `notes` is free."""
 
     schema_version: Literal[1] = 1
@@ -193,11 +77,7 @@ def for_moments(plan: Plan) -> Plan:
     Merging stays: the moments of a merged expert are the weighted mean of its members', so a second one is never below
     0.
     """
-    steps = [
-        step.model_copy(update={"scale": {}, "rescale": "none"}) if isinstance(step, CutHidden) else step
-        for step in plan.steps
-        if not isinstance(step, SetRouters)
-    ]
+    steps = [own for step in plan.steps if (own := step.for_moments()) is not None]
     return plan.model_copy(update={"steps": tuple(steps), "model": None})
 
 
@@ -254,16 +134,19 @@ def parse_plan(text: str, *, where: str = "plan") -> Plan:
         raise PlanError("\n".join(_explain(error, where) for error in problem.errors()[:5])) from None
 
 
-def layer_cut(found: Mapping[str, Any]) -> LayerCut:
-    """The cut of one layer out of what a search left in the statistics, whose other keys are facts about it."""
-    own = {key: found[key] for key in LayerCut.model_fields if key in found}
-    return LayerCut.model_validate_json(json.dumps(own))
+def known_steps(found: Mapping[str, Any], *, where: str = "plan") -> Plan:
+    """The plan of a file read as JSON, without its steps of kinds that are not known here; PlanError as in `read_plan`.
+
+    For pages that show what they can of a later version's plan. KeyError or TypeError for what is no plan at all.
+    """
+    steps = [step for step in found["steps"] if step["step"] in STEPS]
+    return parse_plan(json.dumps({**found, "steps": steps}), where=where)
 
 
 def _explain(error: Any, where: str) -> str:
     """One pydantic error as: file, step number and kind, key, what is wrong, what is allowed."""
     location = list(error["loc"])
-    model: type[_Strict] = Plan
+    model: type[Strict] = Plan
     if len(location) >= 2 and location[0] == "steps":
         number, location = location[1], location[2:]
         where += f": step {number + 1}"

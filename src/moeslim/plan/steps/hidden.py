@@ -1,0 +1,65 @@
+"""Width: which channels of the residual stream stay, and the correction of the norms for those that are gone."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, FiniteFloat
+
+from moeslim.errors import PlanError
+from moeslim.families import STACKED, Row, Shape, layer_prefix, table
+from moeslim.plan.steps.base import Ids, PlanStep, in_range, span
+from moeslim.plan.view import View
+
+
+class CutHidden(PlanStep):
+    """Hidden channels that stay, the same in the whole network; `scale` multiplies effective norm weights by name."""
+
+    changes_routers = True
+
+    step: Literal["cut_hidden"] = "cut_hidden"
+    kept: Ids
+    scale: dict[str, Annotated[FiniteFloat, Field(gt=0)]] = {}
+    method: str = "by hand"
+    rescale: Literal["measured", "assume_zero", "none"] = "none"
+
+    def check(self, shape: Shape, *, top_k: int) -> None:
+        in_range(self.kept, shape["hidden"], where="kept", what="channels")
+        norms = [row.name for row in hidden_norms(shape)]
+        unknown = [name for name in self.scale if name not in norms]
+        if unknown:
+            raise PlanError(f"scale: {unknown[0]} is no norm of the hidden channels; they are {span(norms)}")
+        missing = [name for name in norms if name not in self.scale]
+        if self.rescale == "none" and self.scale:
+            raise PlanError("rescale is none but scale is given; leave scale empty, or name the rescale")
+        if self.rescale != "none" and missing:
+            raise PlanError(f"scale: {missing[0]} has none, with rescale {self.rescale} every norm needs one")
+
+    def after(self, shape: Shape) -> Shape:
+        return shape.resized(hidden=len(self.kept))
+
+    def apply(self, view: View) -> View:
+        """Scales multiply those of an earlier cut."""
+        scale = dict(view.scale)
+        for name, factor in self.scale.items():
+            old = _source_name(view, name)
+            scale[old] = scale.get(old, 1.0) * factor
+        return view.keep("hidden", {None: self.kept}).changed(scale=scale)
+
+    def for_moments(self) -> "CutHidden":
+        """A moment is no weight, so no norm is rescaled."""
+        return self.model_copy(update={"scale": {}, "rescale": "none"})
+
+
+def hidden_norms(shape: Shape) -> list[Row]:
+    """The rows of the table that are norms over the hidden channels, the trunk's first."""
+    rows = table(shape, STACKED).values()
+    return [row for row in rows if row.tensor.norm is not None and row.axes == ("hidden",)]
+
+
+def _source_name(view: View, name: str) -> str:
+    """The source's name of a tensor of a layer, or of an outer one, after the layers dropped so far."""
+    here = view.here
+    for new in here.layer_keys:
+        prefix = layer_prefix(here, new)
+        if prefix and name.startswith(prefix):
+            return layer_prefix(view.shape, view.source_key(new)) + name.removeprefix(prefix)
+    return name
