@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import logsigmoid
 
 from moeslim.errors import FamilyError
-from moeslim.families import Shape
+from moeslim.families import Shape, Tensor
 from moeslim.losses import balance
 from moeslim.machine import parallel
 
@@ -77,7 +77,7 @@ class MoeBlock:
     def correction_bias(self) -> torch.Tensor | None:
         """What the router adds to the scores (E) for choosing alone; None in a family without."""
         name = next((tensor.name for tensor in self._rows() if tensor.role == "correction_bias"), None)
-        return None if name is None else self._router_tensor(name)
+        return None if name is None else getattr(self.router, name.rpartition(".")[2])
 
     def log_scores(self, logits_NE: torch.Tensor) -> torch.Tensor:
         """The logarithm of the router's scores of all experts, for softmax up to one number per token."""
@@ -129,20 +129,15 @@ class MoeBlock:
         self.experts = experts
 
     def _router_tensors(self) -> dict[str, torch.Tensor]:
-        """The router's tensors whose first axis counts experts, by their names in it."""
-        tensors = {**dict(self.router.named_parameters()), **dict(self.router.named_buffers())}
-        return {
-            name: tensor for name, tensor in tensors.items() if tensor.ndim and len(tensor) == len(self.router.weight)
-        }
+        """The router's tensors with an entry per expert, by their names in it."""
+        names = (t.name.rpartition(".")[2] for t in self._rows() if t.axes[0] == "experts")
+        return {name: getattr(self.router, name) for name in names}
 
     def _counts(self) -> dict[str, int]:
         return {name: getattr(self.router, name) for name in (*_COUNTS, "top_k") if hasattr(self.router, name)}
 
-    def _rows(self) -> Iterator[Any]:
+    def _rows(self) -> Iterator[Tensor]:
         return (tensor for tensor in self.shape.family.parts["moe"] if tensor.component == "router")
-
-    def _router_tensor(self, name: str) -> torch.Tensor:
-        return self._router_tensors()[name.rpartition(".")[2]]
 
 
 class RouterWatch:
