@@ -34,7 +34,7 @@ from moeslim.checkpoint.verify import verify
 from moeslim.cli.display import printable
 from moeslim.data.corpus import read_corpus
 from moeslim.data.tokens import TokenSet, load_tokenizer, pack
-from moeslim.distill.cache.coding import Words, decode, encode
+from moeslim.distill.cache.coding import CachedProbs, decode, encode
 from moeslim.distill.stored import Stored, seal, write
 from moeslim.errors import CheckpointError, DataError, FamilyError, MoeslimError, PlanError, RecipeError, RunError
 from moeslim.families import Shape, table
@@ -525,7 +525,7 @@ def test_packed_tokens_that_were_changed(tmp_path: Path) -> None:
 def test_a_cached_row_spells_no_gigabytes() -> None:
     import zlib
 
-    words = Words(
+    words = CachedProbs(
         ids=np.array([[1, 5]]), p=np.array([[0.5, 0.25]]), rest=np.array([0.25]),
         sampled=np.empty((1, 0), np.int64), sampled_log_p=np.empty((1, 0), np.float32),
     )  # fmt: skip

@@ -86,7 +86,7 @@ def run(
             write_recipe(story)
         pack_text(story)
         # refuses a foreign cache
-        settings.teaching_folder(recipe, story.teacher, student=story.source, tokens=story.tokens["train"])
+        settings.find_teacher(recipe, story.teacher, student=story.source, tokens=story.tokens["train"])
         student, stages = story.source, stages_of(targets)
         for stage in stages:
             calibrate_stage(story, stage, student=student)
@@ -276,7 +276,7 @@ def cut_stage(story: Story, stage: Stage, *, student: Path, output: Path | None 
 
 def distill_stage(story: Story, stage: Stage, *, student: str, output: str) -> Path:
     """OUTPUT: the student after the stage's share of the training; without tokens, the student itself."""
-    from moeslim.distill.run import Place, distill
+    from moeslim.distill.run import TrainPaths, distill
     from moeslim.distill.settings import FREE
 
     recipe, run, heldout = story.recipe, story.run, story.tokens["heldout"]
@@ -284,7 +284,7 @@ def distill_stage(story: Story, stage: Stage, *, student: str, output: str) -> P
     if not tokens:
         return story.path(student)
     text = story.tokens["train"]
-    teacher = settings.teaching_folder(recipe, story.teacher, student=story.path(student), tokens=text)
+    teacher = settings.find_teacher(recipe, story.teacher, student=story.path(student), tokens=text)
     made_from = {
         "student": folder_fingerprint(story.path(student)),
         "teacher": None if teacher is None else folder_fingerprint(teacher),
@@ -298,10 +298,10 @@ def distill_stage(story: Story, stage: Stage, *, student: str, output: str) -> P
     with run.stage(f"{stage.folder}-distill", made_from, outputs=[output]) as due:
         if due:
             moments = slice_moments(story, stage)
-            place = Place(story.path(stage.folder), *stage.span, moments=moments, redo=run.redo, heldout=heldout)
+            paths = TrainPaths(story.path(stage.folder), *stage.span, moments=moments, redo=run.redo, heldout=heldout)
             settings.prepare(recipe)
             own = settings.train_settings(recipe, tokens)
-            distill(story.path(student), teacher, tokens=text, out=story.path(output), settings=own, place=place)
+            distill(story.path(student), teacher, tokens=text, out=story.path(output), settings=own, paths=paths)
     return story.path(output)
 
 

@@ -232,20 +232,20 @@ def _observe(
                 visit = visits.send(replacement)
             except StopIteration:
                 return
-            tell = partial(_tell, advance, visit.key, length)
+            report = partial(_report_rows, advance, visit.key, length)
             trial = None
             if observe.search is not None:
                 trial = observe.search.visit(visit, observed=job.tokens, held_out=job.held_out * length)
             with nullcontext() if trial is None else trial.watching():
                 parts = watch(
-                    visit, lanes, end=job.sequences, positions=positions, removal=observe.removal, advance=tell
+                    visit, lanes, end=job.sequences, positions=positions, removal=observe.removal, advance=report
                 )
                 for batch in visit.batches(first=job.sequences):
-                    tell(batch.stop - batch.start)
+                    report(batch.stop - batch.start)
             replacement = _leave(visit, parts, trial=trial, job=job)
 
 
-def _tell(advance: Callable[..., None], key: str, length: int, rows: int) -> None:
+def _report_rows(advance: Callable[..., None], key: str, length: int, rows: int) -> None:
     advance(rows * length, f"layer {key}")
 
 

@@ -181,7 +181,7 @@ def cache_teacher(
     out_folder: Annotated[Path, typer.Argument(metavar="CACHE", help="Where the cache goes.")],
     k: Annotated[int, typer.Option("--k", help="Largest probabilities kept per position.")] = 50,
     samples: Annotated[
-        int, typer.Option(help="Words drawn from the rest, for an estimate of the full KL; 0: a lower bound of it.")
+        int, typer.Option(help="Tokens drawn from the rest, for an estimate of the full KL; 0: a lower bound of it.")
     ] = 8,
     settings: Settings = None,
     as_json: AsJson = False,

@@ -24,13 +24,13 @@ def find_models(recipe: Recipe) -> tuple[Structure, Structure]:
 
 def check_settings(recipe: Recipe, source: Structure, *, teacher: Structure) -> None:
     """Refuse settings that a late stage could not work with, before the first one."""
-    from moeslim.distill.words import check_same_words
+    from moeslim.distill.vocab_check import check_same_vocab
 
     prepare(recipe)
     evaluate_settings(recipe).check()
     check_training(recipe, source.shape)
     if teacher.folder != source.folder:
-        check_same_words(source.folder, teacher.folder)
+        check_same_vocab(source.folder, teacher.folder)
 
 
 def check_room(recipe: Recipe, source: Structure, *, folder: Path, targets: Sequence[StageTarget]) -> None:

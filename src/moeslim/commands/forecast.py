@@ -196,8 +196,8 @@ def _lines(record: Mapping[str, Any], *, known: str) -> list[str]:
     axes = ("layers", "hidden", "experts", "expert_size", "shared_size", "top_k")
     for number, stage in enumerate(record["stages"], start=1):
         shape = ", ".join(f"{axis} {stage[axis]}" for axis in axes if stage[axis] is not None)
-        told = f"{amount(stage['parameters'])} parameters, {amount(stage['active'])} active"
-        lines.append(f"stage {number}: {shape}; {told}, {stage['tokens']:,} tokens; {_cost(stage)}")
+        sizes = f"{amount(stage['parameters'])} parameters, {amount(stage['active'])} active"
+        lines.append(f"stage {number}: {shape}; {sizes}, {stage['tokens']:,} tokens; {_cost(stage)}")
     if record["random_init"]:
         lines.append(f"random init: {record['random_init']['tokens']:,} tokens; {_cost(record['random_init'])}")
     if known:

@@ -123,9 +123,9 @@ def differences(records: Path) -> list[str]:
         if "distilled" not in found or other not in found:
             continue
         figures = paired(found["distilled"], found[other])
-        told = [
+        differences = [
             f"{domain} {figure.value:+.3f}" + (f" ± {figure.se:.3f}" if figure.se is not None else "")
             for domain, figure in figures.items()
         ]
-        lines.append(f"bits per byte, distilled minus {other}: {', '.join(told)}")
+        lines.append(f"bits per byte, distilled minus {other}: {', '.join(differences)}")
     return lines

@@ -132,10 +132,10 @@ def check_room(shape: Shape, settings: TrainSettings, *, length: int, teacher: S
     parts = {"weights": need.weights, "gradients": need.gradients, "moments": need.moments}
     parts |= {"the teacher": need.teacher, rows: need.activations}
     each = " for each process" if here.size > 1 else ""
-    told = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size)
+    sizes = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size)
     raise ResourceError(
         f"training needs at least {_gb(need.total)} of memory{each} and {_gb(free)} are free on {settings.device}: "
-        f"{told}. {_remedy(case, settings, free=free)}"
+        f"{sizes}. {_remedy(case, settings, free=free)}"
     )
 
 
@@ -150,9 +150,9 @@ def _remedy(case: Case, settings: TrainSettings, *, free: int) -> str:
     for rows, checkpointing in tried:
         changed = _at(settings, rows, checkpointing=checkpointing)
         if needed(case, changed, ranks=here.size, shard=shard).total <= free:
-            words = [f"distill.micro_rows to {rows} (now {now[0]})"] if rows != now[0] else []
-            words += ["distill.activation_checkpointing to true"] if checkpointing != now[1] else []
-            return f"Set {' and '.join(words)}"
+            changes = [f"distill.micro_rows to {rows} (now {now[0]})"] if rows != now[0] else []
+            changes += ["distill.activation_checkpointing to true"] if checkpointing != now[1] else []
+            return f"Set {' and '.join(changes)}"
     least = _at(settings, 1, checkpointing=True)
     alone = needed(replace(case, teacher=None), least, ranks=here.size, shard=shard)
     if case.teacher is not None and alone.total <= free:
@@ -200,19 +200,21 @@ def _lower(settings: TrainSettings) -> str:
     """What takes less memory than these settings, the mildest first."""
     rows, here = settings.distill.micro_rows, world()
     shard = min(settings.distill.shard_over or here.local_size, here.size)
-    words = []
+    remedies = []
     if rows > 1:
         half = max(r for r in range(1, rows // 2 + 1) if rows % r == 0)
-        words.append(f"set distill.micro_rows to {half} (now {rows}): the same step in smaller parts")
+        remedies.append(f"set distill.micro_rows to {half} (now {rows}): the same step in smaller parts")
     if not settings.distill.activation_checkpointing:
-        words.append("set distill.activation_checkpointing to true: a third more computing")
+        remedies.append("set distill.activation_checkpointing to true: a third more computing")
     if shard < here.size:
-        words.append(f"set distill.shard_over to {here.size} (now {shard}): more processes share one copy of weights")
+        remedies.append(
+            f"set distill.shard_over to {here.size} (now {shard}): more processes share one copy of weights"
+        )
     else:
-        words.append(f"start more than {here.size} (torchrun --nproc-per-node): they share one copy of the weights")
+        remedies.append(f"start more than {here.size} (torchrun --nproc-per-node): they share one copy of the weights")
     if rows == 1 and settings.distill.activation_checkpointing:
-        words.append("or take shorter rows (data.sequence_length)")
-    text = "; ".join(words)
+        remedies.append("or take shorter rows (data.sequence_length)")
+    text = "; ".join(remedies)
     return text[0].upper() + text[1:]
 
 

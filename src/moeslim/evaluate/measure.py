@@ -152,8 +152,8 @@ def measure(
     if settings.evaluate.engine != "none":
         parallel.barrier()
         if first:
-            found, told = _engine(job, ground, shape=shape)
-            figures, notes = figures | found, [*notes, *told]
+            found, engine_notes = _engine(job, ground, shape=shape)
+            figures, notes = figures | found, [*notes, *engine_notes]
         parallel.barrier()
     if not job.walk:
         restart_peak(device)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moeslim.artifacts.commit import discard, disk_told, read_json, write_bytes
+from moeslim.artifacts.commit import discard, disk_errors, read_json, write_bytes
 from moeslim.artifacts.fingerprint import fingerprint
 from moeslim.checkpoint.reader import Reader
 from moeslim.data.tokens import TokenDocument
@@ -112,9 +112,9 @@ def score_walking(
     with progress("score", sum(len(reading.targets(i)) for batch in reading.batches for i in batch)) as advance:
         for index in (index for batch in reading.batches for index in batch):
             targets = reading.targets(index).to(settings.device)
-            said = None if teacher is None else (teacher.windows[index], teacher.head)
+            compared_with = None if teacher is None else (teacher.windows[index], teacher.head)
             sums[:, reading.plan[index].document] += sums_of(
-                (states[index], head), targets, teacher=said, at_once=at_once
+                (states[index], head), targets, teacher=compared_with, at_once=at_once
             )
             advance(len(targets))
     reader.release()
@@ -179,7 +179,7 @@ def _visit(visit: LayerVisit, reading: Reading, *, experts: int, advance: Callab
 @contextmanager
 def _file(path: Path) -> Iterator[BinaryIO]:
     """A file to write, on the disk when the block ends."""
-    with disk_told(path), path.open("wb") as file:
+    with disk_errors(path), path.open("wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -163,7 +163,7 @@ def together(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     except BaseException as problem:
         if lost := is_loss(problem):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which must not cut the message short
-        run.broken = not _told(run, others=0 if lost else world().size - 1) or lost
+        run.broken = not _report_failure(run, others=0 if lost else world().size - 1) or lost
         if lost:
             raise gone(problem) from problem
         raise
@@ -199,13 +199,13 @@ def serve() -> int:
         except (MoeslimError, RuntimeError) as problem:
             lost = is_loss(problem)
             patience = 0.0 if lost else PATIENCE_SECONDS  # others may have to hear of a loss through this one
-            said = isinstance(problem, ALIKE) or _soon(partial(run.store.check, [sign]), seconds=patience)
-            run.broken = lost or not said
-            if lost and said:
+            reported = isinstance(problem, ALIKE) or _soon(partial(run.store.check, [sign]), seconds=patience)
+            run.broken = lost or not reported
+            if lost and reported:
                 return 1
             if lost:
                 raise gone(problem) from problem
-            if not said:
+            if not reported:
                 raise
         except BaseException:
             run.broken = True
@@ -215,10 +215,10 @@ def serve() -> int:
         run.store.add(f"back/{run.calls}", 1)
 
 
-def _told(run: _Run, *, others: int) -> bool:
-    """Leave the sign that rank 0 has failed in this call; whether so many others are back from it, or are soon.
+def _report_failure(run: _Run, *, others: int) -> bool:
+    """Record that rank 0 has failed in this call; whether so many other ranks have returned from it, or soon do.
 
-    If not, they wait for us in it, and end when we do.
+    If not, they still wait in it, and end when this process does.
     """
     try:
         run.store.set(f"failed/{run.calls}", "yes")

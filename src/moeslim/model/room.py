@@ -93,18 +93,18 @@ def with_room(reader: Reader, settings: WalkSettings, *, batch: Batch) -> WalkSe
     return_memory()
     need = needed(reader, settings, batch=batch)
     group = min(need.experts(bound), settings.group or reader.shape["experts"])
-    told = (
+    sizes = (
         f"the process {_gb(need.standing)}, a layer without its experts {_gb(need.layer)}, "
         f"{batch.rows} x {batch.length} tokens {_gb(need.batch)}, statistics {_gb(need.watched)}, "
         f"each expert {need.expert / 1e6:.1f} MB"
     )
     if group < 1:
         raise ResourceError(
-            f"max_memory is {_gb(bound)} and the walk needs at least {_gb(need.least)} ({told}). "
+            f"max_memory is {_gb(bound)} and the walk needs at least {_gb(need.least)} ({sizes}). "
             f"{_remedy(need, bound, batch=batch)}"
         )
     most = need.least + round(_WASTE * (group - 1) * need.expert)
-    logger.info("memory: up to %s of %s, %d experts of a layer in it (%s)", _gb(most), _gb(bound), group, told)
+    logger.info("memory: up to %s of %s, %d experts of a layer in it (%s)", _gb(most), _gb(bound), group, sizes)
     return replace(settings, group=group)
 
 

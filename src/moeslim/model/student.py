@@ -110,10 +110,10 @@ class Student(nn.Module):
         named = {name: row.shape for name, row in rows.items()}
         wrong = sorted(name for name in {*live, *named} if live.get(name) != named.get(name))
         if wrong:
-            told = "; ".join(f"{name}: page {named.get(name)}, class {live.get(name)}" for name in wrong[:3])
+            listed = "; ".join(f"{name}: page {named.get(name)}, class {live.get(name)}" for name in wrong[:3])
             raise FamilyError(
                 f"families/{self.shape.family.model_type}.py and {type(self.trunk).__name__} disagree on {len(wrong)} "
-                f"tensors ({told}); mend the page"
+                f"tensors ({listed}); mend the page"
             )
         return {name: row.name for name, row in rows.items()}
 

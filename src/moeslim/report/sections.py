@@ -71,8 +71,8 @@ def what_was_cut(facts: RunFacts) -> str:
         note += f" {number_text(cut.merged)} of the experts that are gone were merged into one that stays."
     charts = [card("Layers and experts", expert_grid(cut), unit=experts)]
     if any(cut.channels):
-        told = f"{cut.channels.count(0)} of {len(cut.channels)} kept, the same in every layer"
-        charts.append(card("Hidden channels", channel_grid(cut.channels), unit=told))
+        kept = f"{cut.channels.count(0)} of {len(cut.channels)} kept, the same in every layer"
+        charts.append(card("Hidden channels", channel_grid(cut.channels), unit=kept))
     wide = cut.before.get("experts", 0) > 64
     body = f'<div class="stack">{"".join(charts)}</div>' if wide else cards(charts)
     return f'{paragraph(note)}<ul class="legend">{"".join(items)}</ul>{body}'
