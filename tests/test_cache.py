@@ -673,7 +673,7 @@ def test_cache_and_distill_from_the_command_line(moeslim: Command, tmp_path: Pat
     said = moeslim("cache-teacher", teacher, text, out, "--k", 9, "--samples", 2, *settings(*SMALL))
     assert said.out.startswith(f"{out}: top 9 and 2 samples on ")
     again = moeslim("cache-teacher", teacher, text, out, "--k", 9, "--samples", 2, *settings(*SMALL))
-    assert "the cache stands already" in again.err
+    assert "the cache exists already" in again.err
     options = [*settings(*TRAIN), "--json"]
     record = moeslim("distill", student, tmp_path / "own", "--teacher-cache", out, *options).json
     assert "kd_sampled" in record["last"]

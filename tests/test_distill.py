@@ -388,7 +388,7 @@ def test_what_cannot_work_is_refused_first(folder: Path, tokens: TokenSet, tmp_p
     with pytest.raises(RecipeError, match="train_only names dense of a model where it has none"):
         distill(folder, None, settings=changed(settings, train_only=("dense",)), **options)
     small = write_tiny(tmp_path / "small", num_hidden_layers=2, vocab_size=32)
-    with pytest.raises(DataError, match="64 words"):
+    with pytest.raises(DataError, match="64 tokens"):
         distill(small, None, settings=settings, **options)
     assert not paths.work.exists()
 

@@ -374,7 +374,7 @@ def test_a_stage_record_removes_nothing_outside(tmp_path: Path, name: str) -> No
         facts = json.loads(record.read_text())
         record.write_text(json.dumps({**facts, "outputs": {"missing": "0", name: "0"}}))
         with pytest.raises(RunError, match="lies outside the run folder"):
-            run.stands("stage", {})
+            run.is_current("stage", {})
     assert precious.is_dir()
 
 
@@ -385,7 +385,7 @@ def test_a_stage_record_without_outputs(tmp_path: Path, outputs: object) -> None
         record = tmp_path / "run" / "stages" / "stage.json"
         record.write_text(json.dumps({**json.loads(record.read_text()), "outputs": outputs}))
         with pytest.raises(RunError, match="no record of a stage"):
-            run.stands("stage", {})
+            run.is_current("stage", {})
 
 
 def _metadata(folder: Path) -> Any:

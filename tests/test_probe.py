@@ -319,7 +319,7 @@ def test_command(moeslim: Command, tmp_path: Path, *, model: Path, text: Path) -
     head = " ".join(told.out.splitlines()[0].split())
     assert head == "experts kept parameters KL loss rises by MTP head's KL its loss by"
     record = moeslim(*line, "--tolerance", "9", "--json").json
-    assert "statistics stand already" in moeslim(*line).err
+    assert "statistics exist already" in moeslim(*line).err
     assert [count["experts"] for count in record["counts"]] == [2, 3, 4, 5, 6, 7, 8]
     assert (record["tolerance"], record["safe"]) == (9.0, 2)
     saved = json.loads((tmp_path / "out" / "probe.json").read_text())

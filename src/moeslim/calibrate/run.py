@@ -35,7 +35,7 @@ from moeslim.log import logger, progress
 from moeslim.machine import parallel
 from moeslim.model.hidden import HiddenFiles
 from moeslim.model.room import with_room
-from moeslim.model.walk import LayerVisit, WalkSettings, check_standing, walk
+from moeslim.model.walk import LayerVisit, WalkSettings, check_existing, walk
 from moeslim.statistics import SCHEMA, Stats, coverage_lines, join, pool
 
 Visits = Generator[LayerVisit, nn.Module | None, None]
@@ -90,7 +90,7 @@ def calibrate(
 ) -> Stats:
     """Statistics of the checkpoint folder `model` over `sequences` rows spread evenly over `tokens` (None: all).
 
-    Writes `out` last and at once; where it stands already, from the same model, rows and settings, it is read instead.
+    Writes `out` last and at once; if it exists already, from the same model, rows and settings, it is read instead.
     A search may decide at each live layer, and hold out some of the rows: the statistics are of the others. It decides
     from all rows, so it walks in one process, whatever their number. Raises DataError for rows that the model cannot
     read, RunError where `out`, or the half-finished work beside it, is of something else or in use.
@@ -104,11 +104,11 @@ def calibrate(
     job = _job(model, rows, held_out=held_out, settings=settings, observe=observe)
     work = out.with_name(f".{out.name}.calibrating")
     if (out / "stats.json").is_file():
-        standing = Stats.load(out)
-        if job.made(standing):
-            logger.info("statistics stand already in %s", out)
+        existing = Stats.load(out)
+        if job.made(existing):
+            logger.info("statistics exist already in %s", out)
             discard(work)
-            return standing
+            return existing
     check_vacant(out)
     lengths = {"rows": len(rows), "length": rows.shape[1] - 1}
     settings = with_room(reader, settings, batch=batch_of(reader, settings, removal=observe.removal, **lengths))
@@ -166,7 +166,7 @@ def _clear(work: Path, places: Sequence[Path], *, job: _Job, redo: bool) -> None
             continue
         if redo and read_json(walked).get("name") != job.name:
             walked.unlink()  # without it nothing there counts
-        check_standing(folder, job.name)
+        check_existing(folder, job.name)
         if folder not in places and walked.exists():
             logger.warning("%s: was begun by another number of processes, and is done anew", work)
             walked.unlink()

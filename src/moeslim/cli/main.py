@@ -290,7 +290,7 @@ def report(
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
-    out_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder; goes on if it stands.")],
+    out_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder; resumes if it exists.")],
     settings: Settings = None,
     dry_run: DryRun = False,
     redo: Redo = False,
@@ -314,7 +314,7 @@ def run(
 @app.command()
 def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study in YAML.")],
-    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where runs and table go; goes on if it stands.")],
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where runs and table go; resumes if it exists.")],
     jobs: Annotated[int, typer.Option(help="Runs that go on side by side.")] = 1,
     settings: Settings = None,
     dry_run: DryRun = False,

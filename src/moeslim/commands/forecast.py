@@ -150,14 +150,14 @@ def _most_bytes(recipe: Recipe, record: Mapping[str, Any], *, hidden: int) -> in
     """What the stages leave, or what they hold on the way, where that is more: hidden states, a state being written."""
     rows = recipe.calibrate.sequences * recipe.data.sequence_length
     width = 4 if recipe.precision == "float32" else 2
-    most = standing = 0
+    most = written = 0
     for stage in _trainings(record):
         if stage is not record["random_init"]:
-            most = max(most, standing + 2 * rows * width * hidden)  # two generations
+            most = max(most, written + 2 * rows * width * hidden)  # two generations
             hidden = stage["hidden"]
         left, writing = _states(recipe, stage["tokens"])
-        standing += stage["disk_bytes"]
-        most = max(most, standing + (writing - left) * _state_bytes(stage))
+        written += stage["disk_bytes"]
+        most = max(most, written + (writing - left) * _state_bytes(stage))
     return most
 
 

@@ -44,8 +44,8 @@ def cache_teacher(
     length, settings = recipe.data.sequence_length, cache_settings(recipe, k=k, samples=samples)
     prepare(recipe)
     tokens = pack(text, tokenizer, out_folder=out / "tokens", sequence_length=length, seed=recipe.seed)
-    standing = sum(path.stat().st_size for path in out.glob("shard-*.bin"))
-    check_disk(out, max(0, estimated_bytes(tokens, settings) - standing))
+    existing = sum(path.stat().st_size for path in out.glob("shard-*.bin"))
+    check_disk(out, max(0, estimated_bytes(tokens, settings) - existing))
     cache = make_cache(folder, tokens, out=out, settings=settings)
     kept, size = f"top {k} and {samples} samples", f"{cache.bytes_per_token:.1f} bytes per token"
     line = f"{out}: {kept} on {len(tokens) * length:,} tokens of text {tokens.fingerprint}, {size}"

@@ -166,10 +166,10 @@ def pack(
         _identity(corpus, Path(tokenizer_folder), length=sequence_length, seed=seed),
     )
     if (out_folder / "meta.json").is_file():
-        standing = TokenSet.open(out_folder)
-        if standing.fingerprint == identity:
-            logger.info("%s: tokens stand already", out_folder)
-            return standing
+        existing = TokenSet.open(out_folder)
+        if existing.fingerprint == identity:
+            logger.info("%s: tokens exist already", out_folder)
+            return existing
         if not redo:
             raise RunError(
                 f"{out_folder}: not empty, it holds the tokens of another text, tokenizer, sequence length or seed; "

@@ -135,9 +135,9 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train `student` in place for `settings.tokens` and return the records of every step (rank 0's log).
 
-    `folder` gets `curve.jsonl` and `states/`; a state that stands there is gone on from, bit-identically in one
-    process. Raises TrainingError (NaN or Inf) and Interrupted (signal; after the running step was saved), both on all
-    ranks alike, RunError (foreign state), ResourceError (memory).
+    `folder` gets `curve.jsonl` and `states/`; training resumes from a state that exists there, bit-identically
+    in one process. Raises TrainingError (NaN or Inf) and Interrupted (signal; after the running step was saved), both
+    on all ranks alike, RunError (foreign state), ResourceError (memory).
     """
     section, tokens, teacher, heldout = settings.distill, inputs.tokens, inputs.teacher, inputs.heldout
     tokens_per_step = section.rows_per_step * tokens.sequence_length

@@ -96,7 +96,7 @@ def evaluate_tasks(
         inputs = {name: fingerprint([SCHEMA, model, facts, _settings(running)]) for name, facts in asked.items()}
         missing = [name for name in inputs if name not in record.tasks or record.tasks[name].inputs != inputs[name]]
         if not missing:
-            logger.info("evaluate %s: its task scores stand already, skipped", label)
+            logger.info("evaluate %s: its task scores exist already, skipped", label)
         lm = _language_model(folder, running) if missing else None
         for name in missing:
             logger.info("evaluate %s: %s", label, name)

@@ -27,7 +27,7 @@ def evaluate(
     settings: Settings,
     out: Path | str,
 ) -> dict[str, Record]:
-    """A record per label of `models`, also written as `out/<label>.json`; one that stands is read, not made again.
+    """A record per label of `models`, also written as `out/<label>.json`; an existing one is read, not made again.
 
     `documents` are held-out ones, each after an EOS (`TokenSet.documents`). With a `teacher` folder every other model
     is compared with it; the teacher runs once, and only its states are kept. A model without an MTP block gets no
@@ -40,12 +40,12 @@ def evaluate(
     teacher_print = None if teacher is None else folder_fingerprint(teacher)
     jobs = [_job(label, folder, teacher=teacher_print, ground=ground) for label, folder in folders.items()]
     silent = None if teacher is None else _job("the teacher", Path(teacher), teacher=teacher_print, ground=ground)
-    found = {job.label: _standing(job, out, ground=ground) for job in jobs}
+    found = {job.label: _existing(job, out, ground=ground) for job in jobs}
     # The teacher first: its own record and the states that the others need come from one pass.
     missing = sorted((job for job in jobs if found[job.label] is None), key=lambda job: job.teacher is not None)
     if missing:
-        spoken = missing[0].model == teacher_print
-        found |= parallel.together(measure_all, missing, ground, silent=None if spoken else silent, out=out)
+        teacher_has_record = missing[0].model == teacher_print
+        found |= parallel.together(measure_all, missing, ground, silent=None if teacher_has_record else silent, out=out)
     for job in [*jobs, *([] if silent is None else [silent])]:
         discard(job.walked(settings, out).place)
     return {label: record for label, record in found.items() if record is not None}
@@ -77,7 +77,7 @@ def _inputs(job: Job, ground: Ground) -> str:
     return fingerprint([SCHEMA, job.model, job.teacher, ground.fingerprint, settings])
 
 
-def _standing(job: Job, out: Path, *, ground: Ground) -> Record | None:
+def _existing(job: Job, out: Path, *, ground: Ground) -> Record | None:
     """The record that `out` has of this job already; one of the whole model serves for one that would be walked."""
     path = out / f"{job.label}.json"
     if not path.is_file():
@@ -85,5 +85,5 @@ def _standing(job: Job, out: Path, *, ground: Ground) -> Record | None:
     record = Record.read(path)
     if record.inputs not in {job.inputs, _inputs(replace(job, walk=False), ground)}:
         return None
-    logger.info("evaluate %s: its record stands already, skipped", job.label)
+    logger.info("evaluate %s: its record exists already, skipped", job.label)
     return record

@@ -52,10 +52,10 @@ class HiddenFiles:
 
     @property
     def missing_bytes(self) -> int:
-        """What both generations will take beyond what stands."""
+        """What both generations will take beyond the bytes written already."""
         found = [path.stat() for g in "ab" if (path := self._path(g)).exists()]
-        standing = sum(min(file.st_size, 512 * file.st_blocks) for file in found)  # a part may be a hole
-        return 2 * self.shape[0] * self.row_bytes - standing
+        existing = sum(min(file.st_size, 512 * file.st_blocks) for file in found)  # a part may be a hole
+        return 2 * self.shape[0] * self.row_bytes - existing
 
     def check_disk(self, *others: "HiddenFiles") -> None:
         """ResourceError unless what is still to be written fits, beside what `others` on the same disk will write."""

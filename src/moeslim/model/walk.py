@@ -303,12 +303,12 @@ def _open(workdir: Path, name: str, *, hidden: HiddenFiles) -> list[str]:
     """The keys done so far; `hidden` is set to the generation that holds the next inputs."""
     workdir.mkdir(parents=True, exist_ok=True)
     hidden.check_disk()
-    state = check_standing(workdir, name)
+    state = check_existing(workdir, name)
     hidden.source = state.get("generation")
     return list(state.get("done", []))
 
 
-def check_standing(workdir: Path, name: str) -> dict[str, Any]:
+def check_existing(workdir: Path, name: str) -> dict[str, Any]:
     """What is committed in `workdir`, nothing before the first commit; RunError if it is a walk of another name."""
     path = workdir / "walk.json"
     if not path.exists():

@@ -39,7 +39,7 @@ def study(
         for cell in grid.cells:
             text = yaml.safe_dump(cell.recipe.dump(), sort_keys=False)
             write_bytes(out / "recipes" / f"{cell.name}.yaml", text.encode())
-            if not folder.stands(cell.name, _made_from(cell)):
+            if not folder.is_current(cell.name, _made_from(cell)):
                 missing.append(cell)
         _check_shapes(missing, out)
         _run_cells(grid, missing, folder=folder, jobs=jobs)

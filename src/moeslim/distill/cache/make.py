@@ -90,7 +90,7 @@ def make_cache(teacher: Path, tokens: TokenSet, *, out: Path, settings: CacheSet
     with run_lock(out):
         cache = CacheFolder.begin(out, identity, rows_per_shard=rows_per_shard)
         if cache.complete:
-            logger.info("%s: the cache stands already", out)
+            logger.info("%s: the cache exists already", out)
             return cache
         parallel.together(_fill, cache, teacher, tokens=tokens.folder, settings=settings)
     return cache
