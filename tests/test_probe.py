@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from command import SMALL, Command, moeslim, settings, write_model, write_text
-from moeslim.calibrate import lanes
+from moeslim.calibrate import row_split
 from moeslim.calibrate.run import calibrate
 from moeslim.checkpoint.structure import read_structure
 from moeslim.errors import CheckpointError, DataError, PlanError
@@ -148,7 +148,7 @@ def test_errors_are_over_rows(folder: Path, tmp_path: Path, found: Found) -> Non
 def test_the_statistics_are_those_of_the_other_rows(
     folder: Path, tmp_path: Path, found: Found, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "LANES", 1)  # as with a search; two add their sums in another order
+    monkeypatch.setattr(row_split, "PARTS", 1)  # as with a search; two add their sums in another order
     others = np.delete(Text.of(32).rows, HELD, axis=0)
     alone = calibrate(folder, others, out=tmp_path / "alone", settings=EXACT)
     assert found.stats.tokens == alone.tokens == 28 * 12

@@ -157,7 +157,7 @@ def stoppable() -> Iterator[None]:
     Neither signal may be lost so: it is sent again.
     """
 
-    def leave(_number: int, _frame: object) -> None:
+    def on_sigterm(_number: int, _frame: object) -> None:
         raise SystemExit(Interrupted.exit_code)
 
     def dropped(what: Any) -> None:
@@ -168,7 +168,7 @@ def stoppable() -> Iterator[None]:
             hook(what)
 
     again: list[threading.Timer] = []
-    before, hook = signal.signal(signal.SIGTERM, leave), sys.unraisablehook
+    before, hook = signal.signal(signal.SIGTERM, on_sigterm), sys.unraisablehook
     sys.unraisablehook = dropped
     try:
         yield

@@ -369,6 +369,6 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         with stoppable():
             sys.exit(ended(app))
-    from moeslim.machine.parallel import carry_out, serve
+    from moeslim.machine.parallel import run_on_rank0, serve
 
-    sys.exit(ended(lambda: carry_out(lambda: ended(app), help_out=lambda: ended(serve))))
+    sys.exit(ended(lambda: run_on_rank0(lambda: ended(app), follow=lambda: ended(serve))))

@@ -77,12 +77,12 @@ def cut(model: str, plan_file: Path | str, *, out: Path | str, max_memory: str |
     """Carry out a plan; the smaller checkpoint appears in `out` whole, verified, or not at all."""
     from moeslim.plan.steps import read_plan
     from moeslim.surgery import check_cut
-    from moeslim.surgery import cut as carry_out
+    from moeslim.surgery import cut as cut_model
 
     folder = model_folder(model)
     before = sizes(Opened.read(folder).shape)
     made = check_cut(folder, read_plan(plan_file), bound=memory_bound(max_memory))
-    receipt = carry_out(folder, made, out_folder=out, beside=Path(plan_file).parent)
+    receipt = cut_model(folder, made, out_folder=out, beside=Path(plan_file).parent)
     after = sizes(read_structure(out).shape)
     line = f"{out}: {amount(before['parameters'])} -> {amount(after['parameters'])} parameters"
     return {"model": str(out), "receipt": receipt, "lines": [line]}

@@ -75,9 +75,9 @@ def _forecast(
         now = shaped
     record: dict[str, Any] = {"before": before, "stages": found, "random_init": None}
     if recipe.compare_random_init and recipe.distill.tokens:
-        twin = {**found[-1], "tokens": recipe.distill.tokens}
-        twin["teraflops"] = twin["tokens"] * twin["operations"] / 1e12
-        record["random_init"] = {**twin, "disk_bytes": _left(recipe, twin, scale=scale, moments=False)}
+        random_init = {**found[-1], "tokens": recipe.distill.tokens}
+        random_init["teraflops"] = random_init["tokens"] * random_init["operations"] / 1e12
+        record["random_init"] = {**random_init, "disk_bytes": _left(recipe, random_init, scale=scale, moments=False)}
     trainings = _trainings(record)
     record["costs"] = {
         "training_teraflops": sum(stage["tokens"] * stage["operations"] for stage in trainings) / 1e12,

@@ -20,9 +20,9 @@ from moeslim.data.cursor import Cursor, batches
 from moeslim.data.tokens import TokenSet
 from moeslim.distill.heldout import HeldOut
 from moeslim.distill.interrupt import stop_signals
+from moeslim.distill.memory_check import explain_out_of_memory
 from moeslim.distill.optimizer import freeze, make_optimizer, set_rate
 from moeslim.distill.parts import trained_parts
-from moeslim.distill.room import room_named
 from moeslim.distill.settings import Stage, TrainSettings, learning_rate_at, num_steps, weights_at
 from moeslim.distill.state import Position, States, load_moments, load_weights
 from moeslim.distill.teacher import OnlineTeacher, Teacher
@@ -153,7 +153,7 @@ def train(
             weights = weights_at(settings, stage.progress(step / steps))
             rows, mask, numbers, cursor = next(stream)
             batch = rows, mask, numbers
-            with room_named(settings, step):
+            with explain_out_of_memory(settings, step):
                 gradient = accumulate(
                     student, batch, weights=weights, settings=settings, teacher=teacher, stopped=stopped
                 )

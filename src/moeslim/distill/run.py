@@ -17,8 +17,8 @@ from moeslim.distill.cache.folder import META
 from moeslim.distill.cache.teacher import CachedTeacher, check_cache
 from moeslim.distill.heldout import HeldOut
 from moeslim.distill.loop import TrainInputs, train
+from moeslim.distill.memory_check import check_memory
 from moeslim.distill.parts import trained_parts
-from moeslim.distill.room import check_room
 from moeslim.distill.settings import Stage, TrainSettings, num_steps
 from moeslim.distill.state import forget_others, ranking, read_facts, step_folders
 from moeslim.distill.teacher import OnlineTeacher, Teacher
@@ -89,7 +89,7 @@ def check(
     check_knows(student, shape["vocab"], tokens=tokens)
     trained_parts(settings, shape)
     teacher_shape = None if teacher is None or is_cache(teacher) else Opened.read(teacher).shape
-    check_room(shape, settings, length=tokens.sequence_length, teacher=teacher_shape)
+    check_memory(shape, settings, length=tokens.sequence_length, teacher=teacher_shape)
     if teacher is None:
         return
     if teacher_shape is not None:

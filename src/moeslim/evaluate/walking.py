@@ -34,8 +34,8 @@ from moeslim.log import progress
 from moeslim.machine import parallel
 from moeslim.machine.bound import memory_used
 from moeslim.machine.host import give_back
+from moeslim.model.memory_check import BatchSize, fit_to_memory
 from moeslim.model.moe import RouterWatch
-from moeslim.model.room import Batch, with_room
 from moeslim.model.walk import LayerVisit, WalkSettings, walk
 
 _HEAD_ROWS = 1 << 13
@@ -142,10 +142,10 @@ def _run(reader: Reader, reading: Reading, *, place: Path, walked: Walked) -> No
     name = fingerprint([walked.model, hashlib.sha256(rows.tobytes()).hexdigest(), batches, how])
     if (place / "walk.json").is_file() and read_json(place / "walk.json").get("name") != name:
         discard(place / "walk.json")  # without it nothing there counts
-    sizes = (Batch(len(batch), reading.length(batch), settable=False) for batch in reading.batches)
+    sizes = (BatchSize(len(batch), reading.length(batch), settable=False) for batch in reading.batches)
     most = max(sizes, key=lambda batch: batch.tokens)
     give_back()  # what the model before this one has left free
-    settings = with_room(reader, walked.settings, batch=most)
+    settings = fit_to_memory(reader, walked.settings, batch=most)
     with progress("walk", (len(reader.shape.keys)) * reading.tokens, unit="tokens") as advance:
         for visit in walk(reader, rows, workdir=place, settings=settings, name=name):
             _visit(visit, reading, experts=reader.shape["experts"], advance=advance)

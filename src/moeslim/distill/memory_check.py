@@ -1,8 +1,8 @@
-"""Whether a training has room: refused before anything is loaded where it surely has not, and named where it runs out.
+"""Memory checks of a training: refused beforehand where it cannot fit, and explained where memory runs out.
 
-What is counted beforehand is a lower bound, so that nothing which would have worked is refused; what breaks in spite of
-it is told by `room_named`. (Linux often kills a process that takes too much memory, and then nobody can say anything:
-the count beforehand is the only word there.)
+What is counted beforehand is a lower bound, so that nothing which would have worked is refused; a training that runs
+out in spite of it is explained by `explain_out_of_memory`. (Linux often kills a process that takes too much memory;
+then the check beforehand is the only message.)
 """
 
 import re
@@ -23,7 +23,7 @@ from moeslim.model.chain import SCORE_BYTES
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     """A student's shape, that of a teacher beside it, the tokens of a row."""
 
     shape: Shape
@@ -32,7 +32,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Bytes that one process holds at least, by what they are for."""
 
     weights: int
@@ -50,7 +50,7 @@ class Need:
         return self.weights + self.moments + self.teacher + (sum(passing) if self.together else max(passing))
 
 
-def needed(case: Case, settings: TrainSettings, *, ranks: int = 1, shard: int = 1) -> Need:
+def needed(case: MemoryCase, settings: TrainSettings, *, ranks: int = 1, shard: int = 1) -> MemoryNeed:
     """What each of `ranks` processes holds at least, where `shard` of them share one copy of student and teacher.
 
     Weights, gradients and two moments in fp32, the last two of what is trained alone; the teacher in the precision of
@@ -64,7 +64,7 @@ def needed(case: Case, settings: TrainSettings, *, ranks: int = 1, shard: int = 
     teacher = 0
     if case.teacher is not None:
         teacher = width * sum(row.parameters for row in table(case.teacher.trunk, STACKED).values())
-    return Need(
+    return MemoryNeed(
         weights=4 * sum(sizes.values()) // shard,
         gradients=4 * trained // shard,
         moments=8 * trained // shard,
@@ -74,7 +74,7 @@ def needed(case: Case, settings: TrainSettings, *, ranks: int = 1, shard: int = 
     )
 
 
-def activations(case: Case, settings: TrainSettings, *, whole: bool) -> int:
+def activations(case: MemoryCase, settings: TrainSettings, *, whole: bool) -> int:
     """Bytes that a micro-batch surely keeps for its backward pass, and those of a chunk of the loss's logits.
 
     Per layer and token: with checkpointing, or where not all parts are trained, the layer's input (where only the MTP
@@ -114,13 +114,13 @@ def _kept(shape: Shape, key: str) -> int:
     return 2 * shape["hidden"] + mixer + mlp
 
 
-def check_room(shape: Shape, settings: TrainSettings, *, length: int, teacher: Shape | None = None) -> None:
+def check_memory(shape: Shape, settings: TrainSettings, *, length: int, teacher: Shape | None = None) -> None:
     """Raise ResourceError, with the sum and the setting to lower, where memory surely does not suffice.
 
     `shape` is the student's, `teacher` that of a teacher that is to be loaded too, `length` the tokens of a row.
     Processes on one machine share its memory; a GPU is a process's own.
     """
-    here, case = world(), Case(shape, teacher, length=length)
+    here, case = world(), MemoryCase(shape, teacher, length=length)
     free = free_memory(settings.device, processes=here.local_size)
     if free is None:
         return
@@ -139,7 +139,7 @@ def check_room(shape: Shape, settings: TrainSettings, *, length: int, teacher: S
     )
 
 
-def _remedy(case: Case, settings: TrainSettings, *, free: int) -> str:
+def _remedy(case: MemoryCase, settings: TrainSettings, *, free: int) -> str:
     """The mildest change of settings that makes room, as a sentence."""
     here = world()
     shard = min(settings.distill.shard_over or here.local_size, here.size)
@@ -176,7 +176,7 @@ _FULL = re.compile(r"can.?t allocate memory|cannot allocate memory|out of memory
 
 
 @contextmanager
-def room_named(settings: TrainSettings, step: int) -> Iterator[None]:
+def explain_out_of_memory(settings: TrainSettings, step: int) -> Iterator[None]:
     """Turn running out of memory inside the block, on a GPU or a CPU, into a ResourceError that names what to lower."""
     try:
         yield
@@ -185,14 +185,14 @@ def room_named(settings: TrainSettings, step: int) -> Iterator[None]:
         if not full:
             raise
         asked = re.search(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", str(problem), re.IGNORECASE)
-        found = f" ({_asked(asked)} more were asked for)" if asked else ""
+        found = f" ({_requested(asked)} more were asked for)" if asked else ""
         raise ResourceError(
             f"step {step}: out of memory on {settings.device}{found}. {_lower(settings)}. What was saved stays, and "
             "the same command goes on with these settings changed"
         ) from None
 
 
-def _asked(found: re.Match[str]) -> str:
+def _requested(found: re.Match[str]) -> str:
     return _gb(int(found[1])) if found[2].lower() == "bytes" else f"{found[1]} {found[2]}"
 
 
