@@ -64,7 +64,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenSet:
     return TokenSet.open(folder)
 
 
-def _words(seed: int, *, vocab: int = 1000, k: int = 7, samples: int = 4, spread: float = 3.0) -> CachedProbs:
+def _probs(seed: int, *, vocab: int = 1000, k: int = 7, samples: int = 4, spread: float = 3.0) -> CachedProbs:
     """What `outcomes` keeps of random logits."""
     draw = torch.Generator().manual_seed(seed)
     logits = spread * torch.randn(T, vocab, dtype=torch.float64, generator=draw)
@@ -83,16 +83,16 @@ def test_ids_take_as_few_bytes_as_the_vocabulary_allows(vocab: int, places: int)
 
 @given(st.integers(0, 10**6), st.sampled_from([40, 300, 70000]), st.integers(1, 20), st.integers(0, 5))
 def test_ids_come_back_exactly_and_probabilities_within_their_steps(seed: int, vocab: int, k: int, m: int) -> None:
-    given_words = _words(seed, vocab=vocab, k=k, samples=m)
-    blob = encode(given_words, vocab_size=vocab)
+    given_probs = _probs(seed, vocab=vocab, k=k, samples=m)
+    blob = encode(given_probs, vocab_size=vocab)
     back = decode(blob, vocab_size=vocab, length=T, k=k, samples=m)
-    assert np.array_equal(back.ids, given_words.ids)
-    assert np.array_equal(back.sampled, given_words.sampled)
+    assert np.array_equal(back.ids, given_probs.ids)
+    assert np.array_equal(back.sampled, given_probs.sampled)
     np.testing.assert_allclose(back.p.sum(1) + back.rest, 1, rtol=1e-6)
     # log p of a sample: steps of 1/8, so off by 1/16 at most
-    assert np.abs(back.sampled_log_p - given_words.sampled_log_p).max(initial=0) <= 1 / 16 + 1e-6
+    assert np.abs(back.sampled_log_p - given_probs.sampled_log_p).max(initial=0) <= 1 / 16 + 1e-6
     # before the division by their sum, the cube root of each outcome is off by half a step of 1/128 at most
-    own = np.concatenate([given_words.p, given_words.rest[:, None]], 1)
+    own = np.concatenate([given_probs.p, given_probs.rest[:, None]], 1)
     kept = coding.probability(coding.probability_code(own))
     assert np.abs(np.cbrt(kept) - np.cbrt(own)).max() <= 0.5 / 128 + 1e-9
     np.testing.assert_allclose(
@@ -111,9 +111,9 @@ def test_codes_by_hand() -> None:
 @pytest.mark.parametrize("spread", [0.5, 2.0, 8.0])
 def test_what_the_codes_cost_in_kl(spread: float) -> None:
     """KL(p || coded p) over the k+1 outcomes, in nats, from nearly uniform to nearly certain teachers."""
-    words = _words(1, vocab=4000, k=50, spread=spread)
-    back = decode(encode(words, vocab_size=4000), vocab_size=4000, length=T, k=50, samples=4)
-    one, two = (np.concatenate([w.p, w.rest[:, None]], 1).astype(np.float64) for w in (words, back))
+    probs = _probs(1, vocab=4000, k=50, spread=spread)
+    back = decode(encode(probs, vocab_size=4000), vocab_size=4000, length=T, k=50, samples=4)
+    one, two = (np.concatenate([w.p, w.rest[:, None]], 1).astype(np.float64) for w in (probs, back))
     assert 0 <= (one * np.log(one / two)).sum(1).max() < 1e-3
 
 
@@ -427,14 +427,14 @@ def _case(
     return states, head, targets, mask, CachedProbs(*(array.reshape(2, 6, *array.shape[1:]) for array in kept))
 
 
-def _signal(words: CachedProbs) -> Outcomes:
-    rest = torch.from_numpy(words.rest).unsqueeze(-1)
-    tensors = [torch.from_numpy(values) for values in (words.ids, words.p, words.sampled, words.sampled_log_p)]
+def _signal(probs: CachedProbs) -> Outcomes:
+    rest = torch.from_numpy(probs.rest).unsqueeze(-1)
+    tensors = [torch.from_numpy(values) for values in (probs.ids, probs.p, probs.sampled, probs.sampled_log_p)]
     return Outcomes(tensors[0], tensors[1], rest, tensors[2], tensors[3])
 
 
 def _naive(
-    states: list[torch.Tensor], head: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, words: CachedProbs
+    states: list[torch.Tensor], head: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, probs: CachedProbs
 ):
     """Position by position and word by word: depth m at i predicts t_{i+m+1} and hears the teacher at i+m."""
     sums: dict[str, torch.Tensor] = {}
@@ -449,14 +449,14 @@ def _naive(
                 q = torch.softmax(head @ state[row, i], 0)
                 sums[lm_name] = sums[lm_name] - q[targets[row, at]].log()
                 kd = torch.zeros((), dtype=torch.float64)
-                for word, p in zip(words.ids[row, at], words.p[row, at], strict=True):
+                for word, p in zip(probs.ids[row, at], probs.p[row, at], strict=True):
                     kd = kd + p * (np.log(p) - q[word].log())
-                rest, drawn = words.rest[row, at], words.sampled[row, at]
+                rest, drawn = probs.rest[row, at], probs.sampled[row, at]
                 if len(drawn):
-                    for word, log_p in zip(drawn, words.sampled_log_p[row, at], strict=True):
+                    for word, log_p in zip(drawn, probs.sampled_log_p[row, at], strict=True):
                         kd = kd + rest / len(drawn) * (log_p - q[word].log())
                 else:
-                    others = 1 - sum(q[word] for word in words.ids[row, at])
+                    others = 1 - sum(q[word] for word in probs.ids[row, at])
                     kd = kd + rest * (np.log(rest) - others.log())
                 sums[kd_name] = sums[kd_name] + kd
     return sums
@@ -468,16 +468,16 @@ def _naive(
 def test_losses_and_gradients_equal_autograd_of_the_naive_formula(
     samples: int, depths: int, factors: tuple[float, float]
 ) -> None:
-    states, head, targets, mask, words = _case(depths, samples=samples)
+    states, head, targets, mask, probs = _case(depths, samples=samples)
     leaves = [tensor.requires_grad_() for tensor in (*states, head)]
     terms = {}
     for m in range(depths + 1):
         for name, factor in zip(("lm", "kd") if m == 0 else (f"mtp_lm.{m}", f"mtp_kd.{m}"), factors, strict=True):
             terms[name] = factor * (1 + 0.1 * m)
-    naive = _naive(states, head, targets, mask, words)
+    naive = _naive(states, head, targets, mask, probs)
     wanted = torch.autograd.grad(sum(terms[name] * value for name, value in naive.items()), leaves)
     loss, sums = fused_loss(
-        states, head, targets=targets, mask=mask, coefficients=Coefficients(terms), teacher=_signal(words)
+        states, head, targets=targets, mask=mask, coefficients=Coefficients(terms), teacher=_signal(probs)
     )
     assert loss.dtype == torch.float64
     assert {name: float(value) for name, value in sums.items()} == pytest.approx(
@@ -489,12 +489,12 @@ def test_losses_and_gradients_equal_autograd_of_the_naive_formula(
 
 @pytest.mark.parametrize("samples", [0, 2])
 def test_gradcheck(samples: int) -> None:
-    states, head, targets, mask, words = _case(1, samples=samples)
+    states, head, targets, mask, probs = _case(1, samples=samples)
     coefficients = Coefficients({"lm": 0.2, "kd": 0.5, "mtp_lm.1": 0.1, "mtp_kd.1": 0.3})
 
     def loss(*leaves: torch.Tensor) -> torch.Tensor:
         return fused_loss(
-            leaves[:2], leaves[2], targets=targets, mask=mask, coefficients=coefficients, teacher=_signal(words)
+            leaves[:2], leaves[2], targets=targets, mask=mask, coefficients=coefficients, teacher=_signal(probs)
         )[0]
 
     assert torch.autograd.gradcheck(loss, [tensor.requires_grad_() for tensor in (*states, head)])

@@ -4,7 +4,7 @@ There is no other path, for small models either. Hidden states and finished laye
 output until all is done, so a killed calibration goes on at its layer and ends with the same bits (on as many threads).
 
 Several processes walk side by side, each over batches of its own: batch b is rank b mod R's, so every row runs in the
-batch in which one process runs it, and the sums are added when all have arrived. They need no word from each other on
+batch in which one process runs it, and the sums are added when all have arrived. They exchange no messages on
 the way, only a folder that all of them see.
 
 .OUT.calibrating/                 the walk of one process (model/walk.py)

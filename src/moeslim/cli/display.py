@@ -186,7 +186,7 @@ def ended(work: Callable[[], int | None]) -> int:
     except MoeslimError as problem:
         complain(problem)
         return problem.exit_code
-    except OSError as problem:  # the machine's word: no space left, no right to write, a vanished disk
+    except OSError as problem:  # the machine's message: no space left, no right to write, a vanished disk
         place = f"{problem.filename}: " if problem.filename else ""
         complain(f"{place}{problem.strerror or problem}; nothing half-written stays, so set it right and run again")
         return 1

@@ -127,7 +127,7 @@ def probe(
     from moeslim.data.tokens import pack
     from moeslim.report.probe import write_probe_page
     from moeslim.search.knee import TOLERANCE
-    from moeslim.search.probe import Ask
+    from moeslim.search.probe import ProbeSettings
     from moeslim.search.probe import probe as predict
     from moeslim.search.verdict import verdict
 
@@ -138,7 +138,7 @@ def probe(
     structure = read_structure(folder)
     check_structure(structure)
     length, methods = recipe.data.sequence_length, recipe.methods
-    ask = Ask(methods, seed=recipe.seed, sequences=recipe.calibrate.sequences)
+    probe_settings = ProbeSettings(methods, seed=recipe.seed, sequences=recipe.calibrate.sequences)
     with open_run(out, redo=redo) as run:
         text = text_parts(recipe.data)["calibration"]
         tokens = pack(text, folder, out_folder=out / "tokens", sequence_length=length, seed=recipe.seed, redo=redo)
@@ -153,7 +153,14 @@ def probe(
         # It resumes: the probe knows whether statistics without a record (a kill came between) are right.
         with run.stage("probe", made_from, outputs=["stats"], resumes=True):
             prepare(recipe)
-            found = predict(folder, tokens, out=out / "stats", ask=ask, settings=walk_settings(recipe), redo=redo)
+            found = predict(
+                folder,
+                tokens,
+                out=out / "stats",
+                probe_settings=probe_settings,
+                settings=walk_settings(recipe),
+                redo=redo,
+            )
         record: dict[str, Any] = {"model": model, "fingerprint": made_from["model"], "text": tokens.fingerprint}
         allowed = TOLERANCE if tolerance is None else tolerance
         record |= verdict(found, structure.shape, methods=methods, tolerance=allowed)

@@ -1,7 +1,7 @@
 """Acceptance: how many tokens that the MTP block drafts are those that the trunk itself goes on to write.
 
 The serving form: a draft that starts at i sees what an engine's cache holds after verifying up to i, and its own chain
-(model/chain.py); each step's word is the one drafted before. All starts are drafted at once.
+(model/chain.py); each step's token is the one drafted before. All starts are drafted at once.
 
 Shapes: B prompts, S tokens, d hidden size, X starts, D drafts.
 """

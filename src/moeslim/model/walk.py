@@ -295,8 +295,8 @@ class _Skeleton:
         return norm(x_BTd)
 
     def _run_mtp(self, block: nn.Module, x_BTd: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        words = self.rows[start:stop, 1 : x_BTd.shape[1] + 1]  # the caller may run fewer positions
-        return block(x_BTd, self.embed(words), rotary=self.parts.rotary)
+        tokens = self.rows[start:stop, 1 : x_BTd.shape[1] + 1]  # the caller may run fewer positions
+        return block(x_BTd, self.embed(tokens), rotary=self.parts.rotary)
 
 
 def _open(workdir: Path, name: str, *, hidden: HiddenFiles) -> list[str]:

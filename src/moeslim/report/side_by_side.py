@@ -48,9 +48,9 @@ def stages(facts: RunFacts) -> str:
 def _shape(facts: RunFacts) -> Rows:
     before = facts.cut.before if facts.cut else {}
     rows = []
-    for name, words in _SIZES.items():
+    for name, title in _SIZES.items():
         cells = [sizes.get(name) for sizes in (before, *(part.sizes or {} for part in facts.parts))]
-        rows.append([words, *(_format(cell, number_text) for cell in cells)])
+        rows.append([title, *(_format(cell, number_text) for cell in cells)])
     return _known_rows(rows)
 
 
@@ -59,11 +59,11 @@ def _size(facts: RunFacts) -> Rows:
     seen = facts.parts[0].observed if facts.parts else None
     original = next((r for r in facts.records if seen and r.facts.get("model fingerprint") == seen), None)
     rows = []
-    for metric, words in _RECORDED:
+    for metric, title in _RECORDED:
         show = bytes_text if metric == "bytes" else count_text
         figure = original.get(metric) if original else None
         first = _format(figure.value if figure else None, show)
-        rows.append([words, first, *(_format(_sized(part, metric), show) for part in facts.parts)])
+        rows.append([title, first, *(_format(_sized(part, metric), show) for part in facts.parts)])
     return _known_rows(rows)
 
 
@@ -106,9 +106,9 @@ def _best(log: Training) -> str:
     return f"{number_text(bits)} at {count_text(tokens)}"
 
 
-def _rows(parts: Sequence[StageFacts], words: str, *, show: Callable[[StageFacts], str]) -> Rows:
+def _rows(parts: Sequence[StageFacts], title: str, *, show: Callable[[StageFacts], str]) -> Rows:
     """One row with nothing for the original, or none where no stage has it."""
-    return _known_rows([[words, "", *map(show, parts)]])
+    return _known_rows([[title, "", *map(show, parts)]])
 
 
 def _format(value: float | None, show: Callable[[float], str]) -> str:

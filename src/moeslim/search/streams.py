@@ -17,7 +17,7 @@ from moeslim.losses.metrics import kl_and_top1, nats
 from moeslim.model.hidden import HiddenFiles
 from moeslim.model.walk import LayerVisit
 
-_LOGITS_AT_ONCE = 1 << 24  # numbers in one chunk of logits; the uncut model's and one stream's stand at once
+_LOGITS_AT_ONCE = 1 << 24  # numbers in one chunk of logits; the uncut model's and one stream's exist at once
 Sums = dict[str, list[float]]
 
 

@@ -115,7 +115,7 @@ def _columns(found: Mapping[str, Mapping[str, Any]]) -> list[ModelRecord]:
 
 
 def _difference(a: Any, b: Any) -> tuple[list[str], dict[str, Any]]:
-    """a - b in bits per byte, KL and top-1, in words and as figures; or why there is none."""
+    """a - b in bits per byte, KL and top-1, as text and as figures; or why there is none."""
     from moeslim.evaluate.pairs import PAIRED, paired
 
     lines, found = [], {}

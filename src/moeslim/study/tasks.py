@@ -10,7 +10,7 @@ from moeslim.report.figures import Quantity, difference_text
 
 
 def compare_tasks(paths: Mapping[str, Path]) -> tuple[dict[str, Any], list[str]]:
-    """What lm-eval's tasks say of models by label, the first of them being the baseline; and the same in words.
+    """What lm-eval's tasks say of models by label, the first of them being the baseline; and the same as text.
 
     The value is as `evaluate.retention.retention_table` has it, with differences and paired tests in `against` and no
     retention, for no run is another one's teacher. A task is there if two models have a score of the same questions;
