@@ -47,7 +47,7 @@ from moeslim.plan.steps import Plan
 from moeslim.recipe import Evaluate, Methods
 from moeslim.search.probe import ProbeResult, ProbeSettings, probe
 from moeslim.search.run import expert_search
-from moeslim.statistics import Stats
+from moeslim.stats import Stats
 from moeslim.surgery.apply import cut
 
 LENGTH = 256

@@ -276,7 +276,7 @@ def test_a_file_that_may_not_grow_is_told_whoever_writes_it(tmp_path: Path) -> N
         "import numpy as np\n"
         "from moeslim.artifacts.commit import committed_folder, read_json\n"
         "from moeslim.errors import ResourceError\n"
-        "from moeslim.statistics import NormStats, Stats\n"
+        "from moeslim.stats import NormStats, Stats\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "stats = Stats('m', ('t',), 1, 1, norms={'n': NormStats(abs_sum=np.zeros(9000))})\n"
         "for write in (lambda folder: np.save(folder / 'x.npy', np.zeros(9000)), stats.save):\n"

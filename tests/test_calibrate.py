@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ranks
-from moeslim import statistics
+from moeslim import stats as stats_file
 from moeslim.artifacts import commit
 from moeslim.artifacts.commit import read_json
 from moeslim.calibrate import row_split
@@ -39,7 +39,7 @@ from moeslim.model.walk import WalkSettings
 from moeslim.plan.schedule import resolve
 from moeslim.recipe import Keep, Methods
 from moeslim.search.run import expert_search
-from moeslim.statistics import ENOUGH_TOKENS, Stats
+from moeslim.stats import ENOUGH_TOKENS, Stats
 from tiny import tiny_config, write_tiny
 
 pytestmark = pytest.mark.bits("statistics do not depend on groups, kills, layouts or row splits")
@@ -435,7 +435,7 @@ def test_killed_at_any_write_it_goes_on_and_ends_with_the_same_bits(
         monkeypatch.setattr(place, name, run)
 
     deadly(commit, "rename", target=1)
-    deadly(statistics, "_write", target=0)
+    deadly(stats_file, "_write", target=0)
     runs = 0
     while True:
         runs += 1

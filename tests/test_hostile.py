@@ -42,7 +42,7 @@ from moeslim.plan import Plan, check_plan
 from moeslim.plan.steps import parse_plan, read_plan
 from moeslim.recipe import Recipe
 from moeslim.report.records import model_record
-from moeslim.statistics import LayerStats, Stats
+from moeslim.stats import LayerStats, Stats
 from moeslim.surgery.apply import cut
 from spoil import write_good, write_raw
 from tiny import tiny_config, tiny_shape

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "moeslim"
 FLOORS = [
     {"errors", "log", "figures"},
     {"artifacts", "recipe", "machine"},
-    {"losses", "families", "statistics"},
+    {"losses", "families", "stats"},
     {"checkpoint", "data"},
     {"model", "plan"},
     {"evaluate", "distill", "calibrate", "surgery"},

@@ -18,7 +18,7 @@ from moeslim import pipeline
 from moeslim.commands import settings
 from moeslim.errors import RecipeError
 from moeslim.evaluate import Record
-from moeslim.statistics import Stats
+from moeslim.stats import Stats
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moeslim"]
 

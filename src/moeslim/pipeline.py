@@ -38,7 +38,7 @@ from moeslim.plan.protect import renumbered
 from moeslim.plan.schedule import StageTarget
 from moeslim.plan.steps import for_moments, read_plan, write_plan
 from moeslim.recipe import Methods, Recipe
-from moeslim.statistics import Stats
+from moeslim.stats import Stats
 
 PARTS = ("train", "calibration", "heldout")
 _LIGHT = {"documents_per_domain": 8, "prompts": 0, "samples": 0, "speed_repeats": 0}

@@ -21,7 +21,7 @@ from moeslim.calibrate.observe import LayerObserver
 from moeslim.families import Shape
 from moeslim.model.experts import are_small
 from moeslim.model.walk import LayerVisit, WalkSettings
-from moeslim.statistics import LayerStats, NormStats
+from moeslim.stats import LayerStats, NormStats
 
 PARTS = 2  # more were not tried
 

@@ -36,7 +36,7 @@ from moeslim.machine import parallel
 from moeslim.model.hidden import HiddenFiles
 from moeslim.model.memory_check import fit_to_memory
 from moeslim.model.walk import LayerVisit, WalkSettings, check_existing, walk
-from moeslim.statistics import SCHEMA, Stats, coverage_lines, join, pool
+from moeslim.stats import SCHEMA, Stats, coverage_lines, join, pool
 
 Visits = Generator[LayerVisit, nn.Module | None, None]
 HELD_OUT_SHARE = 8

@@ -23,7 +23,7 @@ def calibrate(
     """Statistics of `model` over calibration text, in `out`; a killed calibration goes on at its layer."""
     from moeslim.calibrate.run import calibrate as observe
     from moeslim.data.tokens import pack
-    from moeslim.statistics import coverage_lines
+    from moeslim.stats import coverage_lines
 
     recipe = options_recipe(model, keep={}, overrides=overrides, data=data)
     folder, out = model_folder(model, revision=recipe.revision), Path(out)
@@ -53,7 +53,7 @@ def plan(
     from moeslim.plan.check import check_plan
     from moeslim.plan.make import make_plan
     from moeslim.plan.steps import write_plan
-    from moeslim.statistics import Stats
+    from moeslim.stats import Stats
 
     recipe = options_recipe(model, keep=keep, overrides=overrides)
     folder = model_folder(model, revision=recipe.revision, config_only=True)

@@ -109,7 +109,7 @@ def chosen(record: Mapping[str, Any], number: int) -> dict[str, int]:
 
 def _carried(stats: Path | str, model: Opened, *, recipe: Recipe) -> Any:
     from moeslim.plan.carried import carried
-    from moeslim.statistics import Stats
+    from moeslim.stats import Stats
 
     known = Stats.load(stats)
     if model.structure is not None and known.model != folder_fingerprint(model.folder):

@@ -12,7 +12,7 @@ from moeslim.plan.experts import layer_scores
 from moeslim.plan.make import hidden_norms, kept_layers
 from moeslim.plan.schedule import pattern_period, single_layers
 from moeslim.recipe import Methods
-from moeslim.statistics import LayerStats, NormStats, Stats
+from moeslim.stats import LayerStats, NormStats, Stats
 
 
 def carried(stats: Stats, shape: Shape, *, methods: Methods, seed: int = 0) -> dict[str, np.ndarray]:

@@ -30,7 +30,7 @@ from moeslim.plan.steps import (
     Step,
 )
 from moeslim.recipe import Methods
-from moeslim.statistics import LayerStats, NormStats, Stats
+from moeslim.stats import LayerStats, NormStats, Stats
 
 
 def source_shape(shape: Shape) -> SourceShape:

@@ -33,7 +33,7 @@ from moeslim.plan.grouping import Wanted, cut_layer, needs_search
 from moeslim.recipe import Methods
 from moeslim.search.layer import cut_as
 from moeslim.search.streams import Streams, Targets, compare
-from moeslim.statistics import LayerStats, Stats
+from moeslim.stats import LayerStats, Stats
 
 FEWEST_ROWS = 16
 """Rows of text below which fewer than two would be held out, and no error could be estimated."""
@@ -96,8 +96,8 @@ def probe(
     """What each expert count is predicted to cost; the statistics that decided are in the folder `out` afterwards.
 
     An interrupted probe resumes at its layer (`redo`: half-finished work of something else is removed). Raises
-    PlanError for methods that need a search of their own and where no fewer experts can be kept, DataError for too little text,
-    ResourceError where the disk cannot hold the streams.
+    PlanError for methods that need a search of their own and where no fewer experts can be kept, DataError for too
+    little text, ResourceError where the disk cannot hold the streams.
     """
     reader, out = Reader(model), Path(out)
     counts = _counts(reader, probe_settings)
