@@ -44,8 +44,8 @@ from moeslim import api, pipeline
 from moeslim.data.corpus import read_corpus, read_source
 from moeslim.data.tokens import pack
 from moeslim.demo import recipe_path, teacher_path, text_path
-from moeslim.distill.cache import Ask
-from moeslim.distill.cache.coding import Words, decode, encode
+from moeslim.distill.cache import CacheSettings
+from moeslim.distill.cache.coding import CachedProbs, decode, encode
 from moeslim.distill.cache.make import outcomes, sample_points
 from moeslim.evaluate.record import Record
 from moeslim.model.load import load_student
@@ -67,7 +67,7 @@ class Sums:
     seconds: float = 0.0
 
 
-def kl(words: Words, log_q_TV: torch.Tensor, *, sampled: bool) -> float:
+def kl(words: CachedProbs, log_q_TV: torch.Tensor, *, sampled: bool) -> float:
     """KD per token from what is kept, spelt out in fp64; see `losses.outcomes.Outcomes`."""
     q = log_q_TV.numpy()
     p, rest = words.p.astype(np.float64), words.rest.astype(np.float64)
@@ -86,11 +86,11 @@ def kl(words: Words, log_q_TV: torch.Tensor, *, sampled: bool) -> float:
 def measure(pairs: Iterator[Pair], samples: int = SAMPLES) -> Sums:
     """Size, speed of decoding (one process, CPU time) and changes of the loss over all rows."""
     sums = Sums([], {"top k": [], "top k, codes": [], "sampled": [], "sampled, codes": []})
-    ask = Ask(k=K, samples=samples)
+    settings = CacheSettings(k=K, samples=samples)
     for number, (teacher, student) in enumerate(pairs):
         length, vocab = teacher.shape
-        points = torch.from_numpy(sample_points(number, length, ask=ask))
-        exact = Words(*(x.numpy() for x in outcomes(teacher.clone(), k=K, points_NM=points)))
+        points = torch.from_numpy(sample_points(number, length, settings=settings))
+        exact = CachedProbs(*(x.numpy() for x in outcomes(teacher.clone(), k=K, points_NM=points)))
         blob = encode(exact, vocab_size=vocab)
         began = time.process_time()
         kept = decode(blob, vocab_size=vocab, length=length, k=K, samples=samples)

@@ -35,7 +35,7 @@ from moeslim.checkpoint.structure import read_structure
 from moeslim.data.corpus import read_corpus
 from moeslim.data.tokens import TokenSet, pack
 from moeslim.demo import teacher_path, text_path, tokenizer_path
-from moeslim.evaluate.measure import Ground, load
+from moeslim.evaluate.measure import EvalData, load
 from moeslim.evaluate.score import Scores, score
 from moeslim.evaluate.settings import Settings
 from moeslim.families import Shape
@@ -45,9 +45,9 @@ from moeslim.plan import Plan
 from moeslim.plan.make import make_plan
 from moeslim.plan.schedule import Target
 from moeslim.recipe import Evaluate, Methods
-from moeslim.search.probe import Ask, Found, probe
+from moeslim.search.probe import ProbeResult, ProbeSettings, probe
 from moeslim.search.run import expert_search
-from moeslim.statistics import Stats
+from moeslim.stats import Stats
 from moeslim.surgery.apply import cut
 
 LENGTH = 256
@@ -72,7 +72,7 @@ class Bench:
     """The teacher, the text, and the folder of what is finished."""
 
     out: Path
-    ground: Ground
+    ground: EvalData
     teacher: Scores
     rows: TokenSet
     samples: list[np.ndarray]
@@ -103,7 +103,7 @@ class Bench:
             device="cpu",
             max_memory=None,
         )
-        ground = Ground.of(held_out.documents(), tokenizer=tokenizer_path(), settings=settings)
+        ground = EvalData.of(held_out.documents(), tokenizer=tokenizer_path(), settings=settings)
         order = np.random.default_rng(0).permutation(len(text))
         if arguments.samples * arguments.rows > len(text):
             raise SystemExit(f"{arguments.samples} samples of {arguments.rows} rows: there are {len(text)} rows")
@@ -153,10 +153,12 @@ class Bench:
                     say(f"{done}/{total} {ratio} % {name} sample {sample}, {time.monotonic() - began:.0f} s")
                     yield ratio, name, sample, read_json(path)
 
-    def probed(self) -> tuple[Found, dict[int, dict[str, list[float]]]]:
+    def probed(self) -> tuple[ProbeResult, dict[int, dict[str, list[float]]]]:
         """What a probe predicts, and what the same cuts are measured to give, by count."""
-        ask = Ask(Methods(), sequences=sum(len(rows) for rows in self.samples))
-        found = probe(teacher_path(), self.rows, out=self.out / "probe", ask=ask, settings=WALK, redo=False)
+        probe_settings = ProbeSettings(Methods(), sequences=sum(len(rows) for rows in self.samples))
+        found = probe(
+            teacher_path(), self.rows, out=self.out / "probe", probe_settings=probe_settings, settings=WALK, redo=False
+        )
         measured = {}
         for count in list(found.figures)[:-1]:
             path = self.out / "cells" / f"probe-{count}.json"

@@ -14,7 +14,7 @@ import numpy as np
 from moeslim.artifacts.commit import write_bytes
 from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.demo import teacher_path
-from moeslim.search.probe import Found
+from moeslim.search.probe import ProbeResult
 
 DEFAULT = "drop/reap"
 
@@ -99,7 +99,7 @@ class Findings:
     arguments: argparse.Namespace
     documents: Documents
     table: Table
-    predicted: Found
+    predicted: ProbeResult
     measured: Mapping[int, float]
     rank: float
 

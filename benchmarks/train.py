@@ -33,7 +33,7 @@ from moeslim.commands.settings import stage_targets, target_shape
 from moeslim.data.corpus import read_corpus
 from moeslim.data.tokens import TokenSet, pack
 from moeslim.demo import recipe_path, teacher_path, text_path
-from moeslim.distill.loop import Material, train
+from moeslim.distill.loop import TrainInputs, train
 from moeslim.distill.settings import Stage, TrainSettings
 from moeslim.distill.teacher import OnlineTeacher
 from moeslim.distill.watch import Watch
@@ -176,7 +176,7 @@ def steps_seconds(
     """Seconds and CPU seconds per step of the loop, its first step left out."""
     times: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder, record_times(times):
-        train(student, Material(tokens, teacher), settings=settings, folder=Path(folder), stage=Stage("bench"))
+        train(student, TrainInputs(tokens, teacher), settings=settings, folder=Path(folder), stage=Stage("bench"))
     return _each(times[0], times[-1], steps=len(times) - 1)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
-SHORT = ("alignment", "cache", "chain", "init_save_load", "lanes", "walk", "walking")
+SHORT = ("alignment", "cache", "chain", "init_save_load", "row_split", "walk", "walking")
 """Files whose comparisons rest on matrix products, in about a minute."""
 
 

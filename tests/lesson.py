@@ -11,7 +11,7 @@ from micro import WORDS, write_tokenizer
 from moeslim.data.corpus import read_corpus
 from moeslim.data.tokens import TokenSet, pack
 from moeslim.distill import loop
-from moeslim.distill.run import Place, distill
+from moeslim.distill.run import TrainPaths, distill
 from moeslim.distill.settings import TrainSettings
 from moeslim.distill.watch import read_log
 from moeslim.errors import MoeslimError
@@ -54,7 +54,7 @@ def learn(home: Path, name: str, teacher: str = "teacher", **changes: Any) -> No
         tokens=TokenSet.open(home / "tokens"),
         out=home / name / "model",
         settings=settings(**changes),
-        place=Place(home / name, heldout=TokenSet.open(home / "heldout")),
+        paths=TrainPaths(home / name, heldout=TokenSet.open(home / "heldout")),
     )
 
 

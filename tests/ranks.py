@@ -128,7 +128,7 @@ def _work(pipe: Connection) -> None:
             answer = ("raised", problem)
         if answer[0] == "raised" and (parallel.world().rank or parallel._run is None or parallel._run.broken):
             answer = ("died", answer[1])
-        parallel.leave()
+        parallel.disconnect()
         try:
             message = pickle.dumps(answer)
         except (pickle.PicklingError, TypeError, AttributeError):

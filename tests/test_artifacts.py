@@ -276,7 +276,7 @@ def test_a_file_that_may_not_grow_is_told_whoever_writes_it(tmp_path: Path) -> N
         "import numpy as np\n"
         "from moeslim.artifacts.commit import committed_folder, read_json\n"
         "from moeslim.errors import ResourceError\n"
-        "from moeslim.statistics import NormStats, Stats\n"
+        "from moeslim.stats import NormStats, Stats\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "stats = Stats('m', ('t',), 1, 1, norms={'n': NormStats(abs_sum=np.zeros(9000))})\n"
         "for write in (lambda folder: np.save(folder / 'x.npy', np.zeros(9000)), stats.save):\n"
@@ -374,11 +374,11 @@ def finished(run: Run, inputs: dict[str, object]) -> None:
 def test_what_stands_is_skipped_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     inputs: dict[str, object] = {"recipe": {"keep": {"experts": "50%"}}, "model": "abc"}
     with open_run(tmp_path / "run") as run:
-        assert not run.stands("cut", inputs, outputs=["cut"])
+        assert not run.is_current("cut", inputs, outputs=["cut"])
         finished(run, inputs)
     with caplog.at_level(logging.INFO, "moeslim"), open_run(tmp_path / "run") as run:
-        assert run.stands("cut", dict(reversed(inputs.items())), outputs=["cut"])
-    assert "cut: stands already" in caplog.text
+        assert run.is_current("cut", dict(reversed(inputs.items())), outputs=["cut"])
+    assert "cut: already done" in caplog.text
     assert list(run.outputs("cut")) == ["cut"]
 
 
@@ -430,13 +430,13 @@ def test_other_inputs_are_refused_by_name_or_done_again(tmp_path: Path) -> None:
         finished(run, {"recipe": {"keep": {"experts": "50%"}, "seed": 0}})
         other: dict[str, object] = {"recipe": {"keep": {"experts": "25%"}, "seed": 0}}
         with pytest.raises(RunError, match=r"\(recipe.keep.experts: '50%' -> '25%'\)"):
-            run.stands("cut", other, outputs=["cut"])
+            run.is_current("cut", other, outputs=["cut"])
         assert run.path("cut").exists()
     with open_run(tmp_path / "run", redo=True) as run:
-        assert not run.stands("cut", other, outputs=["cut"])
+        assert not run.is_current("cut", other, outputs=["cut"])
         assert not run.path("cut").exists()
         finished(run, other)
-        assert run.stands("cut", other, outputs=["cut"])
+        assert run.is_current("cut", other, outputs=["cut"])
 
 
 def test_edited_outputs_are_kept_and_lost_ones_made_again(tmp_path: Path) -> None:
@@ -444,11 +444,11 @@ def test_edited_outputs_are_kept_and_lost_ones_made_again(tmp_path: Path) -> Non
         finished(run, {})
         (run.path("cut") / "w").write_text("edited by hand")
         with pytest.raises(RunError, match="its output cut was changed"):
-            run.stands("cut", {}, outputs=["cut"])
+            run.is_current("cut", {}, outputs=["cut"])
         discard(run.path("cut"))
-        assert not run.stands("cut", {}, outputs=["cut"])
+        assert not run.is_current("cut", {}, outputs=["cut"])
         finished(run, {})
-        assert run.stands("cut", {})
+        assert run.is_current("cut", {})
 
 
 def test_an_output_outside_is_removed_for_who_names_it_alone(tmp_path: Path) -> None:
@@ -457,9 +457,9 @@ def test_an_output_outside_is_removed_for_who_names_it_alone(tmp_path: Path) -> 
     with open_run(tmp_path / "run", redo=True) as run:
         run.finish("cut", {}, outputs=["../mine"])
         with pytest.raises(RunError, match=r"cut.json: the output '../mine' lies outside the run folder"):
-            run.stands("cut", {"seed": 1})
+            run.is_current("cut", {"seed": 1})
         assert mine.exists()
-        assert not run.stands("cut", {"seed": 1}, outputs=["../mine"])
+        assert not run.is_current("cut", {"seed": 1}, outputs=["../mine"])
     assert not mine.exists()
 
 
@@ -471,9 +471,9 @@ def test_a_kill_between_output_and_record_does_the_stage_again(tmp_path: Path, m
         with pytest.raises(Killed):
             run.finish("cut", {}, outputs=["cut"])
         monkeypatch.undo()
-        assert not run.stands("cut", {}, outputs=["cut"])
+        assert not run.is_current("cut", {}, outputs=["cut"])
         finished(run, {})
-        assert run.stands("cut", {}, outputs=["cut"])
+        assert run.is_current("cut", {}, outputs=["cut"])
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
@@ -490,4 +490,4 @@ def test_outputs_of_an_unfinished_stage(tmp_path: Path) -> None:
         run.outputs("cut")
     write_json(tmp_path / "run/stages/cut.json", {"schema": 99})
     with open_run(tmp_path / "run") as run, pytest.raises(RunError, match="another version"):
-        run.stands("cut", {})
+        run.is_current("cut", {})

@@ -117,8 +117,8 @@ def test_prune_never_takes_a_folder_for_its_own(moeslim: Command, given: Given) 
     assert sorted(path.stem for path in (work / "stages").iterdir()) == ["stage-1-calibrate", "stage-1-plan"]
 
     again = moeslim.fails(*line)
-    assert "stage-1-calibrate: stands already" in again.err
-    assert "stage-1-plan: stands already" in again.err
+    assert "stage-1-calibrate: already done" in again.err
+    assert "stage-1-plan: already done" in again.err
 
     given.out.mkdir()
     (given.out / "thesis.txt").write_text("the only copy")

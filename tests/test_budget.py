@@ -27,7 +27,7 @@ from moeslim.plan.footprint import ROW, Footprints
 from moeslim.plan.schedule import AXES, Target
 from moeslim.plan.training import Course, Gpus, largest_memory, price
 from moeslim.recipe import Methods
-from moeslim.statistics import LayerStats, NormStats, Stats
+from moeslim.stats import LayerStats, NormStats, Stats
 from tiny import tiny_config, tiny_shape
 
 __all__ = ["moeslim"]  # a fixture

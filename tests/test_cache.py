@@ -25,14 +25,14 @@ from moeslim import api, pipeline
 from moeslim.artifacts import commit
 from moeslim.artifacts.commit import write_json
 from moeslim.data.tokens import TokenSet
-from moeslim.distill.cache import Ask, CacheFolder, coding, make
-from moeslim.distill.cache.coding import Words, decode, encode
+from moeslim.distill.cache import CacheFolder, CacheSettings, coding, make
+from moeslim.distill.cache.coding import CachedProbs, decode, encode
 from moeslim.distill.cache.make import make_cache, outcomes, sample_points
 from moeslim.distill.cache.teacher import CachedTeacher, check_cache
-from moeslim.distill.run import Place, distill
+from moeslim.distill.run import TrainPaths, distill
 from moeslim.distill.settings import TrainSettings
+from moeslim.distill.vocab_check import vocab_fingerprint
 from moeslim.distill.watch import Watch, read_log
-from moeslim.distill.words import words_fingerprint
 from moeslim.errors import DataError, RecipeError, ResourceError, RunError
 from moeslim.losses import Coefficients, Outcomes, fused_loss
 from moeslim.losses.outcomes import lm_and_outcomes_kd
@@ -43,7 +43,7 @@ from tiny import changed, train_settings, write_tiny
 pytestmark = pytest.mark.bits("a cache holds the same bytes however it was made, and the same numbers on every CPU")
 
 T, ROWS, V = 8, 24, 64
-ASK = Ask(k=5, samples=3, rows_per_batch=2, shard_tokens=5 * T)
+ASK = CacheSettings(k=5, samples=3, rows_per_batch=2, shard_tokens=5 * T)
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +64,13 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenSet:
     return TokenSet.open(folder)
 
 
-def _words(seed: int, *, vocab: int = 1000, k: int = 7, samples: int = 4, spread: float = 3.0) -> Words:
+def _probs(seed: int, *, vocab: int = 1000, k: int = 7, samples: int = 4, spread: float = 3.0) -> CachedProbs:
     """What `outcomes` keeps of random logits."""
     draw = torch.Generator().manual_seed(seed)
     logits = spread * torch.randn(T, vocab, dtype=torch.float64, generator=draw)
-    ask = Ask(k=k, samples=samples)
-    points = torch.from_numpy(sample_points(seed, T, ask=ask))
-    return Words(*(tensor.numpy() for tensor in outcomes(logits, k=k, points_NM=points)))
+    settings = CacheSettings(k=k, samples=samples)
+    points = torch.from_numpy(sample_points(seed, T, settings=settings))
+    return CachedProbs(*(tensor.numpy() for tensor in outcomes(logits, k=k, points_NM=points)))
 
 
 # bytes and back
@@ -83,16 +83,16 @@ def test_ids_take_as_few_bytes_as_the_vocabulary_allows(vocab: int, places: int)
 
 @given(st.integers(0, 10**6), st.sampled_from([40, 300, 70000]), st.integers(1, 20), st.integers(0, 5))
 def test_ids_come_back_exactly_and_probabilities_within_their_steps(seed: int, vocab: int, k: int, m: int) -> None:
-    given_words = _words(seed, vocab=vocab, k=k, samples=m)
-    blob = encode(given_words, vocab_size=vocab)
+    given_probs = _probs(seed, vocab=vocab, k=k, samples=m)
+    blob = encode(given_probs, vocab_size=vocab)
     back = decode(blob, vocab_size=vocab, length=T, k=k, samples=m)
-    assert np.array_equal(back.ids, given_words.ids)
-    assert np.array_equal(back.sampled, given_words.sampled)
+    assert np.array_equal(back.ids, given_probs.ids)
+    assert np.array_equal(back.sampled, given_probs.sampled)
     np.testing.assert_allclose(back.p.sum(1) + back.rest, 1, rtol=1e-6)
     # log p of a sample: steps of 1/8, so off by 1/16 at most
-    assert np.abs(back.sampled_log_p - given_words.sampled_log_p).max(initial=0) <= 1 / 16 + 1e-6
+    assert np.abs(back.sampled_log_p - given_probs.sampled_log_p).max(initial=0) <= 1 / 16 + 1e-6
     # before the division by their sum, the cube root of each outcome is off by half a step of 1/128 at most
-    own = np.concatenate([given_words.p, given_words.rest[:, None]], 1)
+    own = np.concatenate([given_probs.p, given_probs.rest[:, None]], 1)
     kept = coding.probability(coding.probability_code(own))
     assert np.abs(np.cbrt(kept) - np.cbrt(own)).max() <= 0.5 / 128 + 1e-9
     np.testing.assert_allclose(
@@ -111,9 +111,9 @@ def test_codes_by_hand() -> None:
 @pytest.mark.parametrize("spread", [0.5, 2.0, 8.0])
 def test_what_the_codes_cost_in_kl(spread: float) -> None:
     """KL(p || coded p) over the k+1 outcomes, in nats, from nearly uniform to nearly certain teachers."""
-    words = _words(1, vocab=4000, k=50, spread=spread)
-    back = decode(encode(words, vocab_size=4000), vocab_size=4000, length=T, k=50, samples=4)
-    one, two = (np.concatenate([w.p, w.rest[:, None]], 1).astype(np.float64) for w in (words, back))
+    probs = _probs(1, vocab=4000, k=50, spread=spread)
+    back = decode(encode(probs, vocab_size=4000), vocab_size=4000, length=T, k=50, samples=4)
+    one, two = (np.concatenate([w.p, w.rest[:, None]], 1).astype(np.float64) for w in (probs, back))
     assert 0 <= (one * np.log(one / two)).sum(1).max() < 1e-3
 
 
@@ -154,14 +154,14 @@ def test_samples_hit_every_word_in_proportion() -> None:
 
 
 def test_samples_of_a_row_depend_on_its_number_and_the_seed_alone() -> None:
-    one = sample_points(7, 5, ask=Ask(samples=4))
+    one = sample_points(7, 5, settings=CacheSettings(samples=4))
     assert one.shape == (5, 4)
     assert ((np.diff(one, axis=1) - 0.25) < 1e-12).all()
     assert (one >= 0).all()
     assert (one < 1).all()
-    assert np.array_equal(one, sample_points(7, 5, ask=Ask(samples=4)))
-    assert not np.array_equal(one, sample_points(8, 5, ask=Ask(samples=4)))
-    assert not np.array_equal(one, sample_points(7, 5, ask=Ask(samples=4, seed=1)))
+    assert np.array_equal(one, sample_points(7, 5, settings=CacheSettings(samples=4)))
+    assert not np.array_equal(one, sample_points(8, 5, settings=CacheSettings(samples=4)))
+    assert not np.array_equal(one, sample_points(7, 5, settings=CacheSettings(samples=4, seed=1)))
 
 
 # the folder
@@ -175,7 +175,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 def cache(folder: Path, tokens: TokenSet, tmp_path_factory: pytest.TempPathFactory) -> CacheFolder:
     """A cache of 24 rows in shards of 5, made without a pause."""
     out = tmp_path_factory.mktemp("cache") / "cache"
-    make_cache(folder, tokens, out=out, ask=ASK)
+    make_cache(folder, tokens, out=out, settings=ASK)
     return CacheFolder.open(out)
 
 
@@ -184,7 +184,7 @@ def test_a_cache_holds_the_teachers_word_on_every_row(cache: CacheFolder, folder
     for number in (0, 7, 23):
         hidden = teacher.hidden(torch.from_numpy(tokens.rows[number][None, :-1].astype(np.int64)))
         full = torch.softmax((hidden[0] @ teacher.head.T).double(), -1).numpy()
-        kept = cache.words([number])
+        kept = cache.probs([number])
         assert np.array_equal(kept.ids[0], np.sort(np.argsort(-full, 1)[:, :5], 1))
         own = np.take_along_axis(full, kept.ids[0], 1)
         assert np.abs(np.cbrt(kept.p[0]) - np.cbrt(own)).max() < 0.01  # half a step, and the division by the sum
@@ -194,11 +194,11 @@ def test_a_cache_holds_the_teachers_word_on_every_row(cache: CacheFolder, folder
 
 def test_rows_at_random_equal_rows_in_turn(cache: CacheFolder) -> None:
     order = [23, 4, 4, 5, 0, 19, 20]  # the ends of shards, a row twice
-    together = cache.words(order)
-    for place, number in enumerate(order):
-        alone = CacheFolder.open(cache.folder).words([number])
-        for name in Words.__dataclass_fields__:
-            assert np.array_equal(getattr(together, name)[place], getattr(alone, name)[0])
+    together = cache.probs(order)
+    for paths, number in enumerate(order):
+        alone = CacheFolder.open(cache.folder).probs([number])
+        for name in CachedProbs.__dataclass_fields__:
+            assert np.array_equal(getattr(together, name)[paths], getattr(alone, name)[0])
 
 
 def test_what_a_cache_says_of_itself(cache: CacheFolder) -> None:
@@ -232,12 +232,12 @@ def test_killed_in_a_shard_it_goes_on_to_the_same_bytes(
 
     monkeypatch.setattr(make, "_read", killed)
     with pytest.raises(KeyboardInterrupt):
-        make_cache(folder, tokens, out=out, ask=ASK)
+        make_cache(folder, tokens, out=out, settings=ASK)
     assert len(list(out.glob("shard-*"))) == at
     assert list(out.glob(".shard*")) == []
     with pytest.raises(DataError, match=rf"not finished, {at} of 5 shards stand; run the same `moeslim cache-teacher`"):
         CacheFolder.open(out)
-    make_cache(folder, tokens, out=out, ask=ASK)
+    make_cache(folder, tokens, out=out, settings=ASK)
     assert _files(out) == _files(cache.folder)
 
 
@@ -247,7 +247,7 @@ def test_several_processes_write_the_bytes_of_one(
 ) -> None:
     """Shards of five rows in batches of two: three batches each, the last of one row, and in the last shard two."""
     text = TokenSet.open(tokens.folder)
-    found = ranks.lead(make_cache, folder, text, out=tmp_path / "cache", ask=ASK, world=world)
+    found = ranks.lead(make_cache, folder, text, out=tmp_path / "cache", settings=ASK, world=world)
     assert found.complete
     assert _files(tmp_path / "cache") == _files(cache.folder)
 
@@ -264,9 +264,9 @@ def test_killed_between_a_shard_and_its_entry(
 
     monkeypatch.setattr(commit, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
-        make_cache(folder, tokens, out=out, ask=ASK)
+        make_cache(folder, tokens, out=out, settings=ASK)
     monkeypatch.setattr(commit, "rename", rename)
-    make_cache(folder, tokens, out=out, ask=ASK)
+    make_cache(folder, tokens, out=out, settings=ASK)
     assert _files(out) == _files(cache.folder)
 
 
@@ -283,14 +283,14 @@ def test_a_full_disk_leaves_the_whole_shards_and_no_other(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ResourceError, match="the disk is full"):
-        make_cache(folder, tokens, out=out, ask=ASK)
+        make_cache(folder, tokens, out=out, settings=ASK)
     monkeypatch.setattr(os, "fsync", fsync)
     whole = _files(cache.folder)
     stand = _files(out)
     assert 0 < len(list(out.glob("shard-*"))) < 5
     assert all(stand[name] == whole[name] for name in stand if name.startswith("shard-"))
     assert [name for name in stand if name.startswith(".")] == []
-    make_cache(folder, tokens, out=out, ask=ASK)
+    make_cache(folder, tokens, out=out, settings=ASK)
     assert _files(out) == whole
 
 
@@ -298,7 +298,7 @@ def test_a_finished_cache_is_not_made_again(
     cache: CacheFolder, folder: Path, tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(make, "load_student", None)
-    make_cache(folder, tokens, out=cache.folder, ask=ASK)
+    make_cache(folder, tokens, out=cache.folder, settings=ASK)
 
 
 # refusals
@@ -319,14 +319,14 @@ def test_another_cache_in_the_folder_is_refused(
 ) -> None:
     before = _files(cache.folder)
     with pytest.raises(RunError, match=f"holds another cache: {told} choose another folder or remove it"):
-        make_cache(folder, tokens, out=cache.folder, ask=replace(ASK, **change))
+        make_cache(folder, tokens, out=cache.folder, settings=replace(ASK, **change))
     assert _files(cache.folder) == before
 
 
 def test_another_teacher_in_the_folder_is_refused(cache: CacheFolder, tokens: TokenSet, tmp_path: Path) -> None:
     other = write_tiny(tmp_path / "other", num_hidden_layers=2, seed=1)
     with pytest.raises(RunError, match="its teacher is [0-9a-f]{16}, not [0-9a-f]{16}"):
-        make_cache(other, tokens, out=cache.folder, ask=ASK)
+        make_cache(other, tokens, out=cache.folder, settings=ASK)
 
 
 @pytest.mark.parametrize(
@@ -341,14 +341,14 @@ def test_what_the_vocabulary_cannot_give_is_refused(
     change: dict[str, int], told: str, folder: Path, tokens: TokenSet, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=told):
-        make_cache(folder, tokens, out=tmp_path / "cache", ask=replace(ASK, **change))
+        make_cache(folder, tokens, out=tmp_path / "cache", settings=replace(ASK, **change))
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_text_of_more_words_is_refused(tokens: TokenSet, tmp_path: Path) -> None:
     small = write_tiny(tmp_path / "small", num_hidden_layers=2, vocab_size=48)
-    with pytest.raises(DataError, match="a tokenizer of 64 words"):
-        make_cache(small, tokens, out=tmp_path / "cache", ask=ASK)
+    with pytest.raises(DataError, match="a tokenizer of 64 tokens"):
+        make_cache(small, tokens, out=tmp_path / "cache", settings=ASK)
 
 
 @pytest.mark.parametrize("harm", ["altered", "torn", "gone"])
@@ -362,9 +362,9 @@ def test_a_harmed_shard_is_named_when_it_is_met(harm: str, cache: CacheFolder, t
     else:
         victim.write_bytes(content if harm == "altered" else content[:-3])
     opened = CacheFolder.open(copy)
-    opened.words([0, 9, 15])
+    opened.probs([0, 9, 15])
     with pytest.raises(DataError, match=r"shard-00002\.bin: torn, altered or gone"):
-        opened.words([10])
+        opened.probs([10])
 
 
 def test_no_cache_and_one_of_another_version_are_refused(cache: CacheFolder, tmp_path: Path) -> None:
@@ -380,10 +380,10 @@ def test_no_cache_and_one_of_another_version_are_refused(cache: CacheFolder, tmp
 @pytest.fixture
 def names(tmp_path: Path) -> tuple[Path, Path]:
     """Two folders of models with other words."""
-    for place, word in (("one", "a"), ("two", "b")):
-        (tmp_path / place).mkdir()
-        write_json(tmp_path / place / "config.json", {"vocab_size": V})
-        write_json(tmp_path / place / "tokenizer.json", {"model": {"vocab": {word: 0}}})
+    for paths, word in (("one", "a"), ("two", "b")):
+        (tmp_path / paths).mkdir()
+        write_json(tmp_path / paths / "config.json", {"vocab_size": V})
+        write_json(tmp_path / paths / "tokenizer.json", {"model": {"vocab": {word: 0}}})
     return tmp_path / "one", tmp_path / "two"
 
 
@@ -402,7 +402,7 @@ def test_a_cache_of_something_else_is_refused_in_training(
     with pytest.raises(DataError, match="its teacher is"):
         check_cache(cache, folder, tokens=tokens, teacher=wide)
     named = CacheFolder.open(cache.folder)
-    named.identity = replace(named.identity, words=words_fingerprint(names[0]))
+    named.identity = replace(named.identity, words=vocab_fingerprint(names[0]))
     check_cache(named, names[0], tokens=tokens)
     with pytest.raises(DataError, match="its words is"):
         check_cache(named, names[1], tokens=tokens)
@@ -411,25 +411,31 @@ def test_a_cache_of_something_else_is_refused_in_training(
 # the loss
 
 
-def _case(depths: int, *, samples: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor, Words]:
+def _case(
+    depths: int, *, samples: int
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor, CachedProbs]:
     """States of every depth, head, targets, mask, and the words of a teacher of 23 words on 2 rows of 6."""
     draw = torch.Generator().manual_seed(5 + samples)
     states = [torch.randn(2, 6 - m, 5, dtype=torch.float64, generator=draw) for m in range(depths + 1)]
     head = torch.randn(23, 5, dtype=torch.float64, generator=draw)
     targets, mask = torch.randint(0, 23, (2, 6), generator=draw), torch.rand(2, 6, generator=draw) > 0.3
     logits = 2 * torch.randn(12, 23, dtype=torch.float64, generator=draw)
-    points = torch.from_numpy(np.concatenate([sample_points(r, 6, ask=Ask(samples=samples)) for r in range(2)]))
+    points = torch.from_numpy(
+        np.concatenate([sample_points(r, 6, settings=CacheSettings(samples=samples)) for r in range(2)])
+    )
     kept = [tensor.numpy() for tensor in outcomes(logits, k=4, points_NM=points)]
-    return states, head, targets, mask, Words(*(array.reshape(2, 6, *array.shape[1:]) for array in kept))
+    return states, head, targets, mask, CachedProbs(*(array.reshape(2, 6, *array.shape[1:]) for array in kept))
 
 
-def _signal(words: Words) -> Outcomes:
-    rest = torch.from_numpy(words.rest).unsqueeze(-1)
-    tensors = [torch.from_numpy(values) for values in (words.ids, words.p, words.sampled, words.sampled_log_p)]
+def _signal(probs: CachedProbs) -> Outcomes:
+    rest = torch.from_numpy(probs.rest).unsqueeze(-1)
+    tensors = [torch.from_numpy(values) for values in (probs.ids, probs.p, probs.sampled, probs.sampled_log_p)]
     return Outcomes(tensors[0], tensors[1], rest, tensors[2], tensors[3])
 
 
-def _naive(states: list[torch.Tensor], head: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, words: Words):
+def _naive(
+    states: list[torch.Tensor], head: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, probs: CachedProbs
+):
     """Position by position and word by word: depth m at i predicts t_{i+m+1} and hears the teacher at i+m."""
     sums: dict[str, torch.Tensor] = {}
     for m, state in enumerate(states):
@@ -443,14 +449,14 @@ def _naive(states: list[torch.Tensor], head: torch.Tensor, targets: torch.Tensor
                 q = torch.softmax(head @ state[row, i], 0)
                 sums[lm_name] = sums[lm_name] - q[targets[row, at]].log()
                 kd = torch.zeros((), dtype=torch.float64)
-                for word, p in zip(words.ids[row, at], words.p[row, at], strict=True):
+                for word, p in zip(probs.ids[row, at], probs.p[row, at], strict=True):
                     kd = kd + p * (np.log(p) - q[word].log())
-                rest, drawn = words.rest[row, at], words.sampled[row, at]
+                rest, drawn = probs.rest[row, at], probs.sampled[row, at]
                 if len(drawn):
-                    for word, log_p in zip(drawn, words.sampled_log_p[row, at], strict=True):
+                    for word, log_p in zip(drawn, probs.sampled_log_p[row, at], strict=True):
                         kd = kd + rest / len(drawn) * (log_p - q[word].log())
                 else:
-                    others = 1 - sum(q[word] for word in words.ids[row, at])
+                    others = 1 - sum(q[word] for word in probs.ids[row, at])
                     kd = kd + rest * (np.log(rest) - others.log())
                 sums[kd_name] = sums[kd_name] + kd
     return sums
@@ -462,16 +468,16 @@ def _naive(states: list[torch.Tensor], head: torch.Tensor, targets: torch.Tensor
 def test_losses_and_gradients_equal_autograd_of_the_naive_formula(
     samples: int, depths: int, factors: tuple[float, float]
 ) -> None:
-    states, head, targets, mask, words = _case(depths, samples=samples)
+    states, head, targets, mask, probs = _case(depths, samples=samples)
     leaves = [tensor.requires_grad_() for tensor in (*states, head)]
     terms = {}
     for m in range(depths + 1):
         for name, factor in zip(("lm", "kd") if m == 0 else (f"mtp_lm.{m}", f"mtp_kd.{m}"), factors, strict=True):
             terms[name] = factor * (1 + 0.1 * m)
-    naive = _naive(states, head, targets, mask, words)
+    naive = _naive(states, head, targets, mask, probs)
     wanted = torch.autograd.grad(sum(terms[name] * value for name, value in naive.items()), leaves)
     loss, sums = fused_loss(
-        states, head, targets=targets, mask=mask, coefficients=Coefficients(terms), teacher=_signal(words)
+        states, head, targets=targets, mask=mask, coefficients=Coefficients(terms), teacher=_signal(probs)
     )
     assert loss.dtype == torch.float64
     assert {name: float(value) for name, value in sums.items()} == pytest.approx(
@@ -483,12 +489,12 @@ def test_losses_and_gradients_equal_autograd_of_the_naive_formula(
 
 @pytest.mark.parametrize("samples", [0, 2])
 def test_gradcheck(samples: int) -> None:
-    states, head, targets, mask, words = _case(1, samples=samples)
+    states, head, targets, mask, probs = _case(1, samples=samples)
     coefficients = Coefficients({"lm": 0.2, "kd": 0.5, "mtp_lm.1": 0.1, "mtp_kd.1": 0.3})
 
     def loss(*leaves: torch.Tensor) -> torch.Tensor:
         return fused_loss(
-            leaves[:2], leaves[2], targets=targets, mask=mask, coefficients=coefficients, teacher=_signal(words)
+            leaves[:2], leaves[2], targets=targets, mask=mask, coefficients=coefficients, teacher=_signal(probs)
         )[0]
 
     assert torch.autograd.gradcheck(loss, [tensor.requires_grad_() for tensor in (*states, head)])
@@ -503,7 +509,7 @@ def _kd(log_p: torch.Tensor, log_q: torch.Tensor, *, k: int, points: torch.Tenso
     ids, p, rest, sampled, drawn = outcomes(log_p.clone(), k=k, points_NM=points)
     word = Outcomes(ids, p, rest.unsqueeze(-1), sampled, drawn)
     targets = torch.zeros(len(log_p), 1, dtype=torch.int64)
-    return lm_and_outcomes_kd(log_q.clone(), targets, pull=(0.0, 0.0), word=word)[1].squeeze(-1)
+    return lm_and_outcomes_kd(log_q.clone(), targets, coefficients=(0.0, 0.0), teacher=word)[1].squeeze(-1)
 
 
 def test_the_top_k_and_the_rest_give_a_lower_bound_that_grows_with_k() -> None:
@@ -544,7 +550,7 @@ def test_a_student_that_has_the_top_k_for_certain_keeps_a_finite_rest() -> None:
         torch.zeros(1, 0, dtype=torch.int64),
         torch.zeros(1, 0),
     )
-    lm, kd = lm_and_outcomes_kd(logits, torch.tensor([[0]]), pull=(0.0, 1.0), word=word)
+    lm, kd = lm_and_outcomes_kd(logits, torch.tensor([[0]]), coefficients=(0.0, 1.0), teacher=word)
     # log q of the rest: ln(27 e^-100 / 3 e^100) = ln 9 - 200; of the others -ln 3
     wanted = sum(p * (np.log(p) + np.log(3)) for p in (0.5, 0.2, 0.2)) + 0.1 * (np.log(0.1) - np.log(9) + 200)
     assert float(kd) == pytest.approx(wanted, rel=1e-6)
@@ -583,10 +589,12 @@ def test_one_entry_serves_every_depth_and_every_order_of_rows(
     states += live.mtp_states(states[0], rows, depths=2)
     for m, state in enumerate(states):
         theirs, own = full[:, m:].flatten(0, 1), (state @ live.head.T).flatten(0, 1)  # depth m at i hears i + m
-        points = np.stack([sample_points(number, T, ask=ASK)[m:] for number in numbers]).reshape(-1, ASK.samples)
-        kept = Words(*(x.numpy() for x in outcomes(theirs.clone(), k=ASK.k, points_NM=torch.from_numpy(points))))
+        points = np.stack([sample_points(number, T, settings=ASK)[m:] for number in numbers]).reshape(-1, ASK.samples)
+        kept = CachedProbs(*(x.numpy() for x in outcomes(theirs.clone(), k=ASK.k, points_NM=torch.from_numpy(points))))
         coded = decode(encode(kept, vocab_size=V), vocab_size=V, length=len(own), k=ASK.k, samples=ASK.samples)
-        kd = lm_and_outcomes_kd(own, rows[:, m + 1 :].reshape(-1, 1), pull=(0.0, 0.0), word=_signal(coded))[1]
+        kd = lm_and_outcomes_kd(own, rows[:, m + 1 :].reshape(-1, 1), coefficients=(0.0, 0.0), teacher=_signal(coded))[
+            1
+        ]
         wanted = float(kd[mask[:, m:].flatten()].sum())
         assert float(found["kd" if m == 0 else f"mtp_kd.{m}"]) == pytest.approx(wanted, rel=1e-4)
 
@@ -595,27 +603,27 @@ def test_one_entry_serves_every_depth_and_every_order_of_rows(
 def test_training_from_a_cache_learns_and_says_which_kl_it_logs(
     samples: int, name: str, folder: Path, student: Path, tokens: TokenSet, tmp_path: Path
 ) -> None:
-    cached = make_cache(folder, tokens, out=tmp_path / "cache", ask=replace(ASK, k=20, samples=samples))
-    place, settings = Place(tmp_path / "work"), _settings(tokens=20 * 4 * T, learning_rate=1e-2)
-    record = distill(student, cached.folder, tokens=tokens, out=tmp_path / "out", settings=settings, place=place)
+    cached = make_cache(folder, tokens, out=tmp_path / "cache", settings=replace(ASK, k=20, samples=samples))
+    paths, settings = TrainPaths(tmp_path / "work"), _settings(tokens=20 * 4 * T, learning_rate=1e-2)
+    record = distill(student, cached.folder, tokens=tokens, out=tmp_path / "out", settings=settings, paths=paths)
     kds = {key for step in ("first", "last") for key in record[step] if "kd" in key}
     assert kds == {name, f"mtp_{name}", f"mtp_{name}.1", f"mtp_{name}.2"}
     assert record["last"][name] < 0.8 * record["first"][name]
     assert record["parents"]["teacher"] == cached.identity.teacher
     assert record["parents"]["teacher_cache"] == cached.fingerprint
-    assert all(name in step and "kd" not in step for step in read_log(place.work / "curve.jsonl"))
+    assert all(name in step and "kd" not in step for step in read_log(paths.work / "curve.jsonl"))
 
 
 def test_a_cache_of_nearly_all_words_trains_as_the_teacher_itself(
     folder: Path, student: Path, tokens: TokenSet, tmp_path: Path
 ) -> None:
     """63 of 64 words and the rest are all words: only the codes' rounding is left between the two losses."""
-    cached = make_cache(folder, tokens, out=tmp_path / "cache", ask=replace(ASK, k=63, samples=0))
+    cached = make_cache(folder, tokens, out=tmp_path / "cache", settings=replace(ASK, k=63, samples=0))
     curves = []
     for name, teacher in (("cached", cached.folder), ("online", folder)):
-        place = Place(tmp_path / name / "work")
-        distill(student, teacher, tokens=tokens, out=tmp_path / name / "out", settings=_settings(), place=place)
-        curves.append(read_log(place.work / "curve.jsonl"))
+        paths = TrainPaths(tmp_path / name / "work")
+        distill(student, teacher, tokens=tokens, out=tmp_path / name / "out", settings=_settings(), paths=paths)
+        curves.append(read_log(paths.work / "curve.jsonl"))
     for one, two in zip(*curves, strict=True):
         assert one["kd_topk"] == pytest.approx(two["kd"], rel=0.02)
         assert one["lm"] == pytest.approx(two["lm"], rel=1e-3)
@@ -624,7 +632,7 @@ def test_a_cache_of_nearly_all_words_trains_as_the_teacher_itself(
 def test_a_temperature_with_a_cache_is_refused(
     cache: CacheFolder, student: Path, tokens: TokenSet, tmp_path: Path
 ) -> None:
-    options = {"tokens": tokens, "out": tmp_path / "out", "place": Place(tmp_path / "work")}
+    options = {"tokens": tokens, "out": tmp_path / "out", "paths": TrainPaths(tmp_path / "work")}
     with pytest.raises(RecipeError, match=r"temperature is 2, and the cache .* set it to 1, or train with the teacher"):
         distill(student, cache.folder, settings=_settings(temperature=2.0), **options)
     with pytest.raises(RecipeError, match="temperature 2 needs all of a teacher's probabilities"):
@@ -644,14 +652,14 @@ def test_a_resumed_training_reads_the_same_words(
         if record["step"] == 3:
             raise KeyboardInterrupt
 
-    whole = Place(tmp_path / "whole")
-    distill(student, cache.folder, tokens=tokens, out=tmp_path / "one", settings=settings, place=whole)
-    part = Place(tmp_path / "part")
+    whole = TrainPaths(tmp_path / "whole")
+    distill(student, cache.folder, tokens=tokens, out=tmp_path / "one", settings=settings, paths=whole)
+    part = TrainPaths(tmp_path / "part")
     monkeypatch.setattr(Watch, "write", stop)
     with pytest.raises(KeyboardInterrupt):
-        distill(student, cache.folder, tokens=tokens, out=tmp_path / "two", settings=settings, place=part)
+        distill(student, cache.folder, tokens=tokens, out=tmp_path / "two", settings=settings, paths=part)
     monkeypatch.setattr(Watch, "write", write)
-    distill(student, cache.folder, tokens=tokens, out=tmp_path / "two", settings=settings, place=part)
+    distill(student, cache.folder, tokens=tokens, out=tmp_path / "two", settings=settings, paths=part)
     assert _files(tmp_path / "one") == _files(tmp_path / "two")
 
 
@@ -665,7 +673,7 @@ def test_cache_and_distill_from_the_command_line(moeslim: Command, tmp_path: Pat
     said = moeslim("cache-teacher", teacher, text, out, "--k", 9, "--samples", 2, *settings(*SMALL))
     assert said.out.startswith(f"{out}: top 9 and 2 samples on ")
     again = moeslim("cache-teacher", teacher, text, out, "--k", 9, "--samples", 2, *settings(*SMALL))
-    assert "the cache stands already" in again.err
+    assert "the cache exists already" in again.err
     options = [*settings(*TRAIN), "--json"]
     record = moeslim("distill", student, tmp_path / "own", "--teacher-cache", out, *options).json
     assert "kd_sampled" in record["last"]

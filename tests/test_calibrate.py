@@ -22,10 +22,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ranks
-from moeslim import statistics
+from moeslim import stats as stats_file
 from moeslim.artifacts import commit
 from moeslim.artifacts.commit import read_json
-from moeslim.calibrate import lanes
+from moeslim.calibrate import row_split
 from moeslim.calibrate import run as calibration
 from moeslim.calibrate.observe import Observe
 from moeslim.calibrate.run import calibrate
@@ -39,10 +39,10 @@ from moeslim.model.walk import WalkSettings
 from moeslim.plan.schedule import resolve
 from moeslim.recipe import Keep, Methods
 from moeslim.search.run import expert_search
-from moeslim.statistics import ENOUGH_TOKENS, Stats
+from moeslim.stats import ENOUGH_TOKENS, Stats
 from tiny import tiny_config, write_tiny
 
-pytestmark = pytest.mark.bits("statistics do not depend on groups, kills, layouts or lanes")
+pytestmark = pytest.mark.bits("statistics do not depend on groups, kills, layouts or row splits")
 
 E, K, D, T = 8, 2, 16, 40
 ROWS = np.random.default_rng(3).integers(0, 64, (6, T + 1))
@@ -435,7 +435,7 @@ def test_killed_at_any_write_it_goes_on_and_ends_with_the_same_bits(
         monkeypatch.setattr(place, name, run)
 
     deadly(commit, "rename", target=1)
-    deadly(statistics, "_write", target=0)
+    deadly(stats_file, "_write", target=0)
     runs = 0
     while True:
         runs += 1
@@ -455,7 +455,7 @@ def test_killed_at_any_write_it_goes_on_and_ends_with_the_same_bits(
 def test_killed_within_a_layer_it_does_that_layer_again_and_none_before(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "LANES", 1)  # so the batches' order is known
+    monkeypatch.setattr(row_split, "PARTS", 1)  # so the batches' order is known
     settings = WalkSettings(rows_per_batch=2)
     calibrate(folder, ROWS, out=tmp_path / "whole", settings=settings)
     runs: list[int] = []
@@ -539,13 +539,13 @@ def test_rows_that_cannot_be_used_are_refused(
 
 
 def test_rows_are_shared_out_in_whole_batches() -> None:
-    shares = [lanes.share(7, 2, rank=rank, size=3).tolist() for rank in range(3)]
+    shares = [row_split.share(7, 2, rank=rank, size=3).tolist() for rank in range(3)]
     assert shares == [[0, 1, 6], [2, 3], [4, 5]]
     # rows of 10 tokens: positions 5, 23, 37, 61 lie in rows 0, 2, 3, 6; rank 0 has rows 0, 1, 6 and so tokens 0..29
     own, positions = np.array(shares[0]), np.array([5, 23, 37, 61])
-    assert lanes.within(own, positions, length=10).tolist() == [5, 21]
-    assert lanes.within(np.array(shares[1]), positions, length=10).tolist() == [3, 17]
-    assert lanes.within(np.array(shares[2]), positions, length=10).tolist() == []
+    assert row_split.within(own, positions, length=10).tolist() == [5, 21]
+    assert row_split.within(np.array(shares[1]), positions, length=10).tolist() == [3, 17]
+    assert row_split.within(np.array(shares[2]), positions, length=10).tolist() == []
 
 
 PAIRS = WalkSettings(rows_per_batch=2, dtype=torch.float64)
@@ -577,19 +577,19 @@ def test_several_processes_learn_what_one_does(folder: Path, tmp_path: Path, alo
     assert found.layers["0"].sample_tokens == 2
 
 
-_leave, _visited = calibration._leave, list[str]()
+_save_visit, _visited = calibration._save_visit, list[str]()
 
 
 def _die_in(rank: int, *, at: str) -> None:
     """From now on that process is killed when it has run the layer `at`."""
 
-    def leave(visit: Any, *args: Any, **more: Any) -> Any:
+    def save(visit: Any, *args: Any, **more: Any) -> Any:
         if visit.key == at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return _leave(visit, *args, **more)
+        return _save_visit(visit, *args, **more)
 
     if parallel.world().rank == rank:
-        calibration._leave = leave
+        calibration._save_visit = save
 
 
 def _calibrate_killed(folder: Path, out: Path) -> None:
@@ -598,15 +598,15 @@ def _calibrate_killed(folder: Path, out: Path) -> None:
 
 
 def _note_visits() -> None:
-    def leave(visit: Any, *args: Any, **more: Any) -> Any:
+    def save(visit: Any, *args: Any, **more: Any) -> Any:
         _visited.append(visit.key)
-        return _leave(visit, *args, **more)
+        return _save_visit(visit, *args, **more)
 
-    calibration._leave = leave
+    calibration._save_visit = save
 
 
 def _tell_visits() -> list[list[str]]:
-    calibration._leave = _leave
+    calibration._save_visit = _save_visit
     return parallel.gather(_visited)
 
 

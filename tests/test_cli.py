@@ -143,7 +143,7 @@ def test_step_by_step_is_what_prune_does(moeslim: Command, tmp_path: Path, *, mo
     record = moeslim("calibrate", model, tmp_path / "stats", *data, *settings(*SMALL), "--json").json
     assert record["tokens"] == 8 * 32
     again = moeslim("calibrate", model, tmp_path / "stats", *data, *settings(*SMALL))
-    assert "stand already" in again.err
+    assert "exist already" in again.err
     assert "256 tokens" in again.out
 
     options = ["--experts", "50%", "--hidden", 12, "--top-k", 1, *settings(*SMALL)]
@@ -178,7 +178,7 @@ def test_prune_then_again(moeslim: Command, tmp_path: Path, *, model: Path, text
     again = moeslim(*line)
     assert again.out == first.out
     for stage in ("stage-1-calibrate", "stage-1-plan", "stage-1-cut"):
-        assert f"{stage}: stands already" in again.err
+        assert f"{stage}: already done" in again.err
     assert {**files(tmp_path), "out.work/run.json": None} == {**standing, "out.work/run.json": None}
 
     record = moeslim(*line, "--json").json
@@ -242,7 +242,7 @@ def test_evaluate_two_models(moeslim: Command, tmp_path: Path, *, model: Path, t
     figures = json.loads((tmp_path / "records" / "other.json").read_text())["figures"]
     assert set(figures["kl"]) == {"prose", "verse"}
     again = moeslim(*line, *keys)
-    assert "evaluate other: its record stands already" in again.err
+    assert "evaluate other: its record exists already" in again.err
     assert "Bits per byte" in again.out
 
 

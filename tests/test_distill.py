@@ -17,13 +17,13 @@ from moeslim.artifacts import commit
 from moeslim.artifacts.commit import write_json
 from moeslim.data.tokens import TokenSet
 from moeslim.distill import loop, run, state
-from moeslim.distill.loop import Material
+from moeslim.distill.loop import TrainInputs
 from moeslim.distill.optimizer import make_optimizer
-from moeslim.distill.run import Place, distill, last_state
+from moeslim.distill.run import TrainPaths, distill, last_state
 from moeslim.distill.settings import Stage, TrainSettings
 from moeslim.distill.teacher import OnlineTeacher
+from moeslim.distill.vocab_check import check_same_vocab
 from moeslim.distill.watch import Watch
-from moeslim.distill.words import check_same_words
 from moeslim.errors import (
     CheckpointError,
     DataError,
@@ -69,7 +69,7 @@ def _settings(steps: int = 6, **changes: object) -> TrainSettings:
 
 def _train(student: Student, tokens: TokenSet, folder: Path, **changes: object) -> list[dict]:
     stage = Stage(fingerprint="one")
-    return loop.train(student, Material(tokens), settings=_settings(**changes), folder=folder, stage=stage)
+    return loop.train(student, TrainInputs(tokens), settings=_settings(**changes), folder=folder, stage=stage)
 
 
 def _batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
@@ -234,7 +234,9 @@ def test_nan_stops_before_the_weights_are_touched(folder: Path, tokens: TokenSet
 def test_a_foreign_state_is_refused(folder: Path, tokens: TokenSet, tmp_path: Path) -> None:
     _train(load_student(folder), tokens, tmp_path, steps=1)
     with pytest.raises(RunError, match="other models, data or place"):
-        loop.train(load_student(folder), Material(tokens), settings=_settings(1), folder=tmp_path, stage=Stage("other"))
+        loop.train(
+            load_student(folder), TrainInputs(tokens), settings=_settings(1), folder=tmp_path, stage=Stage("other")
+        )
 
 
 def test_a_kill_while_saving_leaves_the_state_before(
@@ -278,15 +280,15 @@ def test_bf16_keeps_fp32_weights_and_learns(folder: Path, tokens: TokenSet, tmp_
 def test_teacher_of_other_words_is_refused(folder: Path, tmp_path: Path) -> None:
     other = write_tiny(tmp_path / "other", num_hidden_layers=2, vocab_size=72)
     with pytest.raises(CheckpointError, match="vocab_size is 72"):
-        check_same_words(folder, other)
+        check_same_vocab(folder, other)
     one, two = tmp_path / "one", tmp_path / "two"
-    for place, word in ((one, "a"), (two, "b")):
-        place.mkdir()
-        write_json(place / "config.json", {"vocab_size": 64})
-        write_json(place / "tokenizer.json", {"model": {"vocab": {word: 0}}})
-    with pytest.raises(CheckpointError, match="other words"):
-        check_same_words(one, two)
-    check_same_words(one, one)
+    for paths, word in ((one, "a"), (two, "b")):
+        paths.mkdir()
+        write_json(paths / "config.json", {"vocab_size": 64})
+        write_json(paths / "tokenizer.json", {"model": {"vocab": {word: 0}}})
+    with pytest.raises(CheckpointError, match="other tokens"):
+        check_same_vocab(one, two)
+    check_same_vocab(one, one)
 
 
 def test_online_teacher_is_frozen(folder: Path) -> None:
@@ -300,19 +302,19 @@ def test_online_teacher_is_frozen(folder: Path) -> None:
 def test_distill_from_folder_to_folder_in_two_stages(folder: Path, tokens: TokenSet, tmp_path: Path) -> None:
     settings = changed(_settings(4), lm_only=False)
     teacher = write_tiny_teacher(folder)
-    first = Place(tmp_path / "stage-1", start=0.0, end=0.5)
-    record = distill(folder, teacher, tokens=tokens, out=tmp_path / "one", settings=settings, place=first)
+    first = TrainPaths(tmp_path / "stage-1", start=0.0, end=0.5)
+    record = distill(folder, teacher, tokens=tokens, out=tmp_path / "one", settings=settings, paths=first)
     assert record["first"]["lam"] == pytest.approx(1 - 0.25 * 0.5 / 4)
     kept = last_state(first.work)
     assert kept is not None
     state.slice_moments(kept, tmp_path / "moments", cut=shutil.copytree)
-    second = Place(tmp_path / "stage-2", start=0.5, end=1.0, moments=tmp_path / "moments")
-    record = distill(tmp_path / "one", teacher, tokens=tokens, out=tmp_path / "two", settings=settings, place=second)
+    second = TrainPaths(tmp_path / "stage-2", start=0.5, end=1.0, moments=tmp_path / "moments")
+    record = distill(tmp_path / "one", teacher, tokens=tokens, out=tmp_path / "two", settings=settings, paths=second)
     assert record["last"]["lam"] == pytest.approx(0.75)
     assert record["last"]["learning_rate"] == pytest.approx(settings.distill.min_learning_rate)
     facts = json.loads((last_state(second.work) / "state.json").read_text())  # it is there
     assert set(facts["adam_steps"].values()) == {8}
-    again = distill(tmp_path / "one", teacher, tokens=tokens, out=tmp_path / "three", settings=settings, place=second)
+    again = distill(tmp_path / "one", teacher, tokens=tokens, out=tmp_path / "three", settings=settings, paths=second)
     assert again["files"] == record["files"]  # from the finished state, the same bytes
     assert (tmp_path / "two" / "receipt.json").read_bytes() == (tmp_path / "three" / "receipt.json").read_bytes()
 
@@ -332,7 +334,9 @@ def test_what_was_trained_leaves_the_memory(
     settings = changed(_settings(1), activation_checkpointing=True)
     gc.disable()  # it may come at any moment, or not before the next stage
     try:
-        distill(folder, None, tokens=tokens, out=tmp_path / "out", settings=settings, place=Place(tmp_path / "work"))
+        distill(
+            folder, None, tokens=tokens, out=tmp_path / "out", settings=settings, paths=TrainPaths(tmp_path / "work")
+        )
         assert len(weights) > 20
         assert [weight for weight in weights if weight() is not None] == []
     finally:
@@ -362,8 +366,8 @@ def test_the_state_of_a_model_is_the_best_one_where_it_was_chosen(tmp_path: Path
 
 
 def test_reset_in_mid_run_warms_up_again(folder: Path, tokens: TokenSet, tmp_path: Path) -> None:
-    place = Place(tmp_path / "w", start=0.5, end=1.0)
-    record = distill(folder, None, tokens=tokens, out=tmp_path / "o", settings=_settings(2), place=place)
+    paths = TrainPaths(tmp_path / "w", start=0.5, end=1.0)
+    record = distill(folder, None, tokens=tokens, out=tmp_path / "o", settings=_settings(2), paths=paths)
     assert record["steps"] == 2
     moments = tmp_path / "moments"
     state.slice_moments(tmp_path / "w" / "states" / "step-0000002", moments, cut=shutil.copytree)
@@ -373,8 +377,8 @@ def test_reset_in_mid_run_warms_up_again(folder: Path, tokens: TokenSet, tmp_pat
 
 
 def test_what_cannot_work_is_refused_first(folder: Path, tokens: TokenSet, tmp_path: Path) -> None:
-    place, settings = Place(tmp_path / "w"), _settings(1)
-    options = {"tokens": tokens, "out": tmp_path / "o", "place": place}
+    paths, settings = TrainPaths(tmp_path / "w"), _settings(1)
+    options = {"tokens": tokens, "out": tmp_path / "o", "paths": paths}
     with pytest.raises(RecipeError, match="lm_only is on"):
         distill(folder, folder, settings=settings, **options)
     with pytest.raises(RecipeError, match="needs a teacher"):
@@ -384,9 +388,9 @@ def test_what_cannot_work_is_refused_first(folder: Path, tokens: TokenSet, tmp_p
     with pytest.raises(RecipeError, match="train_only names dense of a model where it has none"):
         distill(folder, None, settings=changed(settings, train_only=("dense",)), **options)
     small = write_tiny(tmp_path / "small", num_hidden_layers=2, vocab_size=32)
-    with pytest.raises(DataError, match="64 words"):
+    with pytest.raises(DataError, match="64 tokens"):
         distill(small, None, settings=settings, **options)
-    assert not place.work.exists()
+    assert not paths.work.exists()
 
 
 def test_a_stage_reads_on_where_the_one_before_ended(tokens: TokenSet) -> None:

@@ -17,7 +17,7 @@ import ranks
 from lesson import LENGTH, ROWS, STEPS, curve, learn, leave_off, refusal, spoil, stop_in_step, write_home
 from moeslim import api
 from moeslim.data.tokens import TokenSet
-from moeslim.distill.cache import Ask, make_cache
+from moeslim.distill.cache import CacheSettings, make_cache
 from moeslim.distill.watch import read_log
 
 pytestmark = pytest.mark.bits("every rank ends with the same weights, and what is gathered is what was shared out")
@@ -100,7 +100,9 @@ def test_a_state_of_two_processes_goes_on_with_any_number(home: Path, one: Recor
 
 def test_two_processes_go_on_from_one_with_a_cache_and_choose_the_same_best_state(home: Path) -> None:
     """Measured every 2 steps and at every save; each process reads the cache's rows that are its own."""
-    make_cache(home / "teacher", TokenSet.open(home / "tokens"), out=home / "cache", ask=Ask(k=8, samples=4))
+    make_cache(
+        home / "teacher", TokenSet.open(home / "tokens"), out=home / "cache", settings=CacheSettings(k=8, samples=4)
+    )
     told: dict[str, Any] = {"measure_every": 2, "measure_rows": 7, "keep_best": 1, "final": "best", "keep_last": 1}
     told |= {"teacher": "cache", "save_every": 3, "tokens": 9 * ROWS * LENGTH, "learning_rate": 1e-2}
     told |= {"lam_start": 0.2, "lam_end": 0.2}

@@ -14,7 +14,7 @@ from moeslim.plan.grouping import RHOS, Wanted, alignment, cut_layer, is_sequent
 from moeslim.plan.similarity import similarity
 from moeslim.plan.steps import LayerCut
 from moeslim.recipe import Methods
-from moeslim.statistics import LayerStats
+from moeslim.stats import LayerStats
 
 OPERATIONS = ["drop", "merge", "partial", "partial_pairs", "m_smoe", "hc_smoe", "ream"]
 SEEDS = range(60)

@@ -217,7 +217,7 @@ def test_the_command_prints_retention_and_what_stands_is_not_made_again(
         patch.setattr(harness, "_language_model", lambda *_: pytest.fail("a model was loaded"))
         again = moeslim(*asked, "--tasks", f"{task_file},{other}", "--json")
         assert again.json["tasks"] == table["tasks"]
-        assert "large: its task scores stand already" in again.err
+        assert "large: its task scores exist already" in again.err
     ran: list[str] = []
     run = harness._run
     monkeypatch.setattr(harness, "_run", lambda lm, tasks, **more: ran.append(more["name"]) or run(lm, tasks, **more))

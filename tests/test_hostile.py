@@ -34,7 +34,7 @@ from moeslim.checkpoint.verify import verify
 from moeslim.cli.display import printable
 from moeslim.data.corpus import read_corpus
 from moeslim.data.tokens import TokenSet, load_tokenizer, pack
-from moeslim.distill.cache.coding import Words, decode, encode
+from moeslim.distill.cache.coding import CachedProbs, decode, encode
 from moeslim.distill.stored import Stored, seal, write
 from moeslim.errors import CheckpointError, DataError, FamilyError, MoeslimError, PlanError, RecipeError, RunError
 from moeslim.families import Shape, table
@@ -42,7 +42,7 @@ from moeslim.plan import Plan, check_plan
 from moeslim.plan.file import parse_plan, read_plan
 from moeslim.recipe import Recipe
 from moeslim.report.records import model_record
-from moeslim.statistics import LayerStats, Stats
+from moeslim.stats import LayerStats, Stats
 from moeslim.surgery.apply import cut
 from spoil import write_good, write_raw
 from tiny import tiny_config, tiny_shape
@@ -374,7 +374,7 @@ def test_a_stage_record_removes_nothing_outside(tmp_path: Path, name: str) -> No
         facts = json.loads(record.read_text())
         record.write_text(json.dumps({**facts, "outputs": {"missing": "0", name: "0"}}))
         with pytest.raises(RunError, match="lies outside the run folder"):
-            run.stands("stage", {})
+            run.is_current("stage", {})
     assert precious.is_dir()
 
 
@@ -385,7 +385,7 @@ def test_a_stage_record_without_outputs(tmp_path: Path, outputs: object) -> None
         record = tmp_path / "run" / "stages" / "stage.json"
         record.write_text(json.dumps({**json.loads(record.read_text()), "outputs": outputs}))
         with pytest.raises(RunError, match="no record of a stage"):
-            run.stands("stage", {})
+            run.is_current("stage", {})
 
 
 def _metadata(folder: Path) -> Any:
@@ -525,7 +525,7 @@ def test_packed_tokens_that_were_changed(tmp_path: Path) -> None:
 def test_a_cached_row_spells_no_gigabytes() -> None:
     import zlib
 
-    words = Words(
+    words = CachedProbs(
         ids=np.array([[1, 5]]), p=np.array([[0.5, 0.25]]), rest=np.array([0.25]),
         sampled=np.empty((1, 0), np.int64), sampled_log_p=np.empty((1, 0), np.float32),
     )  # fmt: skip

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "moeslim"
 FLOORS = [
     {"errors", "log", "figures"},
     {"artifacts", "recipe", "machine"},
-    {"losses", "families", "statistics"},
+    {"losses", "families", "stats"},
     {"checkpoint", "data"},
     {"model", "plan"},
     {"evaluate", "distill", "calibrate", "surgery"},
@@ -36,6 +37,19 @@ ENTRANCES = {
     "wandb": {"distill/trackers.py"},
 }
 """Heavy packages and the one file through which each may enter."""
+
+_PROBS, _REPORT = "probs (a teacher's), tokens or text", "format_*, report_*, or what it holds"
+_EXISTS, _SPLIT, _ROOM = "exists, existing or is_current", "split (of rows) or threads", "memory, buffer or disk_space"
+BANNED = {
+    **{"word": _PROBS, "words": _PROBS, "hear": "log_probs", "heard": "log_probs", "listen": "open or evaluate"},
+    **dict.fromkeys(["tell", "tells", "told", "say", "says", "said"], _REPORT),
+    **{"stands": _EXISTS, "standing": _EXISTS, "lane": _SPLIT, "lanes": _SPLIT, "room": _ROOM, "rooms": _ROOM},
+    **{"pull": "coefficients", "pulled": "coefficients", "mould": "layer", "moulds": "layers", "twin": "clone"},
+    **{"master": "teacher", "story": "state", "material": "inputs", "ask": "settings"},
+    **{"carry_out": "run_on_rank0 or run_*", "help_out": "serve"},
+}
+"""What nobody looks for, as part of a name that is defined, and the standard word in its place."""
+NOT_YET_RENAMED = ("plan/", "surgery/", "report/cuts.py")
 
 FILES = sorted(SOURCE.rglob("*.py"))
 CALLED_BY_OTHERS = {"__call__", "__exit__", "__setitem__", "forward", "backward"}
@@ -169,6 +183,28 @@ def catches_all(tree: ast.Module) -> list[str]:
     return found
 
 
+def parts_of(name: str) -> list[str]:
+    """Every word of a name, and every two of them in a row: `check_room` is check, room, check_room."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().strip("_").split("_")
+    return words + ["_".join(pair) for pair in pairwise(words)]
+
+
+def riddles(tree: ast.Module, *, module: str) -> list[str]:
+    """Names of the module, its functions, classes and arguments that have a banned word in them."""
+    defined = [(1, module)]
+    for node in ast.walk(tree):
+        if isinstance(node, Function | ast.ClassDef):
+            defined.append((node.lineno, node.name))
+        elif isinstance(node, ast.arg):
+            defined.append((node.lineno, node.arg))
+    return [
+        f"line {line}: {name}: say {BANNED[part]} instead of {part}; see the glossary in CONTRIBUTING.md"
+        for line, name in defined
+        for part in parts_of(name)
+        if part in BANNED
+    ]
+
+
 @per_file
 def test_imports_go_down(path: Path) -> None:
     room = room_of(path)
@@ -198,6 +234,12 @@ def test_only_the_command_line_prints_and_catches_all(path: Path) -> None:
 def test_names_and_docstrings(path: Path) -> None:
     assert path.stem not in {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
     assert ast.get_docstring(parsed(path)), f"{named(path)} does not say what it is"
+
+
+@per_file
+def test_names_are_those_of_the_glossary(path: Path) -> None:
+    if not named(path).startswith(NOT_YET_RENAMED):
+        assert riddles(parsed(path), module=path.stem) == []
 
 
 @per_file
@@ -294,3 +336,14 @@ def test_chatty_and_catches_all_see() -> None:
     assert len(catches_all(ast.parse("try: f()\nexcept: raise"))) == 1
     assert len(catches_all(ast.parse("try: f()\nexcept BaseException: pass"))) == 1
     assert catches_all(ast.parse("try: f()\nexcept BaseException:\n    g()\n    raise")) == []
+
+
+def test_riddles_are_seen_in_every_kind_of_name() -> None:
+    assert riddles(ast.parse("def hear(logits): pass"), module="rows") == [
+        "line 1: hear: say log_probs instead of hear; see the glossary in CONTRIBUTING.md"
+    ]
+    assert len(riddles(ast.parse("class TeacherWord: pass"), module="rows")) == 1
+    assert len(riddles(ast.parse("def f(a, *, pull): return lambda told: told"), module="rows")) == 2
+    assert len(riddles(ast.parse("def _carry_out(): pass"), module="rows")) == 1
+    assert len(riddles(ast.parse(""), module="lanes")) == 1
+    assert riddles(ast.parse("def planes(keyword, classroom, sayings): carry = out = 1"), module="airplanes") == []

@@ -20,7 +20,7 @@ from moeslim.losses import LossWeights, coefficients, term_counts
 from moeslim.model.load import load_student
 from moeslim.model.student import Student
 from moeslim.model.walk import WalkSettings
-from moeslim.statistics import Stats
+from moeslim.stats import Stats
 from stock import Stock
 from tiny import FAMILIES, tiny_config, write_tiny
 

@@ -381,8 +381,8 @@ def test_logits_of_a_chunk_keep_to_their_room(monkeypatch: pytest.MonkeyPatch) -
     """At D = 1 with a teacher a target needs three rows of V fp64 numbers; room for 9 of them are 3 targets."""
     monkeypatch.setattr(fused, "CHUNK_BYTES", 9 * V * 8 + 7)
     rooms = []
-    original = fused._room
-    monkeypatch.setattr(fused, "_room", lambda rows, *a, **k: (rooms.append(rows), original(rows, *a, **k))[1])
+    original = fused._buffer
+    monkeypatch.setattr(fused, "_buffer", lambda rows, *a, **k: (rooms.append(rows), original(rows, *a, **k))[1])
     case = Case(1)
     loss, _ = case.fused(case.coefficients())
     assert rooms == [6, 3]

@@ -14,7 +14,7 @@ import torch
 
 from cuts import merge_step, moe_keys, plan_for, size_step
 from moeslim.artifacts.commit import committed_folder
-from moeslim.calibrate.room import batch_of
+from moeslim.calibrate.memory_check import batch_size_of
 from moeslim.calibrate.run import calibrate
 from moeslim.checkpoint import shard
 from moeslim.checkpoint.finite import not_finite
@@ -22,9 +22,9 @@ from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.writer import ShardWriter
 from moeslim.commands.settings import memory_bound
 from moeslim.errors import CheckpointError, MoeslimError, RecipeError, ResourceError
-from moeslim.model import experts, room
+from moeslim.model import experts, memory_check
 from moeslim.model.experts import ExpertFile
-from moeslim.model.room import Batch, needed, with_room
+from moeslim.model.memory_check import BatchSize, fit_to_memory, needed
 from moeslim.model.walk import WalkSettings
 from moeslim.plan import write_plan
 from moeslim.plan.outputs import Source
@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def standing(monkeypatch: pytest.MonkeyPatch) -> int:
     """The process as it stands, the same whenever it is asked."""
-    monkeypatch.setattr(room, "memory_used", lambda: 1_000_000)
+    monkeypatch.setattr(memory_check, "memory_used", lambda: 1_000_000)
     return 1_000_000
 
 
@@ -71,30 +71,30 @@ def test_amounts_of_memory() -> None:
 
 def test_the_bound_decides_how_many_experts_stay(model: Path, standing: int) -> None:
     """Each expert beyond the first takes its bytes and the heap's share on top; all are enough."""
-    reader, batch = Reader(model), Batch(2, 16)
+    reader, batch = Reader(model), BatchSize(2, 16)
     need = needed(reader, WalkSettings(8), batch=batch)
-    assert need.standing == standing
+    assert need.process == standing
     assert need.expert == need.stored == 3 * 12 * 16 * 4  # three matrices of I d
     for bound, group in ((need.least, 1), (need.least + round(2.5 * 1.15 * need.expert), 3), (10**10, 8)):
-        assert with_room(reader, WalkSettings(8, max_memory=bound), batch=batch).group == group
-    assert with_room(reader, WalkSettings(8, max_memory=10**10, group=2), batch=batch).group == 2
-    assert with_room(reader, WalkSettings(8), batch=batch) == WalkSettings(8)
+        assert fit_to_memory(reader, WalkSettings(8, max_memory=bound), batch=batch).group == group
+    assert fit_to_memory(reader, WalkSettings(8, max_memory=10**10, group=2), batch=batch).group == 2
+    assert fit_to_memory(reader, WalkSettings(8), batch=batch) == WalkSettings(8)
 
 
 def test_what_has_no_room_is_refused_with_what_to_lower(model: Path, standing: int, tmp_path: Path) -> None:
     reader = Reader(model)
-    many, few = (needed(reader, WalkSettings(8), batch=Batch(rows, 512)).least for rows in (8, 3))
+    many, few = (needed(reader, WalkSettings(8), batch=BatchSize(rows, 512)).least for rows in (8, 3))
     settings = WalkSettings(8, max_memory=few + 1000)
     with pytest.raises(ResourceError, match=rf"needs at least {many / 1e9:.2f} GB .*rows_per_batch to 3 \(now 8\)"):
-        with_room(reader, settings, batch=Batch(8, 512))
-    assert with_room(reader, settings, batch=Batch(3, 512)).group is not None  # what it says to do helps
+        fit_to_memory(reader, settings, batch=BatchSize(8, 512))
+    assert fit_to_memory(reader, settings, batch=BatchSize(3, 512)).group is not None  # what it says to do helps
     with pytest.raises(ResourceError, match="sequence_length to") as told:
-        with_room(reader, settings, batch=Batch(1, 4096))
+        fit_to_memory(reader, settings, batch=BatchSize(1, 4096))
     found = re.search(r"sequence_length to (\d+)", str(told.value))
     assert found is not None
-    assert with_room(reader, settings, batch=Batch(1, int(found[1]))).group is not None
+    assert fit_to_memory(reader, settings, batch=BatchSize(1, int(found[1]))).group is not None
     with pytest.raises(ResourceError, match="Shorter rows do not help"):
-        with_room(reader, WalkSettings(8, max_memory=standing), batch=Batch(8, 512))
+        fit_to_memory(reader, WalkSettings(8, max_memory=standing), batch=BatchSize(8, 512))
     with pytest.raises(ResourceError, match="max_memory is"):
         calibrate(model, ROWS, out=tmp_path / "stats", settings=WalkSettings(8, max_memory=standing))
     assert not list(tmp_path.iterdir())
@@ -102,7 +102,9 @@ def test_what_has_no_room_is_refused_with_what_to_lower(model: Path, standing: i
 
 def test_a_bound_changes_no_bit(model: Path, standing: int, tmp_path: Path) -> None:
     settings = WalkSettings(rows_per_batch=2)
-    need = needed(Reader(model), settings, batch=batch_of(Reader(model), settings, rows=4, length=16, removal=False))
+    need = needed(
+        Reader(model), settings, batch=batch_size_of(Reader(model), settings, rows=4, length=16, removal=False)
+    )
     tight = WalkSettings(rows_per_batch=2, max_memory=need.least)
     calibrate(model, ROWS, out=tmp_path / "free", settings=settings)
     calibrate(model, ROWS, out=tmp_path / "tight", settings=tight)

@@ -68,7 +68,7 @@ from moeslim.plan.experts import layer_scores
 from moeslim.plan.file import for_moments
 from moeslim.recipe import Methods
 from moeslim.report.collect import collect
-from moeslim.statistics import LayerStats
+from moeslim.stats import LayerStats
 from moeslim.surgery import cut
 
 source, run = Path(sys.argv[1]), Path(sys.argv[2])

@@ -237,7 +237,7 @@ def test_one_process_needs_nothing(folder: Path, tmp_path: Path) -> None:
     assert whole(ones) is ones
     assert parallel.together(sharded.place) == (0, 1, [0])
     save_student(load_student(folder), folder, out=tmp_path / "out", kind="distilled")
-    parallel.leave()
+    parallel.disconnect()
 
 
 def test_the_command_line_under_torchrun_speaks_once() -> None:

@@ -34,7 +34,7 @@ from moeslim.plan.similarity import SIMILARITIES
 from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK
 from moeslim.plan.steps.hidden import hidden_norms
 from moeslim.recipe import OWN_IMPORTANCE, Methods
-from moeslim.statistics import LayerStats, NormStats, Stats
+from moeslim.stats import LayerStats, NormStats, Stats
 from tiny import tiny_config, tiny_shape
 
 

@@ -25,7 +25,7 @@ from moeslim.plan.steps import (
     SetTopK,
 )
 from moeslim.recipe import Keep, Methods, Stage
-from moeslim.statistics import LayerStats, Stats
+from moeslim.stats import LayerStats, Stats
 from test_plan import hand_stats
 from tiny import tiny_shape
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from command import SMALL, Command, moeslim, settings, write_model, write_text
-from moeslim.calibrate import lanes
+from moeslim.calibrate import row_split
 from moeslim.calibrate.run import calibrate
 from moeslim.checkpoint.structure import read_structure
 from moeslim.errors import CheckpointError, DataError, PlanError
@@ -27,7 +27,7 @@ from moeslim.recipe import Methods
 from moeslim.report.draw import Series, curve_chart
 from moeslim.report.probe import probe_page, probe_table
 from moeslim.search.knee import knee, safe
-from moeslim.search.probe import Ask, Found, grid, probe
+from moeslim.search.probe import ProbeResult, ProbeSettings, grid, probe
 from moeslim.search.verdict import verdict
 from moeslim.surgery.apply import cut
 from spoil import rewrite
@@ -90,13 +90,15 @@ def measured(teacher: Path, student: Path, *, rows: np.ndarray, mask: np.ndarray
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ProbeResult:
     return predicted(folder, tmp_path_factory.mktemp("found"))
 
 
-def predicted(folder: Path, out: Path, **ask: Any) -> Found:
-    ask = {"methods": Methods(), **ask}
-    return probe(folder, Text.of(32), out=out / "stats", ask=Ask(**ask), settings=EXACT, redo=False)
+def predicted(folder: Path, out: Path, **changes: Any) -> ProbeResult:
+    changes = {"methods": Methods(), **changes}
+    return probe(
+        folder, Text.of(32), out=out / "stats", probe_settings=ProbeSettings(**changes), settings=EXACT, redo=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_prediction_is_what_the_cut_checkpoint_gives(folder: Path, tmp_path: Pat
     assert found.figures[8] == {name: Figure.exact(0.0, "nats/token") for name in names}
 
 
-def test_errors_are_over_rows(folder: Path, tmp_path: Path, found: Found) -> None:
+def test_errors_are_over_rows(folder: Path, tmp_path: Path, found: ProbeResult) -> None:
     """Ratio of sums by hand: r = sum(a)/sum(n), se = sqrt(m/(m-1) sum (a_i - r n_i)^2) / sum(n)."""
     one = predicted(folder, tmp_path).figures[4]["kl"]
     sums = json.loads((tmp_path / "stats" / "probe.json").read_text())["norm"]["4"]
@@ -146,9 +148,9 @@ def test_errors_are_over_rows(folder: Path, tmp_path: Path, found: Found) -> Non
 
 
 def test_the_statistics_are_those_of_the_other_rows(
-    folder: Path, tmp_path: Path, found: Found, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, found: ProbeResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lanes, "LANES", 1)  # as with a search; two add their sums in another order
+    monkeypatch.setattr(row_split, "PARTS", 1)  # as with a search; two add their sums in another order
     others = np.delete(Text.of(32).rows, HELD, axis=0)
     alone = calibrate(folder, others, out=tmp_path / "alone", settings=EXACT)
     assert found.stats.tokens == alone.tokens == 28 * 12
@@ -254,7 +256,7 @@ def test_grid_is_sixteenths_that_the_router_can_serve() -> None:
     assert grid(one)[0] == 8  # two experts at least in each group
 
 
-def test_verdict_counts_parameters_of_the_cut_config(folder: Path, tmp_path: Path, found: Found) -> None:
+def test_verdict_counts_parameters_of_the_cut_config(folder: Path, tmp_path: Path, found: ProbeResult) -> None:
     record = verdict(found, read_structure(folder).shape, methods=Methods(), tolerance=10.0)
     assert record["safe"] == 2
     four = record["counts"][2]
@@ -319,7 +321,7 @@ def test_command(moeslim: Command, tmp_path: Path, *, model: Path, text: Path) -
     head = " ".join(told.out.splitlines()[0].split())
     assert head == "experts kept parameters KL loss rises by MTP head's KL its loss by"
     record = moeslim(*line, "--tolerance", "9", "--json").json
-    assert "statistics stand already" in moeslim(*line).err
+    assert "statistics exist already" in moeslim(*line).err
     assert [count["experts"] for count in record["counts"]] == [2, 3, 4, 5, 6, 7, 8]
     assert (record["tolerance"], record["safe"]) == (9.0, 2)
     saved = json.loads((tmp_path / "out" / "probe.json").read_text())
@@ -356,7 +358,7 @@ def test_command_refuses(
 # The page
 
 
-def test_page_and_table_say_what_the_record_says(folder: Path, found: Found) -> None:
+def test_page_and_table_say_what_the_record_says(folder: Path, found: ProbeResult) -> None:
     record = {"model": "a <b>", "fingerprint": "f" * 16, "text": "t" * 16}
     record |= verdict(found, read_structure(folder).shape, methods=Methods(), tolerance=10.0)
     page = probe_page(record)

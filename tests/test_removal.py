@@ -18,7 +18,7 @@ from moeslim.calibrate.observe import Observe
 from moeslim.calibrate.removal import change_norms, gate_changes, next_in_line
 from moeslim.calibrate.run import calibrate
 from moeslim.model.walk import WalkSettings
-from moeslim.statistics import Stats
+from moeslim.stats import Stats
 from tiny import write_tiny
 
 pytestmark = pytest.mark.bits("sums do not depend on groups and kills")

@@ -39,7 +39,7 @@ from moeslim.search.block import BlockSample, block_error, spread
 from moeslim.search.layer import become, cut_as, merged_expert
 from moeslim.search.rho import least
 from moeslim.search.run import ExpertSearch, expert_search
-from moeslim.statistics import Stats
+from moeslim.stats import Stats
 from moeslim.surgery.apply import cut
 from tiny import tiny_shape, write_tiny
 

@@ -351,7 +351,7 @@ def test_again_runs_what_failed_and_nothing_else(
     logs = {path: path.stat().st_mtime_ns for path in (out / "logs").iterdir()}
     answer = moeslim.fails("study", file, out, "--jobs", 2)
     assert answer.code == 1
-    assert "kd-seed-0: stands already" in answer.err
+    assert "kd-seed-0: already done" in answer.err
     assert "lost-seed-1 failed: " in answer.err
     assert "lm, distilled" in answer.out
     again = {path.stem for path in logs if path.stat().st_mtime_ns != logs[path]}

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from moeslim.cli import display
 from moeslim.distill import trackers, watch
-from moeslim.distill.watch import Watch, read_log, spike, told
+from moeslim.distill.watch import Watch, format_step, read_log, spike
 from moeslim.errors import RecipeError
 from moeslim.log import progress, set_sink
 from moeslim.machine.gpus import device_peak, peak_of
@@ -156,7 +156,7 @@ def test_the_line_has_every_term(tmp_path: Path, sink: Sink, monkeypatch: pytest
 
 def test_the_line_names_a_cached_teachers_terms_and_a_gpus_memory() -> None:
     record = {name.replace("kd", "kd_topk"): value for name, value in _record(1, **{"mtp_kd.2": 0.7}).items()}
-    line = told(record, pace={"tokens_per_second": 12345.6, "peak_memory_bytes": 61.26e9})
+    line = format_step(record, pace={"tokens_per_second": 12345.6, "peak_memory_bytes": 61.26e9})
     assert "kd_topk 0.4123, mtp_lm.1 3, mtp_kd_topk.1 0.8, balance 1.04, mtp_kd_topk.2 0.7, gradient" in line
     assert line.endswith("12,346 tokens/s, 61.3 GB at most")
     assert "mtp_kd_topk 0.8" not in line
@@ -347,8 +347,8 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from moeslim.distill import trackers
 trackers.CLOSING_SECONDS = 0.5
-told = trackers.Told(Path(sys.argv[1]), "run", "1234", {}, 0)
-many = trackers.Trackers(["trackio"], told, sent=0)
+run = trackers.TrackerRun(Path(sys.argv[1]), "run", "1234", {}, 0)
+many = trackers.Trackers(["trackio"], run, sent=0)
 for step in range(1, 100): many.log(step, {"lm": 1.0})
 many.close()
 """

@@ -44,7 +44,7 @@ def committed_folder(final: Path | str) -> Iterator[Path]:
     temporary = final.with_name(f".{final.name}.partial")
     lock = _entered(temporary, final)
     try:
-        with disk_told(final):
+        with disk_errors(final):
             check_vacant(final)
             yield temporary
             flush(temporary)
@@ -70,7 +70,7 @@ def replace_file(path: Path | str) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.partial")
     lock = hold(temporary, place=path, wait=True)
     try:
-        with disk_told(path):
+        with disk_errors(path):
             yield temporary
             _fsync(temporary)
             rename(temporary, path)
@@ -82,8 +82,8 @@ def replace_file(path: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def disk_told(path: Path) -> Iterator[None]:
-    """Turn what the disk says while `path` is written into ResourceError, see `unwritten`.
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the disk while `path` is written into ResourceError, see `unwritten`.
 
     Errors that name a file, which is not there or may not be read, stay as they are, unless the disk is full.
     """

@@ -57,12 +57,12 @@ def file_fingerprint(path: Path | str) -> str:
 def folder_fingerprint(folder: Path | str) -> str:
     """16 hex digits for the files of a folder, by name and content, without those whose name starts with a dot.
 
-    Where a `receipt.json` stands (all its files are there with the sizes it tells, the small ones with their hashes)
+    Where a `receipt.json` is valid (all its files are there with the sizes it gives, the small ones with their hashes)
     its hashes of whole files are the name, so the same weights are called the same wherever they are copied and
     whatever is put beside them. Otherwise every file counts, by `file_fingerprint`.
     """
     folder = Path(folder)
-    stated = _standing_receipt(folder)
+    stated = _valid_receipt(folder)
     if stated is not None:
         return fingerprint({"receipt": stated})
     files = {
@@ -79,8 +79,8 @@ def content_fingerprint(path: Path | str) -> str:
     return folder_fingerprint(path) if path.is_dir() else file_fingerprint(path)
 
 
-def _standing_receipt(folder: Path) -> dict[str, str] | None:
-    """File name -> SHA-256 as the receipt tells it, or None where it is missing, unreadable or no longer true.
+def _valid_receipt(folder: Path) -> dict[str, str] | None:
+    """File name -> SHA-256 as the receipt gives it, or None where it is missing, unreadable or no longer true.
 
     One that leaves out weights names no model.
     """

@@ -1,4 +1,4 @@
-"""A run folder: which stages are finished, from which inputs, and whether their outputs still stand.
+"""A run folder: which stages are finished, from which inputs, and whether their outputs are current.
 
 RUN/run.json              schema and code version of whoever made the folder
 RUN/stages/<name>.json    inputs (as given, and their fingerprint), outputs (path -> content fingerprint)
@@ -53,19 +53,19 @@ class Run:
         optional: Sequence[str] = (),
         resumes: bool = False,
     ) -> Iterator[bool]:
-        """Yield whether stage `name` is to be done (see `stands`); if so, record what it made when the block has ended.
+        """Yield whether stage `name` is to be done (see `is_current`); if so, record its outputs when the block ends.
 
         A block that raises is not recorded. `optional`: outputs that it may leave out. `resumes`: what an earlier block
         left without a record is not removed (unless with `redo`), since this one knows whether to go on from it.
         """
         cleared = [*outputs, *optional] if self.redo or not resumes else []
-        due = not self.stands(name, inputs, outputs=cleared)
+        due = not self.is_current(name, inputs, outputs=cleared)
         yield due
         if due:
             made = [*outputs, *(output for output in optional if self.path(output).exists())]
             self.finish(name, inputs, outputs=made)
 
-    def stands(self, name: str, inputs: Mapping[str, object], *, outputs: Iterable[str] = ()) -> bool:
+    def is_current(self, name: str, inputs: Mapping[str, object], *, outputs: Iterable[str] = ()) -> bool:
         """True if stage `name` was finished from the same inputs and its outputs are untouched: skip it.
 
         False: do it. Then nothing lies at the recorded outputs nor at those named in `outputs` (a run killed between
@@ -80,7 +80,7 @@ class Run:
         gone = [output for output in record["outputs"] if not (self.folder / output).exists()]
         difference = f"its output {', '.join(gone)} is gone" if gone else self._difference(record, inputs)
         if difference is None:
-            logger.info("%s: stands already in %s, skipped", name, self.folder)
+            logger.info("%s: already done in %s, skipped", name, self.folder)
             return True
         if not gone and not self.redo:
             raise RunError(f"{self.folder}: stage {name}: {difference}; choose another output folder or pass --redo")
@@ -136,7 +136,7 @@ class Run:
                 )
 
     def _difference(self, record: dict[str, Any], inputs: Mapping[str, object]) -> str | None:
-        """What keeps the record from standing, in words; None if it stands."""
+        """Why the record is not current, as text; None if it is."""
         if record.get("inputs_fingerprint") != fingerprint(dict(inputs)):
             changed = ", ".join(_changed(record["inputs"], dict(inputs)))
             return f"its output was made from other inputs ({changed})"

@@ -66,8 +66,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no number of JSON")
+def _no_number(literal: str) -> float:
+    raise ValueError(f"{literal} is no number of JSON")
 
 
 def _finite(digits: str) -> float:

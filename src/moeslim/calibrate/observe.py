@@ -22,7 +22,7 @@ from moeslim.calibrate.sums import Sums, expert_sums, gram, layer_sums, neuron_s
 from moeslim.model.experts import FileExperts, Routing, Run
 from moeslim.model.moe import MoeBlock
 from moeslim.model.walk import LayerVisit
-from moeslim.statistics import LayerStats, NormStats
+from moeslim.stats import LayerStats, NormStats
 
 
 class Trial(Protocol):

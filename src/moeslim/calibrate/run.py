@@ -4,7 +4,7 @@ There is no other path, for small models either. Hidden states and finished laye
 output until all is done, so a killed calibration goes on at its layer and ends with the same bits (on as many threads).
 
 Several processes walk side by side, each over batches of its own: batch b is rank b mod R's, so every row runs in the
-batch in which one process runs it, and the sums are added when all have arrived. They need no word from each other on
+batch in which one process runs it, and the sums are added when all have arrived. They exchange no messages on
 the way, only a folder that all of them see.
 
 .OUT.calibrating/                 the walk of one process (model/walk.py)
@@ -25,18 +25,18 @@ from torch import nn
 from moeslim.artifacts.commit import check_vacant, committed_folder, discard, read_json
 from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.artifacts.lock import run_lock
-from moeslim.calibrate.lanes import Lanes, Part, lanes_for, share, watch, within
+from moeslim.calibrate.memory_check import batch_size_of
 from moeslim.calibrate.observe import Observe, Trial
-from moeslim.calibrate.room import batch_of
+from moeslim.calibrate.row_split import PartStats, RowSplit, row_split_for, share, watch, within
 from moeslim.calibrate.sums import sample_positions
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import CheckpointError, DataError, RunError
 from moeslim.log import logger, progress
 from moeslim.machine import parallel
 from moeslim.model.hidden import HiddenFiles
-from moeslim.model.room import with_room
-from moeslim.model.walk import LayerVisit, WalkSettings, check_standing, walk
-from moeslim.statistics import SCHEMA, Stats, coverage_lines, join, pool
+from moeslim.model.memory_check import fit_to_memory
+from moeslim.model.walk import LayerVisit, WalkSettings, check_existing, walk
+from moeslim.stats import SCHEMA, Stats, coverage_lines, join, pool
 
 Visits = Generator[LayerVisit, nn.Module | None, None]
 HELD_OUT_SHARE = 8
@@ -90,7 +90,7 @@ def calibrate(
 ) -> Stats:
     """Statistics of the checkpoint folder `model` over `sequences` rows spread evenly over `tokens` (None: all).
 
-    Writes `out` last and at once; where it stands already, from the same model, rows and settings, it is read instead.
+    Writes `out` last and at once; if it exists already, from the same model, rows and settings, it is read instead.
     A search may decide at each live layer, and hold out some of the rows: the statistics are of the others. It decides
     from all rows, so it walks in one process, whatever their number. Raises DataError for rows that the model cannot
     read, RunError where `out`, or the half-finished work beside it, is of something else or in use.
@@ -104,14 +104,16 @@ def calibrate(
     job = _job(model, rows, held_out=held_out, settings=settings, observe=observe)
     work = out.with_name(f".{out.name}.calibrating")
     if (out / "stats.json").is_file():
-        standing = Stats.load(out)
-        if job.made(standing):
-            logger.info("statistics stand already in %s", out)
+        existing = Stats.load(out)
+        if job.made(existing):
+            logger.info("statistics exist already in %s", out)
             discard(work)
-            return standing
+            return existing
     check_vacant(out)
     lengths = {"rows": len(rows), "length": rows.shape[1] - 1}
-    settings = with_room(reader, settings, batch=batch_of(reader, settings, removal=observe.removal, **lengths))
+    settings = fit_to_memory(
+        reader, settings, batch=batch_size_of(reader, settings, removal=observe.removal, **lengths)
+    )
     with run_lock(work):
         places = _places(work, num_batches=-(-len(rows) // settings.rows_per_batch), searching=observe.search)
         _clear(work, places, job=job, redo=observe.redo)
@@ -166,7 +168,7 @@ def _clear(work: Path, places: Sequence[Path], *, job: _Job, redo: bool) -> None
             continue
         if redo and read_json(walked).get("name") != job.name:
             walked.unlink()  # without it nothing there counts
-        check_standing(folder, job.name)
+        check_existing(folder, job.name)
         if folder not in places and walked.exists():
             logger.warning("%s: was begun by another number of processes, and is done anew", work)
             walked.unlink()
@@ -211,17 +213,17 @@ def _walk(walkers: _Walkers, rows: np.ndarray, *, reader: Reader | None = None) 
         positions = sample_positions(job.tokens, experts=reader.shape["experts"], top_k=reader.shape["top_k"])
         positions = within(own, positions, length=length)
         visits = walk(reader, rows[own], workdir=walkers.places[rank], settings=settings, name=job.name)
-        lanes = Lanes(1)
+        row_split = RowSplit(1)
         if size == 1 and walkers.observe.search is None:
-            lanes = lanes_for(reader.shape, settings, num_rows=observed, length=length)
+            row_split = row_split_for(reader.shape, settings, num_rows=observed, length=length)
         num_visits = len(reader.shape.keys)
-        _observe(visits, positions, lanes=lanes, num_visits=num_visits, job=own_job, observe=walkers.observe)
+        _observe(visits, positions, row_split=row_split, num_visits=num_visits, job=own_job, observe=walkers.observe)
     if size > 1:
         parallel.barrier()
 
 
 def _observe(
-    visits: Visits, positions: np.ndarray, *, lanes: Lanes, num_visits: int, job: _Job, observe: Observe
+    visits: Visits, positions: np.ndarray, *, row_split: RowSplit, num_visits: int, job: _Job, observe: Observe
 ) -> None:
     """Drive a walk to its end, with statistics left at every visit; `positions` of the shared sample."""
     length = job.tokens // job.sequences
@@ -232,24 +234,24 @@ def _observe(
                 visit = visits.send(replacement)
             except StopIteration:
                 return
-            tell = partial(_tell, advance, visit.key, length)
+            report = partial(_report_rows, advance, visit.key, length)
             trial = None
             if observe.search is not None:
                 trial = observe.search.visit(visit, observed=job.tokens, held_out=job.held_out * length)
             with nullcontext() if trial is None else trial.watching():
                 parts = watch(
-                    visit, lanes, end=job.sequences, positions=positions, removal=observe.removal, advance=tell
+                    visit, row_split, end=job.sequences, positions=positions, removal=observe.removal, advance=report
                 )
                 for batch in visit.batches(first=job.sequences):
-                    tell(batch.stop - batch.start)
-            replacement = _leave(visit, parts, trial=trial, job=job)
+                    report(batch.stop - batch.start)
+            replacement = _save_visit(visit, parts, trial=trial, job=job)
 
 
-def _tell(advance: Callable[..., None], key: str, length: int, rows: int) -> None:
+def _report_rows(advance: Callable[..., None], key: str, length: int, rows: int) -> None:
     advance(rows * length, f"layer {key}")
 
 
-def _leave(visit: LayerVisit, parts: list[Part], *, trial: Trial | None, job: _Job) -> nn.Module | None:
+def _save_visit(visit: LayerVisit, parts: list[PartStats], *, trial: Trial | None, job: _Job) -> nn.Module | None:
     """Put the visit's statistics, and what its trial decides from them, where the walk commits them."""
     length, observed = job.tokens // job.sequences, []
     for part in parts:

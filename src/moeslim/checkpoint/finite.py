@@ -5,7 +5,7 @@ import numpy as np
 # All exponent bits set: the value is Inf or NaN. Unsigned words, because numpy has no bfloat16.
 _EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
 _WIDTH = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
-_WORDS = 1 << 17  # at a time, so that what is made of them stays in the processor's cache: five times as fast
+_AT_ONCE = 1 << 17  # at a time, so that what is made of them stays in the processor's cache: five times as fast
 
 
 def not_finite(block: bytes | memoryview, dtype: str) -> int:
@@ -15,11 +15,11 @@ def not_finite(block: bytes | memoryview, dtype: str) -> int:
     """
     if dtype not in _EXPONENT or len(block) % _WIDTH[dtype]:
         return 0
-    words = np.frombuffer(block, dtype=f"<u{_WIDTH[dtype]}")
-    sign_off = words.dtype.type((1 << (8 * words.itemsize - 1)) - 1)
+    values = np.frombuffer(block, dtype=f"<u{_WIDTH[dtype]}")
+    sign_off = values.dtype.type((1 << (8 * values.itemsize - 1)) - 1)
     found = 0
-    for start in range(0, words.size, _WORDS):
-        magnitudes = words[start : start + _WORDS] & sign_off
+    for start in range(0, values.size, _AT_ONCE):
+        magnitudes = values[start : start + _AT_ONCE] & sign_off
         if magnitudes.max() >= _EXPONENT[dtype]:
             found += int(np.count_nonzero(magnitudes >= _EXPONENT[dtype]))
     return found

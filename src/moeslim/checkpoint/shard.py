@@ -25,7 +25,7 @@ AHEAD_BYTES = (_BLOCKS + 1) * _BLOCK
 _FLUSH_BYTES = 1 << 28  # after so many the disk is told to begin; by itself the system may wait for gigabytes
 
 
-class Lanes:
+class WriterThreads:
     """Three threads, each doing its jobs in order, and the free blocks."""
 
     def __init__(self) -> None:
@@ -37,11 +37,11 @@ class Lanes:
             self.free.put(block)
         self.back = memory[0]
 
-    def submit(self, lane: str, job: Callable[..., None], *facts: Any) -> "Future[None]":
-        """Have a lane do a job; raises what went wrong in an earlier one."""
+    def submit(self, thread: str, job: Callable[..., None], *facts: Any) -> "Future[None]":
+        """Have a thread do a job; raises what went wrong in an earlier one."""
         while self._waiting and self._waiting[0].done():
             self._waiting.popleft().result()
-        self._waiting.append(self._threads[lane].submit(job, *facts))
+        self._waiting.append(self._threads[thread].submit(job, *facts))
         return self._waiting[-1]
 
     def close(self) -> None:
@@ -53,12 +53,12 @@ class Lanes:
 
 
 class ShardFile:
-    """One file. `bad`: how many values are NaN or Inf, by tensor; true, like `facts`, when its lanes are closed."""
+    """One file. `bad`: how many values are NaN or Inf, by tensor; true, like `facts`, when its threads are closed."""
 
-    def __init__(self, path: Path, lanes: Lanes) -> None:
+    def __init__(self, path: Path, threads: WriterThreads) -> None:
         self.path, self.size = path, 0
         self.bad: dict[str, int] = {}
-        self._lanes = lanes
+        self._threads = threads
         self._file = path.open("w+b", buffering=0)
         self._digest, self._proven = hashlib.sha256(), 0
 
@@ -66,18 +66,18 @@ class ShardFile:
         """Put bytes (uint8) of a tensor, or of the header, at the end."""
         for start in range(0, len(content), _BLOCK):
             part = content[start : start + _BLOCK]
-            block = self._lanes.free.get()
+            block = self._threads.free.get()
             np.copyto(block[: len(part)], part)
-            written = self._lanes.submit("write", self._write, block[: len(part)])
-            self._lanes.submit("prove", self._prove, (written, block), (len(part), tensor, dtype))
+            written = self._threads.submit("write", self._write, block[: len(part)])
+            self._threads.submit("prove", self._prove, (written, block), (len(part), tensor, dtype))
             before, self.size = self.size, self.size + len(part)
             if self.size // _FLUSH_BYTES > before // _FLUSH_BYTES:
-                self._lanes.submit("flush", self._flush, written)
+                self._threads.submit("flush", self._flush, written)
 
     def close(self) -> None:
         """No more will come: flush and close it, behind the jobs that it still has."""
-        proven = self._lanes.submit("prove", lambda: None)
-        self._lanes.submit("flush", self._finish, proven)
+        proven = self._threads.submit("prove", lambda: None)
+        self._threads.submit("flush", self._finish, proven)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -95,8 +95,8 @@ class ShardFile:
         try:
             written.result()
         finally:
-            self._lanes.free.put(block)  # whatever happened: the giver must not wait for ever
-        found = self._lanes.back[:size]
+            self._threads.free.put(block)  # whatever happened: the giver must not wait for ever
+        found = self._threads.back[:size]
         got = os.preadv(self._file.fileno(), [found.data], self._proven)
         if got != size:
             raise CheckpointError(f"{self.path}: {size} bytes were written and {got} can be read back")

@@ -19,7 +19,7 @@ from moeslim.artifacts.fingerprint import hash_file
 from moeslim.checkpoint.config_json import side_files
 from moeslim.checkpoint.index import INDEX_NAME, ITEM_BYTES, SINGLE_NAME
 from moeslim.checkpoint.reader import TORCH_DTYPES
-from moeslim.checkpoint.shard import Lanes, ShardFile
+from moeslim.checkpoint.shard import ShardFile, WriterThreads
 from moeslim.errors import ResourceError
 
 SHARD_BYTES = 5_000_000_000
@@ -46,7 +46,7 @@ class ShardWriter:
         self._shards = dict(zip(self._files, shards, strict=True))
         self._file_of = {name: file for file, shard in self._shards.items() for name, _, _ in shard}
         self._next = 0
-        self._lanes = Lanes()
+        self._threads = WriterThreads()
         self._made: list[ShardFile] = []
         free = shutil.disk_usage(self.folder).free
         if free < self.total_bytes:
@@ -80,7 +80,7 @@ class ShardWriter:
         """Close the last file and write the index; returns {file: {"sha256", "bytes"}} of the weights and the index."""
         assert self._next == len(self._planned), f"{len(self._planned) - self._next} planned tensors were not given"
         self._made[-1].close()
-        self._lanes.close()
+        self._threads.close()
         facts = {file.path.name: file.facts for file in self._made}
         if len(self._files) > 1:
             index = {
@@ -106,7 +106,7 @@ class ShardWriter:
         if not self._made or self._made[-1].path.name != name:
             if self._made:
                 self._made[-1].close()
-            self._made.append(ShardFile(self.folder / name, self._lanes))
+            self._made.append(ShardFile(self.folder / name, self._threads))
             self._made[-1].append(np.frombuffer(_header(self._shards[name]), dtype=np.uint8))
         return self._made[-1]
 

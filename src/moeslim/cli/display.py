@@ -157,7 +157,7 @@ def stoppable() -> Iterator[None]:
     Neither signal may be lost so: it is sent again.
     """
 
-    def leave(_number: int, _frame: object) -> None:
+    def on_sigterm(_number: int, _frame: object) -> None:
         raise SystemExit(Interrupted.exit_code)
 
     def dropped(what: Any) -> None:
@@ -168,7 +168,7 @@ def stoppable() -> Iterator[None]:
             hook(what)
 
     again: list[threading.Timer] = []
-    before, hook = signal.signal(signal.SIGTERM, leave), sys.unraisablehook
+    before, hook = signal.signal(signal.SIGTERM, on_sigterm), sys.unraisablehook
     sys.unraisablehook = dropped
     try:
         yield
@@ -186,7 +186,7 @@ def ended(work: Callable[[], int | None]) -> int:
     except MoeslimError as problem:
         complain(problem)
         return problem.exit_code
-    except OSError as problem:  # the machine's word: no space left, no right to write, a vanished disk
+    except OSError as problem:  # the machine's message: no space left, no right to write, a vanished disk
         place = f"{problem.filename}: " if problem.filename else ""
         complain(f"{place}{problem.strerror or problem}; nothing half-written stays, so set it right and run again")
         return 1

@@ -181,7 +181,7 @@ def cache_teacher(
     out_folder: Annotated[Path, typer.Argument(metavar="CACHE", help="Where the cache goes.")],
     k: Annotated[int, typer.Option("--k", help="Largest probabilities kept per position.")] = 50,
     samples: Annotated[
-        int, typer.Option(help="Words drawn from the rest, for an estimate of the full KL; 0: a lower bound of it.")
+        int, typer.Option(help="Tokens drawn from the rest, for an estimate of the full KL; 0: a lower bound of it.")
     ] = 8,
     settings: Settings = None,
     as_json: AsJson = False,
@@ -290,7 +290,7 @@ def report(
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
-    out_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder; goes on if it stands.")],
+    out_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder; resumes if it exists.")],
     settings: Settings = None,
     dry_run: DryRun = False,
     redo: Redo = False,
@@ -314,7 +314,7 @@ def run(
 @app.command()
 def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study in YAML.")],
-    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where runs and table go; goes on if it stands.")],
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where runs and table go; resumes if it exists.")],
     jobs: Annotated[int, typer.Option(help="Runs that go on side by side.")] = 1,
     settings: Settings = None,
     dry_run: DryRun = False,
@@ -369,6 +369,6 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         with stoppable():
             sys.exit(ended(app))
-    from moeslim.machine.parallel import carry_out, serve
+    from moeslim.machine.parallel import run_on_rank0, serve
 
-    sys.exit(ended(lambda: carry_out(lambda: ended(app), help_out=lambda: ended(serve))))
+    sys.exit(ended(lambda: run_on_rank0(lambda: ended(app), follow=lambda: ended(serve))))

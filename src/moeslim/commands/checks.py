@@ -1,4 +1,4 @@
-"""What a run is refused for before its first stage: its models, its settings, the disk."""
+"""Checks before a run's first stage: its models, its settings, the disk."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,16 +24,16 @@ def find_models(recipe: Recipe) -> tuple[Structure, Structure]:
 
 def check_settings(recipe: Recipe, source: Structure, *, teacher: Structure) -> None:
     """Refuse settings that a late stage could not work with, before the first one."""
-    from moeslim.distill.words import check_same_words
+    from moeslim.distill.vocab_check import check_same_vocab
 
     prepare(recipe)
     evaluate_settings(recipe).check()
     check_training(recipe, source.shape)
     if teacher.folder != source.folder:
-        check_same_words(source.folder, teacher.folder)
+        check_same_vocab(source.folder, teacher.folder)
 
 
-def check_room(recipe: Recipe, source: Structure, *, folder: Path, targets: Sequence[StageTarget]) -> None:
-    """Refuse a run that the disk cannot hold; what stands in its folder already is not asked for again."""
-    standing = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    check_disk(folder, max(0, run_bytes(recipe, source, targets=targets) - standing))
+def check_disk_space(recipe: Recipe, source: Structure, *, folder: Path, targets: Sequence[StageTarget]) -> None:
+    """Refuse a run that the disk cannot hold; what its folder already holds is not counted again."""
+    existing = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    check_disk(folder, max(0, run_bytes(recipe, source, targets=targets) - existing))

@@ -12,7 +12,7 @@ from moeslim.plan.schedule import StageTarget, axes_of, resolve
 from moeslim.recipe import Recipe
 
 _GIGA = 1e9
-_WORDS = {
+_NAMES = {
     "experts": "experts per layer",
     "layers": "layers",
     "hidden": "channels",
@@ -96,8 +96,8 @@ def amount(parameters: int) -> str:
 
 
 def _headline(before: Shape, after: Shape, *, record: Mapping[str, Any]) -> str:
-    counts = {axis: (before.count(axis), after.count(axis)) for axis in _WORDS if axis in axes_of(before)}
-    changes = [f"{old} -> {new} {_WORDS[axis]}" for axis, (old, new) in counts.items() if old != new]
+    counts = {axis: (before.count(axis), after.count(axis)) for axis in _NAMES if axis in axes_of(before)}
+    changes = [f"{old} -> {new} {_NAMES[axis]}" for axis, (old, new) in counts.items() if old != new]
     parameters = f"{amount(record['before']['parameters'])} -> {amount(record['after']['parameters'])}"
     return ", ".join([*(changes or ["nothing to cut"]), parameters])
 

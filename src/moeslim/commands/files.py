@@ -23,7 +23,7 @@ def calibrate(
     """Statistics of `model` over calibration text, in `out`; a killed calibration goes on at its layer."""
     from moeslim.calibrate.run import calibrate as observe
     from moeslim.data.tokens import pack
-    from moeslim.statistics import coverage_lines
+    from moeslim.stats import coverage_lines
 
     recipe = options_recipe(model, keep={}, overrides=overrides, data=data)
     folder, out = model_folder(model, revision=recipe.revision), Path(out)
@@ -53,7 +53,7 @@ def plan(
     from moeslim.plan.check import check_plan
     from moeslim.plan.file import write_plan
     from moeslim.plan.make import make_plan
-    from moeslim.statistics import Stats
+    from moeslim.stats import Stats
 
     recipe = options_recipe(model, keep=keep, overrides=overrides)
     folder = model_folder(model, revision=recipe.revision, config_only=True)
@@ -77,12 +77,12 @@ def cut(model: str, plan_file: Path | str, *, out: Path | str, max_memory: str |
     """Carry out a plan; the smaller checkpoint appears in `out` whole, verified, or not at all."""
     from moeslim.plan.file import read_plan
     from moeslim.surgery import check_cut
-    from moeslim.surgery import cut as carry_out
+    from moeslim.surgery import cut as cut_model
 
     folder = model_folder(model)
     before = sizes(Opened.read(folder).shape)
     made = check_cut(folder, read_plan(plan_file), bound=memory_bound(max_memory))
-    receipt = carry_out(folder, made, out_folder=out, beside=Path(plan_file).parent)
+    receipt = cut_model(folder, made, out_folder=out, beside=Path(plan_file).parent)
     after = sizes(read_structure(out).shape)
     line = f"{out}: {amount(before['parameters'])} -> {amount(after['parameters'])} parameters"
     return {"model": str(out), "receipt": receipt, "lines": [line]}
@@ -127,7 +127,7 @@ def probe(
     from moeslim.data.tokens import pack
     from moeslim.report.probe import write_probe_page
     from moeslim.search.knee import TOLERANCE
-    from moeslim.search.probe import Ask
+    from moeslim.search.probe import ProbeSettings
     from moeslim.search.probe import probe as predict
     from moeslim.search.verdict import verdict
 
@@ -138,7 +138,7 @@ def probe(
     structure = read_structure(folder)
     check_structure(structure)
     length, methods = recipe.data.sequence_length, recipe.methods
-    ask = Ask(methods, seed=recipe.seed, sequences=recipe.calibrate.sequences)
+    probe_settings = ProbeSettings(methods, seed=recipe.seed, sequences=recipe.calibrate.sequences)
     with open_run(out, redo=redo) as run:
         text = text_parts(recipe.data)["calibration"]
         tokens = pack(text, folder, out_folder=out / "tokens", sequence_length=length, seed=recipe.seed, redo=redo)
@@ -153,7 +153,14 @@ def probe(
         # It resumes: the probe knows whether statistics without a record (a kill came between) are right.
         with run.stage("probe", made_from, outputs=["stats"], resumes=True):
             prepare(recipe)
-            found = predict(folder, tokens, out=out / "stats", ask=ask, settings=walk_settings(recipe), redo=redo)
+            found = predict(
+                folder,
+                tokens,
+                out=out / "stats",
+                probe_settings=probe_settings,
+                settings=walk_settings(recipe),
+                redo=redo,
+            )
         record: dict[str, Any] = {"model": model, "fingerprint": made_from["model"], "text": tokens.fingerprint}
         allowed = TOLERANCE if tolerance is None else tolerance
         record |= verdict(found, structure.shape, methods=methods, tolerance=allowed)

@@ -75,9 +75,9 @@ def _forecast(
         now = shaped
     record: dict[str, Any] = {"before": before, "stages": found, "random_init": None}
     if recipe.compare_random_init and recipe.distill.tokens:
-        twin = {**found[-1], "tokens": recipe.distill.tokens}
-        twin["teraflops"] = twin["tokens"] * twin["operations"] / 1e12
-        record["random_init"] = {**twin, "disk_bytes": _left(recipe, twin, scale=scale, moments=False)}
+        random_init = {**found[-1], "tokens": recipe.distill.tokens}
+        random_init["teraflops"] = random_init["tokens"] * random_init["operations"] / 1e12
+        record["random_init"] = {**random_init, "disk_bytes": _left(recipe, random_init, scale=scale, moments=False)}
     trainings = _trainings(record)
     record["costs"] = {
         "training_teraflops": sum(stage["tokens"] * stage["operations"] for stage in trainings) / 1e12,
@@ -150,14 +150,14 @@ def _most_bytes(recipe: Recipe, record: Mapping[str, Any], *, hidden: int) -> in
     """What the stages leave, or what they hold on the way, where that is more: hidden states, a state being written."""
     rows = recipe.calibrate.sequences * recipe.data.sequence_length
     width = 4 if recipe.precision == "float32" else 2
-    most = standing = 0
+    most = written = 0
     for stage in _trainings(record):
         if stage is not record["random_init"]:
-            most = max(most, standing + 2 * rows * width * hidden)  # two generations
+            most = max(most, written + 2 * rows * width * hidden)  # two generations
             hidden = stage["hidden"]
         left, writing = _states(recipe, stage["tokens"])
-        standing += stage["disk_bytes"]
-        most = max(most, standing + (writing - left) * _state_bytes(stage))
+        written += stage["disk_bytes"]
+        most = max(most, written + (writing - left) * _state_bytes(stage))
     return most
 
 
@@ -196,8 +196,8 @@ def _lines(record: Mapping[str, Any], *, known: str) -> list[str]:
     axes = ("layers", "hidden", "experts", "expert_size", "shared_size", "top_k")
     for number, stage in enumerate(record["stages"], start=1):
         shape = ", ".join(f"{axis} {stage[axis]}" for axis in axes if stage[axis] is not None)
-        told = f"{amount(stage['parameters'])} parameters, {amount(stage['active'])} active"
-        lines.append(f"stage {number}: {shape}; {told}, {stage['tokens']:,} tokens; {_cost(stage)}")
+        sizes = f"{amount(stage['parameters'])} parameters, {amount(stage['active'])} active"
+        lines.append(f"stage {number}: {shape}; {sizes}, {stage['tokens']:,} tokens; {_cost(stage)}")
     if record["random_init"]:
         lines.append(f"random init: {record['random_init']['tokens']:,} tokens; {_cost(record['random_init'])}")
     if known:

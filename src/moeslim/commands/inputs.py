@@ -12,7 +12,7 @@ from moeslim.errors import RunError
 from moeslim.recipe import Recipe
 
 BUNDLED = Path(__file__).parents[1] / "demo"
-"""The bundled teacher, tokenizer and text; as files, since the code in demo/ stands above this room."""
+"""The bundled teacher, tokenizer and text; as files, since the code in demo/ is on a floor above this one."""
 
 
 def model_folder(model: str, *, revision: str | None = None, config_only: bool = False) -> Path:

@@ -31,7 +31,7 @@ def evaluate(
     paths: list[Any] = list(data) if data else [BUNDLED / "text" / "heldout.jsonl.xz"]
     text = read_corpus([(path, None) for path in paths])
     folders = {name: model_folder(model) for name, model in labels(models).items()}
-    master = None if teacher is None else model_folder(teacher)
+    teacher_folder = None if teacher is None else model_folder(teacher)
     for folder in folders.values():
         check_structure(read_structure(folder))
     first = next(iter(folders.values()))
@@ -42,7 +42,7 @@ def evaluate(
         measure(
             folders,
             tokens.documents(),
-            teacher=master,
+            teacher=teacher_folder,
             tokenizer=first,
             settings=evaluate_settings(recipe),
             out=out,
@@ -69,8 +69,10 @@ def evaluate_tasks(
     from moeslim.report.tasks import task_rows
 
     recipe, out = options_recipe(models[0], keep={}, overrides=overrides), Path(out) / "tasks"
-    named, master = labels(models), None if teacher is None else next(iter(labels([teacher])))
-    if teacher is not None and (master not in named or model_folder(named[master]) != model_folder(teacher)):
+    named, teacher_label = labels(models), None if teacher is None else next(iter(labels([teacher])))
+    if teacher is not None and (
+        teacher_label not in named or model_folder(named[teacher_label]) != model_folder(teacher)
+    ):
         named = labels([teacher, *models])
     folders = {label: model_folder(model) for label, model in named.items()}
     for folder in folders.values():
@@ -82,9 +84,9 @@ def evaluate_tasks(
     running = Running(recipe.precision, where, batch=rows, limit=limit)
     with run_lock(out):
         scores = ask(folders, loaded, running=running, out=out)
-        table = retention_table(scores, teacher=master, tasks=list(loaded.tasks))
-        place = out / "retention" / f"{master}.json" if master else out
-        if master:
+        table = retention_table(scores, teacher=teacher_label, tasks=list(loaded.tasks))
+        place = out / "retention" / f"{teacher_label}.json" if teacher_label else out
+        if teacher_label:
             write_json(place, table)
     return {"records": str(out), **table, "table": task_rows(table), "lines": [f"records: {place}"]}
 
@@ -123,9 +125,9 @@ def differences(records: Path) -> list[str]:
         if "distilled" not in found or other not in found:
             continue
         figures = paired(found["distilled"], found[other])
-        told = [
+        differences = [
             f"{domain} {figure.value:+.3f}" + (f" ± {figure.se:.3f}" if figure.se is not None else "")
             for domain, figure in figures.items()
         ]
-        lines.append(f"bits per byte, distilled minus {other}: {', '.join(told)}")
+        lines.append(f"bits per byte, distilled minus {other}: {', '.join(differences)}")
     return lines

@@ -76,9 +76,9 @@ def propose(
     shares = None if stats is None else _carried(stats, opened, recipe=recipe)
     found = proposals(shape, wish, pinned=pinned, carried=shares)
     before = Footprints().of(shape)
-    told = [_told(each, before, shape=shape) for each in found[:SHOWN]]
+    shown = [_proposal_facts(each, before, shape=shape) for each in found[:SHOWN]]
     if machines is not None:
-        for each, proposal in zip(told, found, strict=False):
+        for each, proposal in zip(shown, found, strict=False):
             each["training"] = _training(recipe, shape, proposal=proposal, machines=machines)
     record: dict[str, Any] = {
         "model": model,
@@ -87,8 +87,8 @@ def propose(
         "stats": None if stats is None else str(stats),
         "rules": list(RULES),
         "meeting": len(found),
-        "proposals": told,
-        "table": _table(told, before),
+        "proposals": shown,
+        "table": _table(shown, before),
     }
     return {**record, "lines": _lines(record, recipe=recipe, machines=machines)}
 
@@ -109,7 +109,7 @@ def chosen(record: Mapping[str, Any], number: int) -> dict[str, int]:
 
 def _carried(stats: Path | str, model: Opened, *, recipe: Recipe) -> Any:
     from moeslim.plan.carried import carried
-    from moeslim.statistics import Stats
+    from moeslim.stats import Stats
 
     known = Stats.load(stats)
     if model.structure is not None and known.model != folder_fingerprint(model.folder):
@@ -151,7 +151,7 @@ def _sizes(found: Footprint) -> dict[str, Any]:
     }
 
 
-def _told(proposal: Proposal, before: Footprint, *, shape: Shape) -> dict[str, Any]:
+def _proposal_facts(proposal: Proposal, before: Footprint, *, shape: Shape) -> dict[str, Any]:
     there = {axis: shape.count(axis) for axis in proposal.counts}
     return {
         "shape": proposal.counts,
@@ -164,23 +164,23 @@ def _told(proposal: Proposal, before: Footprint, *, shape: Shape) -> dict[str, A
     }
 
 
-def _table(told: Sequence[Mapping[str, Any]], before: Footprint) -> list[list[str]]:
+def _table(shown: Sequence[Mapping[str, Any]], before: Footprint) -> list[list[str]]:
     """One row per proposal; the first row is the head, the second the model as it is."""
-    sizes = [axis for axis in ("expert_size", "shared_size") if any(axis in each["keep"] for each in told)]
+    sizes = [axis for axis in ("expert_size", "shared_size") if any(axis in each["keep"] for each in shown)]
     idle = {"+ MTP head": not before.mtp, "state": not before.state}
     axes = ["layers", "hidden", "experts", "top_k", *sizes]
     head = ["", *(axis.replace("_", " ") for axis in axes), "total", "active", "+ MTP head", "bf16", "fp8 ~", "int4 ~"]
     head += ["cache/1k", "state", "GFLOP/token", "fewer", "cost"]
     rows = [head, ["model", *[""] * len(axes), *_cells(_sizes(before)), "", ""]]
-    for number, each in enumerate(told, 1):
+    for number, each in enumerate(shown, 1):
         row = [str(number), *(str(each["shape"][axis]) for axis in axes), *_cells(each)]
         rows.append([*row, f"{each['fewer_operations']:.2f}x", f"{each['cost']:.3f}"])
-    stay = [place for place, word in enumerate(head) if not idle.get(word)]
-    rows = [[row[place] for place in stay] for row in rows]
-    if told and "training" in told[0]:
+    stay = [column for column, title in enumerate(head) if not idle.get(title)]
+    rows = [[row[column] for column in stay] for row in rows]
+    if shown and "training" in shown[0]:
         rows[0] += ["training", "GPU-hours", "days", "per GPU"]
         rows[1] += [""] * 4
-        for row, each in zip(rows[2:], told, strict=True):
+        for row, each in zip(rows[2:], shown, strict=True):
             price = each["training"]
             over = f"{storage(price['bytes_per_gpu'])} (1/{price['shard_over']})" + (
                 "" if price["fits"] else " too much"
@@ -203,13 +203,13 @@ def _cells(sizes: Mapping[str, Any]) -> list[str]:
 
 
 def _lines(record: Mapping[str, Any], *, recipe: Recipe, machines: Machines | None) -> list[str]:
-    told = record["proposals"]
+    shown = record["proposals"]
     found = f"{record['meeting']} shapes meet it" if record["meeting"] > 1 else "one shape meets it"
     known = "if there is one: a bare config does not say" if record["mtp"] is None else "as the weights have it"
     head = f"with the MTP head ({known}); " if record["before"]["mtp_parameters"] else ""
     state = "state: DeltaNet, per sequence; " if record["before"]["state_bytes"] else ""
     lines = [
-        f"{found}, the best {len(told)} above; cost: what the cut takes away, by the rules",
+        f"{found}, the best {len(shown)} above; cost: what the cut takes away, by the rules",
         f"bytes: {head}fp8 and int4 are estimates, moeslim writes bf16; cache: keys and values of {_CACHE_TOKENS} "
         f"tokens; {state}GFLOP: forward, in rows of {ROW}, with the head",
     ]
@@ -218,9 +218,9 @@ def _lines(record: Mapping[str, Any], *, recipe: Recipe, machines: Machines | No
     lines.append(f"  kept layers, channels and experts are judged {judged}")
     if machines is not None:
         lines += _training_lines(recipe, machines=machines)
-    for number, each in enumerate(told, 1):
+    for number, each in enumerate(shown, 1):
         lines += [f"{number}: {warning}" for warning in each["warnings"]]
-    options = " ".join(f"{_OPTIONS[axis]} {count}" for axis, count in told[0]["keep"].items())
+    options = " ".join(f"{_OPTIONS[axis]} {count}" for axis, count in shown[0]["keep"].items())
     if options:
         lines.append(f"to cut to the first: moeslim prune {record['model']} OUT {options}")
     return lines

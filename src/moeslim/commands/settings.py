@@ -115,17 +115,17 @@ def check_training(recipe: Recipe, student: Shape) -> None:
 
 
 def cache_settings(recipe: Recipe, *, k: int, samples: int) -> Any:
-    """What a cache keeps of a teacher's word, and how the teacher is run."""
+    """What a cache keeps of a teacher's distributions, and how the teacher is run."""
     import torch
 
-    from moeslim.distill.cache import Ask
+    from moeslim.distill.cache import CacheSettings
 
     where, dtype, rows = device(recipe.device), getattr(torch, recipe.precision), recipe.distill.micro_rows
-    return Ask(k, samples, seed=recipe.seed, dtype=dtype, device=where, rows_per_batch=rows)
+    return CacheSettings(k, samples, seed=recipe.seed, dtype=dtype, device=where, rows_per_batch=rows)
 
 
-def teaching_folder(recipe: Recipe, teacher: Path | None, *, student: Path, tokens: Any) -> Path | None:
-    """Whose word a training on `tokens` hears: the teacher's, a cache's (which must be of all these), or nobody's."""
+def find_teacher(recipe: Recipe, teacher: Path | None, *, student: Path, tokens: Any) -> Path | None:
+    """Folder of the teacher: a model, a cache that matches text, student and teacher, or None for training without."""
     from moeslim.distill.cache import CacheFolder
     from moeslim.distill.cache.teacher import check_cache
 

@@ -8,7 +8,7 @@ from moeslim.artifacts.commit import check_vacant
 from moeslim.artifacts.lock import run_lock
 from moeslim.checkpoint.structure import check_structure, read_structure
 from moeslim.commands.inputs import model_folder, options_recipe
-from moeslim.commands.settings import cache_settings, check_training, prepare, teaching_folder, train_settings
+from moeslim.commands.settings import cache_settings, check_training, find_teacher, prepare, train_settings
 from moeslim.commands.text import text_parts
 from moeslim.errors import RecipeError
 from moeslim.machine.disk import check_disk
@@ -24,7 +24,7 @@ def cache_teacher(
     k: int = 50,
     samples: int = 8,
 ) -> dict[str, Any]:
-    """What the teacher `model` says on training text, kept in `out`; goes on behind its last whole shard.
+    """The probabilities of the teacher `model` on training text, kept in `out`; resumes after its last whole shard.
 
     `data` is text, `demo`, or a recipe (YAML) whose training text is meant, with its row length and seed.
     """
@@ -40,13 +40,13 @@ def cache_teacher(
     check_structure(read_structure(folder))
     if not (out / "tokens").is_dir():
         check_vacant(out, hidden=True)
-    text, words = text_parts(recipe.data)["train"], model_folder(recipe.model, revision=recipe.revision)
-    length, ask = recipe.data.sequence_length, cache_settings(recipe, k=k, samples=samples)
+    text, tokenizer = text_parts(recipe.data)["train"], model_folder(recipe.model, revision=recipe.revision)
+    length, settings = recipe.data.sequence_length, cache_settings(recipe, k=k, samples=samples)
     prepare(recipe)
-    tokens = pack(text, words, out_folder=out / "tokens", sequence_length=length, seed=recipe.seed)
-    standing = sum(path.stat().st_size for path in out.glob("shard-*.bin"))
-    check_disk(out, max(0, estimated_bytes(tokens, ask) - standing))
-    cache = make_cache(folder, tokens, out=out, ask=ask)
+    tokens = pack(text, tokenizer, out_folder=out / "tokens", sequence_length=length, seed=recipe.seed)
+    existing = sum(path.stat().st_size for path in out.glob("shard-*.bin"))
+    check_disk(out, max(0, estimated_bytes(tokens, settings) - existing))
+    cache = make_cache(folder, tokens, out=out, settings=settings)
     kept, size = f"top {k} and {samples} samples", f"{cache.bytes_per_token:.1f} bytes per token"
     line = f"{out}: {kept} on {len(tokens) * length:,} tokens of text {tokens.fingerprint}, {size}"
     return {"cache": str(out), "bytes_per_token": cache.bytes_per_token, "text": tokens.fingerprint, "lines": [line]}
@@ -67,7 +67,7 @@ def distill(
     measured on the way (distill.measure_every), some of the text is held out for that, or data.heldout is read.
     """
     from moeslim.data.tokens import TokenSet, pack
-    from moeslim.distill.run import Place
+    from moeslim.distill.run import TrainPaths
     from moeslim.distill.run import distill as train
 
     section: dict[str, Any] = {} if teacher_cache is None else {"teacher_cache": str(teacher_cache)}
@@ -76,11 +76,11 @@ def distill(
     recipe = options_recipe(student, keep={}, overrides=overrides, data=data, distill=section)
     folder, out = model_folder(student), Path(out)
     work = out.with_name(out.name + ".work")
-    master = None if teacher is None else model_folder(teacher)
+    teacher_folder = None if teacher is None else model_folder(teacher)
     structure = read_structure(folder)
     check_structure(structure)
-    if master is not None:
-        check_structure(read_structure(master))
+    if teacher_folder is not None:
+        check_structure(read_structure(teacher_folder))
     check_vacant(out)
     check_training(recipe, structure.shape)
     settings, cached = train_settings(recipe, recipe.distill.tokens), recipe.distill.teacher_cache if not data else None
@@ -101,8 +101,8 @@ def distill(
         if settings.distill.measure_every:
             beside = work / "heldout"
             heldout = pack(text["heldout"], folder, out_folder=beside, sequence_length=length, seed=seed)
-        word = teaching_folder(recipe, master, student=folder, tokens=tokens)
-        place = Place(work, heldout=heldout)
-        record = train(folder, word, tokens=tokens, out=out, settings=settings, place=place)
+        source = find_teacher(recipe, teacher_folder, student=folder, tokens=tokens)
+        paths = TrainPaths(work, heldout=heldout)
+        record = train(folder, source, tokens=tokens, out=out, settings=settings, paths=paths)
     line = f"{out}: {record['steps']:,} steps, loss {record['first']['total']:.3f} -> {record['last']['total']:.3f}"
     return {**record, "model": str(out), "lines": [line]}

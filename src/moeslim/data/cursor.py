@@ -69,7 +69,7 @@ def take(num_rows: int, cursor: Cursor, *, count: int) -> tuple[np.ndarray, Curs
 def permutation(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
     """The order of the rows in one epoch.
 
-    Sorted raw Philox words and not `Generator.permutation`: numpy promises that the former never change.
+    Sorted raw Philox output and not `Generator.permutation`: numpy promises that the former never change.
     """
-    words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
-    return np.argsort(words, kind="stable")
+    draws = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
+    return np.argsort(draws, kind="stable")

@@ -166,8 +166,8 @@ def _record(row: Mapping[str, Any], source: str, *, text_key: str, place: str | 
         if value is not None and not isinstance(value, str):
             raise DataError(f"{place}: `{key}` must be text, got {value!r:.40}")
     try:
-        told = [domain, source, row.get(text_key), row.get("messages")]
-        json.dumps(told, ensure_ascii=False, default=str).encode()
+        fields = [domain, source, row.get(text_key), row.get("messages")]
+        json.dumps(fields, ensure_ascii=False, default=str).encode()
     except (UnicodeEncodeError, RecursionError) as problem:
         raise DataError(f"{place}: no text that a file can hold ({problem}); mend it") from None
     if row.get("messages") is not None and row.get(text_key) is None:

@@ -26,7 +26,7 @@ Decode = Callable[[Sequence[int]], str]
 """What makes text of token ids."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _ARRAYS = ("tokens.npy", "mask.npy", "documents.npy")
-_READ_THROUGH = 1 << 28  # tokens; more are not looked through for ids that no word has
+_READ_THROUGH = 1 << 28  # tokens; more are not looked through for ids that no token has
 _ENCODED_AT_ONCE = 32  # documents; bounds the memory that encodings take
 
 
@@ -87,7 +87,7 @@ class TokenSet:
             and stream.shape == (mask.size + 1,)
             and (mask.dtype, mask.shape) == (bool, (len(mask), self.sequence_length))
             and (places.dtype, places.shape) == (np.int64, (len(self._sources), 4))
-            and all(isinstance(word, str) for word in (self.fingerprint, *self.domains, *self._sources))
+            and all(isinstance(name, str) for name in (self.fingerprint, *self.domains, *self._sources))
             and bool((places[:, :3] >= 0).all() and (places[:, :2].sum(1) <= len(stream)).all())
             and bool(((places[:, 3] >= 0) & (places[:, 3] < len(self.domains))).all())
             and (len(stream) > _READ_THROUGH or int(stream.max(initial=0)) < max(self.vocab_size, self.eos + 1))
@@ -118,7 +118,7 @@ class TokenSet:
         return _load(self.folder / "documents.npy")
 
     def texts(self, row: int) -> Iterator[tuple[slice, np.ndarray, int]]:
-        """Whose words a row's targets are: (which of them, the document's own tokens, the place of the first in these).
+        """The documents of a row's targets: (which targets, the document's own tokens, the first one's place in these).
 
         The EOS between documents and the padding belong to none.
         """
@@ -166,10 +166,10 @@ def pack(
         _identity(corpus, Path(tokenizer_folder), length=sequence_length, seed=seed),
     )
     if (out_folder / "meta.json").is_file():
-        standing = TokenSet.open(out_folder)
-        if standing.fingerprint == identity:
-            logger.info("%s: tokens stand already", out_folder)
-            return standing
+        existing = TokenSet.open(out_folder)
+        if existing.fingerprint == identity:
+            logger.info("%s: tokens exist already", out_folder)
+            return existing
         if not redo:
             raise RunError(
                 f"{out_folder}: not empty, it holds the tokens of another text, tokenizer, sequence length or seed; "
@@ -209,7 +209,7 @@ def load_tokenizer(folder: Path | str) -> Any:
     from transformers import AutoTokenizer  # seconds to import, and opening packed tokens needs none of it
 
     names = [path.name for path in Path(folder).glob("*") if path.name in _TOKENIZERS or path.suffix == ".tiktoken"]
-    if not names:  # for some model types transformers then makes up a tokenizer without words
+    if not names:  # for some model types transformers then makes up a tokenizer without a vocabulary
         raise DataError(f"{folder}: there is no tokenizer; put the model's {_TOKENIZERS[0]} and its config there")
     try:
         with _RustErrors(folder):

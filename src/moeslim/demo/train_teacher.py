@@ -19,7 +19,7 @@ from moeslim.artifacts.commit import read_json, write_json
 from moeslim.artifacts.fingerprint import fingerprint, folder_fingerprint
 from moeslim.data.tokens import TokenSet
 from moeslim.demo import tokenizer_path
-from moeslim.distill.loop import Material, train
+from moeslim.distill.loop import TrainInputs, train
 from moeslim.distill.settings import Stage, TrainSettings
 from moeslim.distill.state import load_weights, step_folders
 from moeslim.errors import MoeslimError, RunError
@@ -145,7 +145,7 @@ def _run(args: argparse.Namespace) -> None:
         tune_cpu()
         student = load_student(start, experts=SORTED)
         stage = Stage(fingerprint=fingerprint(facts))
-        train(student, Material(tokens), settings=settings, folder=args.work, stage=stage)
+        train(student, TrainInputs(tokens), settings=settings, folder=args.work, stage=stage)
     if args.out is not None:
         export(args.work, start, out=args.out)
 

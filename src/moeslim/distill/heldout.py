@@ -1,4 +1,4 @@
-"""Bits per byte on held-out rows in the midst of a training: the same rows every time, shared out over the processes.
+"""Bits per byte on held-out rows during a training: the same rows every time, split over the processes.
 
 What counts is what counts in an evaluation's bits per byte: the targets that are text of a document, not the EOS
 between two. There a document is read from its start, here in rows as in training, so the figures are close, not equal.
@@ -42,10 +42,10 @@ class HeldOut:
         mask = np.zeros((count, tokens.sequence_length), bool)
         num_bytes = 0
         for place, row in enumerate(chosen):
-            for part, words, first in tokens.texts(int(row)):
+            for part, document, first in tokens.texts(int(row)):
                 mask[place, part] = tokens.mask[row, part]
                 for start, stop in _runs(mask[place, part]):
-                    num_bytes += count_bytes(words, first + start, stop=first + stop, decode=decode)
+                    num_bytes += count_bytes(document, first + start, stop=first + stop, decode=decode)
         if not num_bytes:
             raise DataError(f"{tokens.folder}: no target of its held-out rows is text; measure more rows or other text")
         return cls(torch.from_numpy(tokens.rows[chosen].astype(np.int64)), torch.from_numpy(mask), num_bytes)
@@ -59,7 +59,7 @@ class HeldOut:
         own = range(world.rank, len(self.rows), world.size)
         longest = len(range(0, len(self.rows), world.size))
         device, nats = student.head.device, 0.0
-        with _listening(student):
+        with _evaluating(student):
             for start in range(0, longest, micro_rows):
                 part = list(own[start : start + micro_rows])
                 rows, mask = self.rows[part], self.mask[part]
@@ -76,8 +76,8 @@ class HeldOut:
         return bits
 
 
-def count_bytes(words: Sequence[int] | np.ndarray, start: int, *, stop: int, decode: Decode) -> int:
-    """UTF-8 bytes that tokens [start, stop) add to the text of the document `words`.
+def count_bytes(tokens: Sequence[int] | np.ndarray, start: int, *, stop: int, decode: Decode) -> int:
+    """UTF-8 bytes that tokens [start, stop) add to the text of the document `tokens`.
 
     A byte-level token may end inside a character, which then counts where it is completed; so the parts of a document
     add up to the whole, wherever it is parted. Counted on what `decode` gives back: a tokenizer that normalises
@@ -86,9 +86,9 @@ def count_bytes(words: Sequence[int] | np.ndarray, start: int, *, stop: int, dec
     head = max(0, start - _AROUND)  # what is odd about a text's beginning is so before `start` and before `stop`
 
     def before(end: int) -> int:
-        text = decode([int(word) for word in words[head:end]])  # half a character is U+FFFD in it
-        if end < len(words):
-            ahead = decode([int(word) for word in words[head : end + _AROUND]])
+        text = decode([int(token) for token in tokens[head:end]])  # half a character is U+FFFD in it
+        if end < len(tokens):
+            ahead = decode([int(token) for token in tokens[head : end + _AROUND]])
             text = text if ahead.startswith(text) else os.path.commonprefix([text, ahead])
         return len(text.encode())
 
@@ -102,7 +102,7 @@ def _runs(mask_T: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def _listening(student: Student) -> Iterator[None]:
+def _evaluating(student: Student) -> Iterator[None]:
     """Evaluation inside: no gradient, and the routers' counts of the training step are left alone."""
     was = student.training
     student.eval()

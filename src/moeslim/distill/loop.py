@@ -20,9 +20,9 @@ from moeslim.data.cursor import Cursor, batches
 from moeslim.data.tokens import TokenSet
 from moeslim.distill.heldout import HeldOut
 from moeslim.distill.interrupt import stop_signals
+from moeslim.distill.memory_check import explain_out_of_memory
 from moeslim.distill.optimizer import freeze, make_optimizer, set_rate
 from moeslim.distill.parts import trained_parts
-from moeslim.distill.room import room_named
 from moeslim.distill.settings import Stage, TrainSettings, learning_rate_at, num_steps, weights_at
 from moeslim.distill.state import Position, States, load_moments, load_weights
 from moeslim.distill.teacher import OnlineTeacher, Teacher
@@ -38,8 +38,8 @@ from moeslim.model.student import Student
 
 
 @dataclass(frozen=True)
-class Material:
-    """What a training reads: packed text, a teacher's word on it, held-out text to be measured on (None: without)."""
+class TrainInputs:
+    """What a training reads: packed text, the teacher (None: without), held-out text to measure on (None: without)."""
 
     tokens: TokenSet
     teacher: Teacher | None = None
@@ -131,21 +131,21 @@ def _least_load(assigned: Mapping[str, torch.Tensor]) -> float:
 
 
 def train(
-    student: Student, material: Material, *, settings: TrainSettings, folder: Path, stage: Stage
+    student: Student, inputs: TrainInputs, *, settings: TrainSettings, folder: Path, stage: Stage
 ) -> list[dict[str, Any]]:
     """Train `student` in place for `settings.tokens` and return the records of every step (rank 0's log).
 
-    `folder` gets `curve.jsonl` and `states/`; a state that stands there is gone on from, bit-identically in one
-    process. Raises TrainingError (NaN or Inf) and Interrupted (signal; after the running step was saved), both on all
-    ranks alike, RunError (foreign state), ResourceError (memory).
+    `folder` gets `curve.jsonl` and `states/`; training resumes from a state that exists there, bit-identically
+    in one process. Raises TrainingError (NaN or Inf) and Interrupted (signal; after the running step was saved), both
+    on all ranks alike, RunError (foreign state), ResourceError (memory).
     """
-    section, tokens, teacher, heldout = settings.distill, material.tokens, material.teacher, material.heldout
+    section, tokens, teacher, heldout = settings.distill, inputs.tokens, inputs.teacher, inputs.heldout
     tokens_per_step = section.rows_per_step * tokens.sequence_length
     steps = num_steps(settings, tokens.sequence_length)
     optimizer, states, position = begin(student, tokens, settings=settings, folder=folder, stage=stage)
     stream = batches(tokens, position.cursor, rows_per_batch=section.rows_per_step)
     step = position.step
-    watch = watching(student, material, settings=settings, folder=folder, step=step)
+    watch = watching(student, inputs, settings=settings, folder=folder, step=step)
     with stop_signals() as stopped, states, watch:
         for step in range(position.step + 1, steps + 1):
             began = time.perf_counter()
@@ -153,7 +153,7 @@ def train(
             weights = weights_at(settings, stage.progress(step / steps))
             rows, mask, numbers, cursor = next(stream)
             batch = rows, mask, numbers
-            with room_named(settings, step):
+            with explain_out_of_memory(settings, step):
                 gradient = accumulate(
                     student, batch, weights=weights, settings=settings, teacher=teacher, stopped=stopped
                 )
@@ -219,11 +219,11 @@ def first_row(tokens: TokenSet, *, settings: TrainSettings, stage: Stage) -> Cur
     return Cursor.after(rows, seed=settings.seed, num_rows=len(tokens))
 
 
-def watching(student: Student, material: Material, *, settings: TrainSettings, folder: Path, step: int) -> Watch:
+def watching(student: Student, inputs: TrainInputs, *, settings: TrainSettings, folder: Path, step: int) -> Watch:
     """Where the records go: log, console and trackers of rank 0; nowhere on the others."""
     if parallel.world().rank:
         return Watch.silent()
-    tokens, teacher = material.tokens, material.teacher
+    tokens, teacher = inputs.tokens, inputs.teacher
     operations = training_operations(
         student.shape,
         length=tokens.sequence_length,

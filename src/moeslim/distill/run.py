@@ -1,4 +1,4 @@
-"""One stage's training from folder to folder: load, train (or go on), write a whole checkpoint."""
+"""One stage's training from folder to folder: load, train (or resume), write a whole checkpoint."""
 
 import gc
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ from moeslim.distill.cache import CacheFolder
 from moeslim.distill.cache.folder import META
 from moeslim.distill.cache.teacher import CachedTeacher, check_cache
 from moeslim.distill.heldout import HeldOut
-from moeslim.distill.loop import Material, train
+from moeslim.distill.loop import TrainInputs, train
+from moeslim.distill.memory_check import check_memory
 from moeslim.distill.parts import trained_parts
-from moeslim.distill.room import check_room
 from moeslim.distill.settings import Stage, TrainSettings, num_steps
 from moeslim.distill.state import forget_others, ranking, read_facts, step_folders
 from moeslim.distill.teacher import OnlineTeacher, Teacher
 from moeslim.distill.trackers import check_trackers
-from moeslim.distill.words import check_knows, check_same_words
+from moeslim.distill.vocab_check import check_knows, check_same_vocab
 from moeslim.errors import RecipeError
 from moeslim.log import logger
 from moeslim.machine import parallel
@@ -34,8 +34,8 @@ from moeslim.model.sorted_experts import NAME as SORTED
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a stage finds in its run.
+class TrainPaths:
+    """The folders of one stage's training, and its place in the run.
 
     `work` gets curve.jsonl and states/; `start` and `end` are the shares of the run's tokens before and after the
     stage; `moments` is a folder of `state.slice_moments`. Without one a stage in mid-run warms up again (over 1 %).
@@ -53,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank is told to do its share of a training: folders and settings, nothing that is loaded."""
+    """What every rank needs for its part of a training: folders and settings, nothing that is loaded."""
 
     student: Path
     teacher: Path | None
@@ -88,12 +88,12 @@ def check(
     shape = read_structure(student).shape
     check_knows(student, shape["vocab"], tokens=tokens)
     trained_parts(settings, shape)
-    master = None if teacher is None or is_cache(teacher) else Opened.read(teacher).shape
-    check_room(shape, settings, length=tokens.sequence_length, teacher=master)
+    teacher_shape = None if teacher is None or is_cache(teacher) else Opened.read(teacher).shape
+    check_memory(shape, settings, length=tokens.sequence_length, teacher=teacher_shape)
     if teacher is None:
         return
-    if master is not None:
-        check_same_words(student, teacher)
+    if teacher_shape is not None:
+        check_same_vocab(student, teacher)
     elif section.temperature != 1.0:
         raise RecipeError(
             f"distill.temperature is {section.temperature:g}, and the cache {teacher} keeps the largest probabilities "
@@ -104,12 +104,12 @@ def check(
 
 
 def is_cache(teacher: Path) -> bool:
-    """Whether a teacher's folder holds a cache of its word instead of a model."""
+    """Whether a teacher's folder holds a cache of its probabilities instead of a model."""
     return (teacher / META).is_file()
 
 
-def _teaching(teacher: Path | None) -> dict[str, str]:
-    """The fingerprints of whose word is heard."""
+def _teacher_fingerprints(teacher: Path | None) -> dict[str, str]:
+    """The fingerprints of the teacher: of the model, or of the cache and the model it was made from."""
     if teacher is None:
         return {}
     if not is_cache(teacher):
@@ -135,45 +135,45 @@ def distill(
     tokens: TokenSet,
     out: Path | str,
     settings: TrainSettings,
-    place: Place,
+    paths: TrainPaths,
 ) -> dict[str, Any]:
     """Train the checkpoint `student` and write it to `out` (same layout and dtypes); returns the stage's record.
 
-    `teacher` is the folder of a model or of a cache; with `distill.lm_only` there is none. A killed stage goes on from
-    its newest state; in one process the same settings, folders and text give the same weights, interrupted or not.
+    `teacher` is the folder of a model or of a cache; with `distill.lm_only` there is none. An interrupted stage resumes
+    from its newest state; in one process the same settings, folders and text give the same weights, interrupted or not.
     Under several processes rank 0 calls this and all train together. Raises MoeslimErrors before anything is loaded
     where the parts do not fit, and Interrupted or TrainingError from the loop.
     """
     student = Path(student)
     teacher = None if teacher is None else Path(teacher)
     check_vacant(out)
-    check(student, teacher, tokens=tokens, heldout=place.heldout, settings=settings)
-    parents = {"student": folder_fingerprint(student), "text": tokens.fingerprint, **_teaching(teacher)}
-    if settings.distill.final == "best" and place.heldout is not None:
-        parents["heldout"] = place.heldout.fingerprint  # it says which state becomes the model
-    facts = {"settings": settings.facts(), "span": [place.start, place.end]}
-    moments = None if place.moments is None else folder_fingerprint(place.moments)
+    check(student, teacher, tokens=tokens, heldout=paths.heldout, settings=settings)
+    parents = {"student": folder_fingerprint(student), "text": tokens.fingerprint, **_teacher_fingerprints(teacher)}
+    if settings.distill.final == "best" and paths.heldout is not None:
+        parents["heldout"] = paths.heldout.fingerprint  # it says which state becomes the model
+    facts = {"settings": settings.facts(), "span": [paths.start, paths.end]}
+    moments = None if paths.moments is None else folder_fingerprint(paths.moments)
     identity = fingerprint({**facts, "parents": parents, "moments": moments})
     stage = Stage(
-        identity, place.start, place.end, moments=place.moments, rewarm=place.moments is None and place.start > 0
+        identity, paths.start, paths.end, moments=paths.moments, rewarm=paths.moments is None and paths.start > 0
     )
-    if place.redo:
-        forget_others(place.work / "states", identity)
-    place.work.mkdir(parents=True, exist_ok=True)
-    measured = place.heldout if settings.distill.measure_every else None
+    if paths.redo:
+        forget_others(paths.work / "states", identity)
+    paths.work.mkdir(parents=True, exist_ok=True)
+    measured = paths.heldout if settings.distill.measure_every else None
     job = Job(
         student,
         teacher,
         tokens=tokens.folder,
         heldout=None if measured is None else measured.folder,
         out=Path(out),
-        work=place.work,
+        work=paths.work,
         settings=settings,
         stage=stage,
         parents=parents,
         facts=facts,
     )
-    curve, receipt = parallel.together(carry_out, job)
+    curve, receipt = parallel.together(train_job, job)
     return {
         "schema": 1,
         "kind": "distilled",
@@ -187,30 +187,30 @@ def distill(
     }
 
 
-def carry_out(job: Job) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def train_job(job: Job) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Load, train and write: what all ranks do together. The records of the steps and the receipt, on rank 0."""
-    done = _carry_out(job)
+    done = _train_job(job)
     gc.collect()  # checkpointed and shared-out blocks are in cycles; a GPU's memory would not be free for what comes
     return done
 
 
-def _carry_out(job: Job) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _train_job(job: Job) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     settings = job.settings
     layout = sharding(settings.distill.shard_over, device=settings.device, precision=settings.precision)
     student = load_student(job.student, device=settings.device, experts=SORTED, sharding=layout)
-    teacher = None if job.teacher is None else listen(job.teacher, settings, sharding=layout)
+    teacher = None if job.teacher is None else open_teacher(job.teacher, settings, sharding=layout)
     heldout = None
     if job.heldout is not None:
         rows = TokenSet.open(job.heldout)
         heldout = HeldOut.of(rows, settings.distill.measure_rows, tokenizer=load_tokenizer(job.student))
-    material = Material(TokenSet.open(job.tokens), teacher, heldout)
-    curve = train(student, material, settings=settings, folder=job.work, stage=job.stage)
+    inputs = TrainInputs(TokenSet.open(job.tokens), teacher, heldout)
+    curve = train(student, inputs, settings=settings, folder=job.work, stage=job.stage)
     receipt = save_student(student, job.student, out=job.out, kind="distilled", parents=job.parents, recipe=job.facts)
     return curve, receipt
 
 
-def listen(teacher: Path, settings: TrainSettings, *, sharding: Sharding | None) -> Teacher:
-    """The teacher in a folder, ready to be asked: a live model, shared out as the student is, or a cache."""
+def open_teacher(teacher: Path, settings: TrainSettings, *, sharding: Sharding | None) -> Teacher:
+    """The teacher in a folder, ready to be called: a live model, sharded as the student is, or a cache."""
     if is_cache(teacher):
         return CachedTeacher(CacheFolder.open(teacher))
     dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32

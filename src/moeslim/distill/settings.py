@@ -1,4 +1,4 @@
-"""What a training is told: its own section of a recipe, checked, and its place in a run of several stages."""
+"""The settings of a training: its own section of a recipe, checked, and its place in a run of several stages."""
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -14,7 +14,7 @@ FREE = (
     *("save_every", "keep_last", "keep_best", "async_save", "measure_every", "measure_rows", "watch", "spike"),
     *("micro_rows", "activation_checkpointing", "shard_over", "device"),
 )
-"""Settings that may change when a training goes on: how it runs and what is kept and told, but not what is learnt."""
+"""Settings that may change when a training goes on: how it runs and what is kept and logged, but not what is learnt."""
 ELSEWHERE = ("optimizer_state", "teacher_cache")
 """Settings of the section that decide which moments and which teacher a training is given, whose fingerprints count."""
 
@@ -60,9 +60,9 @@ class TrainSettings:
         The best state is the best on certain rows, so with `final: best` these are not free.
         """
         free = {*FREE, *ELSEWHERE} - ({"measure_rows"} if self.distill.final == "best" else set())
-        said = self.distill.model_dump(mode="json", exclude=free)
-        said |= {"tokens": self.tokens, "precision": self.precision, "seed": self.seed}
-        return dict(sorted(said.items(), key=lambda fact: _LAST.index(fact[0]) if fact[0] in _LAST else -1))
+        facts = self.distill.model_dump(mode="json", exclude=free)
+        facts |= {"tokens": self.tokens, "precision": self.precision, "seed": self.seed}
+        return dict(sorted(facts.items(), key=lambda fact: _LAST.index(fact[0]) if fact[0] in _LAST else -1))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -73,18 +73,18 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += [f"{name}.{line}" for line in differences(old, new)]
         elif old != new:
-            found.append(f"{name}: {_said(old)} -> {_said(new)}")
+            found.append(f"{name}: {_format_value(old)} -> {_format_value(new)}")
     return found
 
 
-def _said(value: object) -> str:
+def _format_value(value: object) -> str:
     """A value as a recipe writes it."""
     if value is None:
         return "left out"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name}: {_said(own)}" for name, own in value.items()) + "}"
+        return "{" + ", ".join(f"{name}: {_format_value(own)}" for name, own in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_said, value)) + "]"
+        return "[" + ", ".join(map(_format_value, value)) + "]"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -62,10 +62,10 @@ def write(
     options: dict[str, Any] = {"storage_writer": _Writer(folder), "process_group": group, "no_dist": group is None}
     _expect_one_process()
     if not background:
-        return Writing(lambda: True, lambda: _say(folder, lambda: dcp.save(tensors, **options)))
+        return Writing(lambda: True, lambda: _finish_write(folder, lambda: dcp.save(tensors, **options)))
     future = dcp.async_save(tensors, async_stager=_Copies(), **options)
     assert not isinstance(future, AsyncSaveResponse), "_Copies copies at once"
-    return Writing(future.done, lambda: _say(folder, future.result))
+    return Writing(future.done, lambda: _finish_write(folder, future.result))
 
 
 def seal(folder: Path) -> None:
@@ -132,17 +132,17 @@ class _Writer(dcp.FileSystemWriter):
         return None
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        """As the class does, but what the disk said is not hidden by torch.save.
+        """As the class does, but the disk's error is not hidden by torch.save.
 
         Its archive is closed while the disk's error flies, and complains that it is not whole.
         """
         try:
             return super().write_data(plan, planner)
         except RuntimeError as problem:
-            said: BaseException | None = problem
-            while said is not None and not isinstance(said, OSError):
-                said = said.__context__
-            raise said or problem from None
+            cause: BaseException | None = problem
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or problem from None
 
 
 class _Reader(dcp.FileSystemReader):
@@ -189,7 +189,7 @@ class _Copies(BlockingAsyncStager):
         return {name: tensor.to("cpu", copy=True) for name, tensor in state_dict.items()}
 
 
-def _say(folder: Path, finish: Callable[[], object]) -> None:
+def _finish_write(folder: Path, finish: Callable[[], object]) -> None:
     """Carry a write to its end; what the processes report to each other is turned into one error."""
     try:
         finish()

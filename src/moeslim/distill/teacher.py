@@ -1,4 +1,4 @@
-"""Where a teacher's word comes from: a live model here, or a cache of what it said (`distill/cache/teacher.py`)."""
+"""The teacher of a training: a live model here, or a cache of its probabilities (`distill/cache/teacher.py`)."""
 
 from typing import Protocol
 
@@ -10,13 +10,13 @@ from moeslim.model.student import Student
 
 
 class Teacher(Protocol):
-    """Gives what the loss needs of the teacher's word on `rows` (B, T+1), the rows `numbers` (B) of the packed text.
+    """Gives the teacher's outputs that the loss needs on `rows` (B, T+1), the rows `numbers` (B) of the packed text.
 
     A `Signal` holds states and not logits: the loss turns them into logits a chunk of positions at a time.
     """
 
     kd_name: str
-    """What the KD term with this word is called in a log: `kd` is a KL over the full vocabulary and nothing else is."""
+    """Name of the KD term in a log: `kd` is a KL over the full vocabulary, and nothing else is called so."""
 
     def __call__(self, rows: torch.Tensor, numbers: np.ndarray) -> Signal | Outcomes: ...
 
@@ -24,7 +24,7 @@ class Teacher(Protocol):
 class OnlineTeacher:
     """A frozen live model beside the student, in its own dtype and on its own device; its hidden size may differ.
 
-    One that is shared out over ranks is asked by all of them at once, each about rows of its own.
+    One that is sharded over ranks is called by all of them at once, each with rows of its own.
     """
 
     kd_name = "kd"

@@ -1,7 +1,7 @@
-"""What TensorBoard, trackio and wandb are told of a training: the only file that knows these packages.
+"""Sends a training's values to TensorBoard, trackio and wandb: the only file that knows these packages.
 
-A tracker is a guest: it lives in a thread of its own, so that a slow disk or network keeps nobody waiting, and one that
-fails is left out from then on with a warning. Each is imported only when a recipe asks for it.
+Each tracker runs in its own thread, so slow I/O never blocks training, and one that fails is left out from then on with
+a warning. Each is imported only when a recipe asks for it.
 """
 
 import importlib
@@ -21,12 +21,12 @@ from moeslim.log import logger
 PROJECT = "moeslim"
 
 CLOSING_SECONDS = 60.0
-"""How long the end of a training waits for a tracker's last words."""
+"""How long the end of a training waits for a tracker to finish."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a tracker learns at the beginning: the run's folder, name, lasting id and settings, and the steps done."""
+class TrackerRun:
+    """What a tracker is opened with: the run's folder, name, lasting id and settings, and the steps done."""
 
     folder: Path
     name: str
@@ -36,7 +36,7 @@ class Told:
 
 
 class Tracker(Protocol):
-    """Goes on with the run of its identity where there is one."""
+    """Resumes the run of its identity where there is one."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -44,11 +44,11 @@ class Tracker(Protocol):
 
 
 class _TensorBoard:
-    """Event files in `tensorboard/` of the training's folder; what was told after the step gone on from is purged."""
+    """Event files in `tensorboard/` of the training's folder; what was sent after the step resumed from is purged."""
 
-    def __init__(self, told: Told) -> None:
+    def __init__(self, run: TrackerRun) -> None:
         board = importlib.import_module("torch.utils.tensorboard")
-        self.writer = board.SummaryWriter(str(told.folder / "tensorboard"), purge_step=told.step + 1)
+        self.writer = board.SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -60,13 +60,13 @@ class _TensorBoard:
 
 
 class _Trackio:
-    """A run in trackio's own place (or where its environment variables say); its greetings go to stderr."""
+    """A run in trackio's own folder (or where its environment variables say); its messages go to stderr."""
 
-    def __init__(self, told: Told) -> None:
+    def __init__(self, run: TrackerRun) -> None:
         trackio = importlib.import_module("trackio")
         with redirect_stdout(sys.stderr):
             self.run = trackio.init(
-                project=PROJECT, name=f"{told.name}-{told.identity}", resume="allow", config=dict(told.settings)
+                project=PROJECT, name=f"{run.name}-{run.identity}", resume="allow", config=dict(run.settings)
             )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -80,15 +80,15 @@ class _Trackio:
 class _Wandb:
     """A run of wandb: online for who is logged in, else offline in `wandb/` of the folder, for `wandb sync` to send."""
 
-    def __init__(self, told: Told) -> None:
+    def __init__(self, run: TrackerRun) -> None:
         wandb = importlib.import_module("wandb")
         self.run = wandb.init(
             project=PROJECT,
-            id=told.identity,
-            name=told.name,
-            dir=str(told.folder),
+            id=run.identity,
+            name=run.name,
+            dir=str(run.folder),
             resume="allow",
-            config=dict(told.settings),
+            config=dict(run.settings),
             mode=None if _has_account() else "offline",
             settings=wandb.Settings(console="off"),  # the terminal is ours
         )
@@ -101,7 +101,7 @@ class _Wandb:
 
 
 def _has_account() -> bool:
-    """Whether wandb will find whom it runs for, or was told its mode; else it would stop and ask on a terminal."""
+    """Whether wandb will find whom it runs for, or has a mode set; else it would stop and ask on a terminal."""
     if any(os.environ.get(name) for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("://")[2].strip("/")
@@ -110,7 +110,11 @@ def _has_account() -> bool:
     return any(path.is_file() and host in path.read_text(errors="replace").split() for path in places)
 
 
-_TRACKERS: dict[str, Callable[[Told], Tracker]] = {"tensorboard": _TensorBoard, "trackio": _Trackio, "wandb": _Wandb}
+_TRACKERS: dict[str, Callable[[TrackerRun], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "trackio": _Trackio,
+    "wandb": _Wandb,
+}
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -125,23 +129,25 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-class _Line:
-    """One tracker at the end of a thread; everything is told in order, and after its first failure nothing more."""
+class _TrackerThread:
+    """One tracker and its thread; values are sent in order, and after its first failure nothing more."""
 
-    def __init__(self, name: str, told: Told) -> None:
+    def __init__(self, name: str, run: TrackerRun) -> None:
         self.name, self.failed = name, False
         self._tracker: Tracker | None = None
         self._pool = ThreadPool(1)
-        self._pool.apply_async(self._open, (told,), error_callback=self._fail)
+        self._pool.apply_async(self._open, (run,), error_callback=self._fail)
 
-    def _open(self, told: Told) -> None:
-        self._tracker = _TRACKERS[self.name](told)
+    def _open(self, run: TrackerRun) -> None:
+        self._tracker = _TRACKERS[self.name](run)
 
     def _fail(self, problem: BaseException) -> None:
         if not self.failed:
             self.failed = True
-            said = f"{type(problem).__name__}: {problem}".strip(": ")
-            logger.warning("%s failed (%s); the training goes on without it, and so does curve.jsonl", self.name, said)
+            reason = f"{type(problem).__name__}: {problem}".strip(": ")
+            logger.warning(
+                "%s failed (%s); the training goes on without it, and so does curve.jsonl", self.name, reason
+            )
 
     def _log(self, step: int, values: Mapping[str, float]) -> None:
         tracker, self._tracker = self._tracker, None  # one that fails is not there again for the next job
@@ -154,7 +160,7 @@ class _Line:
             self._tracker.close()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Send a step's values and go on at once."""
+        """Send a step's values without waiting."""
         if not self.failed:
             self._pool.apply_async(self._log, (step, values), error_callback=self._fail)
 
@@ -168,24 +174,24 @@ class _Line:
 
 
 class Trackers:
-    """All that a recipe names, told each step once.
+    """All that a recipe names; each gets every step once.
 
-    `sent` is the last step that an earlier process told them: a training that goes on from before it repeats those
-    steps, and trackers that cannot forget are not told again.
+    `sent` is the last step that an earlier process sent: a training that resumes from before it repeats those steps,
+    and trackers that cannot forget do not get them again.
     """
 
-    def __init__(self, names: Sequence[str], told: Told, *, sent: int) -> None:
+    def __init__(self, names: Sequence[str], run: TrackerRun, *, sent: int) -> None:
         check_trackers(names)
-        self._lines = [_Line(name, told) for name in names]
+        self._threads = [_TrackerThread(name, run) for name in names]
         self._sent = sent
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send a step's values to all."""
-        for line in self._lines:
-            if step > self._sent or line.name == "tensorboard":  # which has purged them
-                line.log(step, values)
+        for thread in self._threads:
+            if step > self._sent or thread.name == "tensorboard":  # which has purged them
+                thread.log(step, values)
 
     def close(self) -> None:
         """Let all of them end."""
-        for line in self._lines:
-            line.close(CLOSING_SECONDS)
+        for thread in self._threads:
+            thread.close(CLOSING_SECONDS)

@@ -1,4 +1,4 @@
-"""What a training says of itself: a line per step in `curve.jsonl`, a line for the eye, trackers, and spikes."""
+"""The log of a training: a line per step in `curve.jsonl`, a line on the console, trackers, and spikes."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from typing import Any, Self
 
 import torch
 
-from moeslim.artifacts.commit import disk_told, read_json, read_text, write_bytes, write_json
+from moeslim.artifacts.commit import disk_errors, read_json, read_text, write_bytes, write_json
 from moeslim.distill.settings import TrainSettings
-from moeslim.distill.trackers import Told, Trackers
+from moeslim.distill.trackers import TrackerRun, Trackers
 from moeslim.log import logger, progress
 from moeslim.machine.gpus import device_peak
 from moeslim.machine.parallel import world
@@ -27,7 +27,7 @@ SPIKE_WINDOW, SPIKE_FEWEST = 50, 20
 SPEED_WINDOW = 20
 """Steps that the tokens per second are the mean of."""
 
-_TERM = re.compile(r"lm|kd\w*|mtp_(lm|kd\w*)\.\d+|balance")  # not the mean over depths, which `mtp_lm.1` etc. tell
+_TERM = re.compile(r"lm|kd\w*|mtp_(lm|kd\w*)\.\d+|balance")  # not the mean over depths, which `mtp_lm.1` etc. give
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def spike(loss: float, before: Sequence[float], *, deviations: float) -> float |
 
 
 class Watch:
-    """A training's log, from `with` to its end; only rank 0 has one that speaks.
+    """A training's log, from `with` to its end; only rank 0 writes one.
 
     `curve.jsonl` in `folder` goes on after `step`: lines after it are dropped. `flops_per_token` (of
     `families.training_operations`) is for the share of the device's peak. Raises RecipeError for a tracker that is not
@@ -90,7 +90,7 @@ class Watch:
         self._trackers: Trackers | None = None
         if settings.distill.watch:
             sent = max((record["step"] for record in old), default=0) if step else 0
-            self._trackers = Trackers(settings.distill.watch, _introduction(folder, settings, step=step), sent=sent)
+            self._trackers = Trackers(settings.distill.watch, _tracker_run(folder, settings, step=step), sent=sent)
         self._advance: Callable[..., None] = lambda *_args, **_named: None
         self._open = ExitStack()
 
@@ -131,18 +131,18 @@ class Watch:
         if "bits_per_byte" in record:
             self._newest = (record["bits_per_byte"], record["step"])
             self._best = min(filter(None, (self._best, self._newest)))
-        with disk_told(self.path), self.path.open("a", encoding="utf-8") as file:
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         pace = self._pace()
         if self._trackers is not None:
             numbers = {name: float(value) for name, value in record.items() if name != "step"}
             self._trackers.log(record["step"], numbers | pace)
-        self._advance(1, note=told(record, pace=pace, newest=self._newest, best=self._best))
+        self._advance(1, note=format_step(record, pace=pace, newest=self._newest, best=self._best))
 
     def sync(self) -> None:
         """Make all lines so far durable: a state must not outlive the log of its steps."""
         if self.path is not None:
-            with disk_told(self.path), self.path.open("a", encoding="utf-8") as file:
+            with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
 
     def _pace(self) -> dict[str, float]:
@@ -156,7 +156,7 @@ class Watch:
         return pace
 
 
-def told(
+def format_step(
     record: Mapping[str, Any],
     *,
     pace: Mapping[str, float],
@@ -164,18 +164,18 @@ def told(
     best: tuple[float, int] | None = None,
 ) -> str:
     """A step in one line: the loss and every term (MTP by depth), then what moves the weights, then the pace."""
-    words = [f"total {record['total']:.4g}"]
-    words += [f"{name} {value:.4g}" for name, value in record.items() if _TERM.fullmatch(name)]
-    words += [f"gradient {record['gradient_norm']:.3g}", f"rate {record['learning_rate']:.2e}"]
-    words += [f"{pace['tokens_per_second']:,.0f} tokens/s"]
+    parts = [f"total {record['total']:.4g}"]
+    parts += [f"{name} {value:.4g}" for name, value in record.items() if _TERM.fullmatch(name)]
+    parts += [f"gradient {record['gradient_norm']:.3g}", f"rate {record['learning_rate']:.2e}"]
+    parts += [f"{pace['tokens_per_second']:,.0f} tokens/s"]
     if "share_of_peak" in pace:
-        words.append(f"{100 * pace['share_of_peak']:.0f} % of peak")
+        parts.append(f"{100 * pace['share_of_peak']:.0f} % of peak")
     if "peak_memory_bytes" in pace:
-        words.append(f"{pace['peak_memory_bytes'] / 1e9:.1f} GB at most")
+        parts.append(f"{pace['peak_memory_bytes'] / 1e9:.1f} GB at most")
     if newest is not None:
         better = f" (best {best[0]:.4f} at step {best[1]})" if best is not None and best != newest else ""
-        words.append(f"held out {newest[0]:.4f} bits per byte at step {newest[1]}{better}")
-    return ", ".join(words)
+        parts.append(f"held out {newest[0]:.4f} bits per byte at step {newest[1]}{better}")
+    return ", ".join(parts)
 
 
 def _warn(record: Mapping[str, Any], above: float, *, before: Sequence[float]) -> None:
@@ -186,10 +186,10 @@ def _warn(record: Mapping[str, Any], above: float, *, before: Sequence[float]) -
     )
 
 
-def _introduction(folder: Path, settings: TrainSettings, *, step: int) -> Told:
-    """What trackers are told first; the identity stands in `watch.json` and is drawn anew where a training begins."""
+def _tracker_run(folder: Path, settings: TrainSettings, *, step: int) -> TrackerRun:
+    """What trackers are opened with; the identity is kept in `watch.json` and drawn anew where a training begins."""
     place = folder / "watch.json"
     if not step or not place.is_file():
         write_json(place, {"identity": secrets.token_hex(4)})
     whole = folder.resolve()
-    return Told(folder, f"{whole.parent.name}-{whole.name}", read_json(place)["identity"], settings.facts(), step)
+    return TrackerRun(folder, f"{whole.parent.name}-{whole.name}", read_json(place)["identity"], settings.facts(), step)

@@ -20,7 +20,7 @@ class Head:
 
     @classmethod
     def of(cls, weight_Vd: torch.Tensor) -> "Head":
-        """The head that stands in memory."""
+        """The head that is held in memory."""
         return cls(weight_Vd.shape[0], partial(F.linear, weight=weight_Vd))
 
 
@@ -32,7 +32,7 @@ class Windows(Protocol):
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """The teacher's word at every scored position: final states per window, and the head that reads them.
+    """The teacher's output at every scored position: final states per window, and the head that reads them.
 
     States are V/d times smaller than logits, so that they can be kept while one student after the other is loaded.
     """

@@ -1,7 +1,7 @@
 """Acceptance: how many tokens that the MTP block drafts are those that the trunk itself goes on to write.
 
 The serving form: a draft that starts at i sees what an engine's cache holds after verifying up to i, and its own chain
-(model/chain.py); each step's word is the one drafted before. All starts are drafted at once.
+(model/chain.py); each step's token is the one drafted before. All starts are drafted at once.
 
 Shapes: B prompts, S tokens, d hidden size, X starts, D drafts.
 """
@@ -29,14 +29,14 @@ def draft(student: Student, text: Continuation, *, first: int, drafts: int = DRA
 
     Starts too near the end to compare all their drafts are left out, so X = S - 1 - drafts - first.
     """
-    words: list[torch.Tensor] = []
+    drafted: list[torch.Tensor] = []
 
-    def say(_: int, state_BXd: torch.Tensor) -> torch.Tensor:
-        words.append(F.linear(state_BXd, student.head).argmax(-1))
-        return words[-1]
+    def propose(_: int, state_BXd: torch.Tensor) -> torch.Tensor:
+        drafted.append(F.linear(state_BXd, student.head).argmax(-1))
+        return drafted[-1]
 
-    follow(student, text, first=first, drafts=drafts, say=say)
-    return torch.stack(words, dim=-1)
+    follow(student, text, first=first, drafts=drafts, propose=propose)
+    return torch.stack(drafted, dim=-1)
 
 
 def follow(
@@ -45,9 +45,9 @@ def follow(
     *,
     first: int,
     drafts: int,
-    say: Callable[[int, torch.Tensor], torch.Tensor],
+    propose: Callable[[int, torch.Tensor], torch.Tensor],
 ) -> None:
-    """Go along the chains of all starts: `say` gets draft j's states (B, X, d), gives the tokens (B, X) to go on with.
+    """Follow the chains of all starts: `propose` gets draft j's states (B, X, d) and returns its tokens (B, X).
 
     Starts are those of `draft`. DataError where there is none, or no MTP block.
     """
@@ -61,8 +61,8 @@ def follow(
     state, chain = student.mtp(*pairs, rotary=rotary, chain=Chain())
     state = state[:, first:]
     for j in range(drafts - 1):
-        state, chain = student.mtp(state, embed(say(j, state)), rotary=rotary, chain=chain, first=first)
-    say(drafts - 1, state)
+        state, chain = student.mtp(state, embed(propose(j, state)), rotary=rotary, chain=chain, first=first)
+    propose(drafts - 1, state)
 
 
 def accepted(tokens: torch.Tensor, drafted: torch.Tensor, *, first: int) -> torch.Tensor:

@@ -71,7 +71,7 @@ def engine_figures(
 
 
 def _asked(asked: Mapping[str, Any], *, python: str | None) -> dict[str, Any] | str:
-    """What the engine's process answers, or the last it said before it stopped."""
+    """What the engine's process answers, or the end of its output before it stopped."""
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder) / "asked.json", Path(folder) / "answer.json"
         question.write_text(json.dumps(asked), encoding="utf-8")
@@ -81,6 +81,6 @@ def _asked(asked: Mapping[str, Any], *, python: str | None) -> dict[str, Any] | 
             command, env=os.environ | _ENVIRONMENT, capture_output=True, text=True, errors="replace", check=False
         )
         if done.returncode or not answer.is_file():
-            said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-            return " / ".join(said[-_LAST_LINES:]) or f"it ended with exit code {done.returncode}"
+            output = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            return " / ".join(output[-_LAST_LINES:]) or f"it ended with exit code {done.returncode}"
         return json.loads(answer.read_text(encoding="utf-8"))

@@ -96,7 +96,7 @@ def evaluate_tasks(
         inputs = {name: fingerprint([SCHEMA, model, facts, _settings(running)]) for name, facts in asked.items()}
         missing = [name for name in inputs if name not in record.tasks or record.tasks[name].inputs != inputs[name]]
         if not missing:
-            logger.info("evaluate %s: its task scores stand already, skipped", label)
+            logger.info("evaluate %s: its task scores exist already, skipped", label)
         lm = _language_model(folder, running) if missing else None
         for name in missing:
             logger.info("evaluate %s: %s", label, name)
@@ -168,16 +168,16 @@ def _run(lm: Any, tasks: Tasks, *, name: str, running: Running) -> TaskScore:
     from lm_eval import simple_evaluate
 
     task = tasks.tasks[name]
-    told = simple_evaluate(model=lm, tasks=[task], task_manager=tasks.manager, limit=running.limit)
-    metrics = _metrics(told["results"][name])
+    results = simple_evaluate(model=lm, tasks=[task], task_manager=tasks.manager, limit=running.limit)
+    metrics = _metrics(results["results"][name])
     if not metrics:
         raise DataError(f"{name}: lm-eval gave no metric that is a number; look at its metric_list")
     main = _main(list(metrics))
     measure, _, kind = main.partition(",")
     samples = sorted(
-        (sample for sample in told["samples"][name] if sample["filter"] == kind), key=lambda sample: sample["doc_id"]
+        (sample for sample in results["samples"][name] if sample["filter"] == kind), key=lambda sample: sample["doc_id"]
     )
-    ascending = told["higher_is_better"][name].get(measure, False)
+    ascending = results["higher_is_better"][name].get(measure, False)
     items = _items([sample.get(measure) for sample in samples], metrics[main]["value"]) if ascending else None
     guessed = items is not None and task.OUTPUT_TYPE == "multiple_choice" and measure in _PICKED
     return TaskScore(
@@ -185,8 +185,8 @@ def _run(lm: Any, tasks: Tasks, *, name: str, running: Running) -> TaskScore:
         inputs="",
         questions=fingerprint([[sample[part] for part in ("doc_hash", "prompt_hash")] for sample in samples]),
         output_type=str(task.OUTPUT_TYPE),
-        fewshot=int(told["n-shot"][name]),
-        version=str(told["versions"][name]),
+        fewshot=int(results["n-shot"][name]),
+        version=str(results["versions"][name]),
         n=len(samples),
         main=main,
         metrics=metrics,

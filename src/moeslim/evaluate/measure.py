@@ -49,8 +49,8 @@ WALKED = "walked layer by layer over its files: accepted drafts, speed, memory a
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What is the same for all models: the documents as they are read, how tokens become text, and the settings."""
+class EvalData:
+    """The held-out documents, how tokens become text, and the settings: the same for all models."""
 
     documents: list[TokenDocument]
     decode: Decode
@@ -58,7 +58,7 @@ class Ground:
     settings: Settings
 
     @classmethod
-    def of(cls, documents: Iterable[TokenDocument], *, tokenizer: Path | str, settings: Settings) -> "Ground":
+    def of(cls, documents: Iterable[TokenDocument], *, tokenizer: Path | str, settings: Settings) -> "EvalData":
         """Choose and cut the documents as `settings` say; `fingerprint` names them."""
         loaded = load_tokenizer(tokenizer)
         decode = partial(loaded.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -120,7 +120,7 @@ def _check_finite(folder: Path, scores: Scores) -> None:
         )
 
 
-def measure_all(jobs: Sequence[Job], ground: Ground, *, silent: Job | None, out: Path) -> dict[str, Record]:
+def measure_all(jobs: Sequence[Job], data: EvalData, *, silent: Job | None, out: Path) -> dict[str, Record]:
     """The records of `jobs` by label, each written to `out` when it is made.
 
     Whoever the others are compared with comes first, or is `silent`: a teacher that gets no record.
@@ -128,10 +128,10 @@ def measure_all(jobs: Sequence[Job], ground: Ground, *, silent: Job | None, out:
     records, states = {}, None
     if silent is not None:
         logger.info("evaluate: the teacher%s", LAYER_BY_LAYER if silent.walk else "")
-        states = _score(silent, ground, student=None, teacher=None, keep_states=True, out=out).states
+        states = _score(silent, data, student=None, teacher=None, keep_states=True, out=out).states
     for job in jobs:
         keep = any(other.teacher == job.model for other in jobs)
-        record, kept = measure(job, ground, teacher=states, keep_states=keep, out=out)
+        record, kept = measure(job, data, teacher=states, keep_states=keep, out=out)
         states = kept if keep else states
         if parallel.world().rank == 0:
             record.write(out / f"{job.label}.json")
@@ -140,44 +140,44 @@ def measure_all(jobs: Sequence[Job], ground: Ground, *, silent: Job | None, out:
 
 
 def measure(
-    job: Job, ground: Ground, *, teacher: TeacherStates | None, keep_states: bool, out: Path
+    job: Job, data: EvalData, *, teacher: TeacherStates | None, keep_states: bool, out: Path
 ) -> tuple[Record, TeacherStates | None]:
     """The record of one model; with `keep_states` also what the others are compared with.
 
     In processes behind the first it lacks speed, memory and samples; where a model is walked, all do.
     """
     logger.info("evaluate %s%s", job.label, LAYER_BY_LAYER if job.walk else "")
-    settings, device, first = ground.settings, torch.device(ground.settings.device), parallel.world().rank == 0
+    settings, device, first = data.settings, torch.device(data.settings.device), parallel.world().rank == 0
     shape = read_structure(job.folder).shape
     figures: Figures = size_figures(shape, job.folder)
     student, samples, notes = None, [], [WALKED] if job.walk else []
     if settings.evaluate.engine != "none":
         parallel.barrier()
         if first:
-            found, told = _engine(job, ground, shape=shape)
-            figures, notes = figures | found, [*notes, *told]
+            found, engine_notes = _engine(job, data, shape=shape)
+            figures, notes = figures | found, [*notes, *engine_notes]
         parallel.barrier()
     if not job.walk:
         restart_peak(device)
         student = load(job.folder, settings)
         if settings.evaluate.speed_repeats:
             parallel.barrier()  # nobody is busy while times are taken
-            figures |= _speed(student, ground) | peak_figure(device) if first else {}
+            figures |= _speed(student, data) | peak_figure(device) if first else {}
             parallel.barrier()
     compared = teacher if job.teacher is not None else None
-    scores = _score(job, ground, student=student, teacher=compared, keep_states=keep_states, out=out)
+    scores = _score(job, data, student=student, teacher=compared, keep_states=keep_states, out=out)
     figures |= scores.figures()
     if student is not None:
         if settings.evaluate.prompts and student.mtp is not None:
-            figures |= _drafting(student, ground)
-        samples = _samples(student, ground) if settings.evaluate.samples and first else []
-    record = _record(job, ground, figures=figures, scores=scores)
+            figures |= _drafting(student, data)
+        samples = _samples(student, data) if settings.evaluate.samples and first else []
+    record = _record(job, data, figures=figures, scores=scores)
     return replace(record, samples=samples, notes=notes), scores.states
 
 
 def _score(
     job: Job,
-    ground: Ground,
+    data: EvalData,
     *,
     student: Student | None,
     teacher: TeacherStates | None,
@@ -186,26 +186,24 @@ def _score(
 ) -> Scores:
     """The sums per document of `student`, or where that is None of the model in the job's folder."""
     if job.walk:
-        scores = score_walking(
-            job.walked(ground.settings, out), ground.documents, layout=ground.layout, teacher=teacher
-        )
+        scores = score_walking(job.walked(data.settings, out), data.documents, layout=data.layout, teacher=teacher)
     else:
-        student = load(job.folder, ground.settings) if student is None else student
-        scores = score(student, ground.documents, layout=ground.layout, teacher=teacher, keep_states=keep_states)
+        student = load(job.folder, data.settings) if student is None else student
+        scores = score(student, data.documents, layout=data.layout, teacher=teacher, keep_states=keep_states)
     _check_finite(job.folder, scores)
     return scores
 
 
-def _record(job: Job, ground: Ground, *, figures: Figures, scores: Scores) -> Record:
+def _record(job: Job, data: EvalData, *, figures: Figures, scores: Scores) -> Record:
     loads = scores.load()
     return Record(
         label=job.label,
         inputs=job.inputs,
         model=job.model,
         teacher=job.teacher,
-        data=ground.fingerprint,
-        settings=ground.settings.facts() | {"through": "walk" if job.walk else "memory"},
-        environment=_environment(torch.device(ground.settings.device)),
+        data=data.fingerprint,
+        settings=data.settings.facts() | {"through": "walk" if job.walk else "memory"},
+        environment=_environment(torch.device(data.settings.device)),
         figures=figures,
         load={key: [round(figure.value, 4) for figure in layer] for key, layer in loads.items()},
         load_se={key: [figure.se and round(figure.se, 4) for figure in layer] for key, layer in loads.items()},
@@ -213,35 +211,35 @@ def _record(job: Job, ground: Ground, *, figures: Figures, scores: Scores) -> Re
     )
 
 
-def _speed(student: Student, ground: Ground) -> Figures:
-    section = ground.settings.evaluate
-    prompt = torch.tensor(_stretches(ground, 1)[0], device=student.head.device)
+def _speed(student: Student, data: EvalData) -> Figures:
+    section = data.settings.evaluate
+    prompt = torch.tensor(_stretches(data, 1)[0], device=student.head.device)
     return speed_figures(student, prompt, new_tokens=section.speed_new_tokens, repeats=section.speed_repeats)
 
 
-def _engine(job: Job, ground: Ground, *, shape: Shape) -> tuple[Figures, list[str]]:
-    settings = ground.settings
+def _engine(job: Job, data: EvalData, *, shape: Shape) -> tuple[Figures, list[str]]:
+    settings = data.settings
     if settings.device.startswith("cuda"):
         torch.cuda.empty_cache()  # what this process keeps free, the engine cannot have
     return engine_figures(
         job.folder.absolute(),
-        _stretches(ground, settings.evaluate.speed_repeats),
+        _stretches(data, settings.evaluate.speed_repeats),
         new_tokens=settings.evaluate.speed_new_tokens,
         drafts=(0, ENGINE_DRAFTS) if shape.mtp_layers else (0,),
         python=settings.evaluate.engine_python,
     )
 
 
-def _stretches(ground: Ground, number: int) -> list[list[int]]:
+def _stretches(data: EvalData, number: int) -> list[list[int]]:
     """Up to `number` prompts to be timed: held-out text, document after document, in pieces of equal length."""
-    tokens = [token for document in ground.documents for token in document.tokens.tolist()]
-    length = min(ground.settings.evaluate.speed_prompt_tokens, len(tokens))
+    tokens = [token for document in data.documents for token in document.tokens.tolist()]
+    length = min(data.settings.evaluate.speed_prompt_tokens, len(tokens))
     return [tokens[i * length : (i + 1) * length] for i in range(min(number, len(tokens) // length))]
 
 
-def _drafting(student: Student, ground: Ground) -> Figures:
+def _drafting(student: Student, data: EvalData) -> Figures:
     """Acceptance of drafts in greedy text, and in text that is drawn."""
-    section = ground.settings.evaluate
+    section = data.settings.evaluate
     first, new = section.prompt_tokens - 1, section.new_tokens  # the state that gives the first generated token
 
     def greedy(rows: torch.Tensor, _: int) -> dict[str, torch.Tensor]:
@@ -250,23 +248,23 @@ def _drafting(student: Student, ground: Ground) -> Figures:
         return {"": drafting.accepted(text.tokens, drafted, first=first).cpu()}
 
     def drawn(rows: torch.Tensor, begun: int) -> dict[str, torch.Tensor]:
-        numbers = [np.random.default_rng([ground.settings.seed, begun + row]).random(new) for row in range(len(rows))]
+        numbers = [np.random.default_rng([data.settings.seed, begun + row]).random(new) for row in range(len(rows))]
         choose = sampling.seeded(section.sampling_temperature, torch.from_numpy(np.stack(numbers)))
         text = generate(student, rows, new_tokens=new, choose=choose)
         return sampling.kept(student, text, first=first, temperature=section.sampling_temperature)
 
-    kept, domains = _kept(ground, section.prompts, kept=greedy)
+    kept, domains = _kept(data, section.prompts, kept=greedy)
     found = drafting.figures(kept[""], domains)
     if some := min(section.prompts, section.sampling_prompts):
-        found |= sampling.figures(*_kept(ground, some, kept=drawn))
+        found |= sampling.figures(*_kept(data, some, kept=drawn))
     return found
 
 
 def _kept(
-    ground: Ground, per_domain: int, *, kept: Callable[[torch.Tensor, int], dict[str, torch.Tensor]]
+    data: EvalData, per_domain: int, *, kept: Callable[[torch.Tensor, int], dict[str, torch.Tensor]]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """What `kept` says of some prompts (B, P) and how many come before them, for all prompts; and their domains."""
-    rows, owners = ground.prompts(per_domain)
+    rows, owners = data.prompts(per_domain)
     parts = rows.split(_PROMPTS_AT_ONCE)
     mine, done = own([len(part) for part in parts]), {}
     with progress("draft", sum(len(parts[number]) for number in mine), unit="prompts") as advance:
@@ -278,18 +276,18 @@ def _kept(
     return ways, [owner.domain for owner in owners]
 
 
-def _samples(student: Student, ground: Ground) -> list[dict[str, str]]:
+def _samples(student: Student, data: EvalData) -> list[dict[str, str]]:
     """Continuations of held-out beginnings; the same seed and prompts for every model."""
-    settings, begun = ground.settings, ground.settings.evaluate.prompt_tokens
-    rows, owners = ground.prompts(settings.evaluate.samples)
+    settings, begun = data.settings, data.settings.evaluate.prompt_tokens
+    rows, owners = data.prompts(settings.evaluate.samples)
     choice = sampler(settings.temperature, settings.seed)
     tokens = generate(student, rows, new_tokens=settings.sample_tokens, choose=choice).tokens.tolist()
     return [
         {
             "domain": owner.domain,
             "source": owner.source,
-            "prompt": ground.decode(row[1:begun]),
-            "text": ground.decode(row[begun:]),
+            "prompt": data.decode(row[1:begun]),
+            "text": data.decode(row[begun:]),
         }
         for row, owner in zip(tokens, owners, strict=True)
     ]

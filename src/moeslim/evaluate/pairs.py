@@ -47,8 +47,8 @@ def unlike(a: Record, b: Record, *, metric: str) -> str | None:
     drafted = _DRAWN if metric.startswith(("sampled_", "drawn_")) else _DRAFTED
     for name in _SHARED if metric in PAIRED else drafted:
         if a.settings.get(name) != b.settings.get(name):
-            told = f"{name} {a.settings.get(name)} and {b.settings.get(name)}"
-            return f"{a.label} and {b.label} were measured with {told}; evaluate both alike"
+            both = f"{name} {a.settings.get(name)} and {b.settings.get(name)}"
+            return f"{a.label} and {b.label} were measured with {both}; evaluate both alike"
     for record in (a, b):
         if metric in PAIRED and PAIRED[metric][0] not in record.documents:
             return f"{metric}: not measured on both {a.label} and {b.label}; evaluate both with a teacher"

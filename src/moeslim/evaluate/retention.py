@@ -94,12 +94,12 @@ def compare(student: TaskScore, teacher: TaskScore) -> dict[str, Any]:
     if own is None or other is None:  # a perplexity, a corpus score: there is nothing to pair
         return {}
     facts = {
-        "retention": _told(retention([own], [other])),
-        "difference": _told(mean_difference([own], [other])),
+        "retention": _figure_facts(retention([own], [other])),
+        "difference": _figure_facts(mean_difference([own], [other])),
         "paired": asdict(sign_test(own, other)),
     }
     if student.chance is not None:
-        facts["above_chance"] = _told(retention([own], [other], chance=[student.chance]))
+        facts["above_chance"] = _figure_facts(retention([own], [other], chance=[student.chance]))
     return facts
 
 
@@ -138,11 +138,14 @@ def _mean_row(records: Mapping[str, TaskRecord], teacher: str | None, *, tasks: 
         if teacher is None or label == teacher:
             continue
         own, other = (scores(name, tasks) for name in (label, teacher))
-        facts = {"retention": _told(retention(own, other)), "difference": _told(mean_difference(own, other))}
+        facts = {
+            "retention": _figure_facts(retention(own, other)),
+            "difference": _figure_facts(mean_difference(own, other)),
+        }
         if known:
             chance = [records[label].tasks[task].chance or [] for task in known]
             above = retention(scores(label, known), scores(teacher, known), chance=chance)
-            facts["above_chance"] = _told(above)
+            facts["above_chance"] = _figure_facts(above)
         row["against"][label] = facts
     return row
 
@@ -166,5 +169,5 @@ def _count(scores: Scores) -> int:
     return sum(len(task) for task in scores)
 
 
-def _told(figure: Figure | None) -> dict[str, Any] | None:
+def _figure_facts(figure: Figure | None) -> dict[str, Any] | None:
     return None if figure is None else asdict(figure)

@@ -60,7 +60,7 @@ def kept(
     reached = torch.ones(2, len(text.tokens), num_starts, dtype=torch.float64)
     found: list[torch.Tensor] = []
 
-    def say(j: int, state_BXd: torch.Tensor) -> torch.Tensor:
+    def propose(j: int, state_BXd: torch.Tensor) -> torch.Tensor:
         trunk_BXd = text.hidden[:, first + 1 + j :][:, :num_starts]
         written_BX = text.tokens[:, first + 2 + j :][:, :num_starts]
         sides = trunk_BXd.flatten(0, 1), state_BXd.flatten(0, 1)
@@ -72,7 +72,7 @@ def kept(
         reached.mul_(on.view_as(reached))
         return written_BX
 
-    follow(student, text, first=first, drafts=drafts, say=say)
+    follow(student, text, first=first, drafts=drafts, propose=propose)
     greedy_BXD, drawn_BXD = torch.stack(found, dim=-1)
     return {"sampled": greedy_BXD, "drawn": drawn_BXD}
 

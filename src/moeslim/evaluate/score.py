@@ -177,8 +177,8 @@ def score(
             for row, index in enumerate(batch):
                 scored = hidden[row, reading.scored(index)]
                 targets = reading.targets(index).to(scored.device)
-                said = None if teacher is None else (teacher.windows[index], teacher.head)
-                sums[:, reading.plan[index].document] += sums_of((scored, head), targets, teacher=said)
+                compared_with = None if teacher is None else (teacher.windows[index], teacher.head)
+                sums[:, reading.plan[index].document] += sums_of((scored, head), targets, teacher=compared_with)
                 if keep_states:
                     states[index] = scored.clone()
             advance(reading.size(batch))

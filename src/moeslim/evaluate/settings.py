@@ -87,8 +87,8 @@ def check_models(folders: Mapping[str, Path], documents: Sequence[TokenDocument]
                 "evaluate with the model's own tokenizer"
             )
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{label} {size}" for label, size in sizes.items())
-        raise DataError(f"the models' vocabularies differ ({told}); only models with one vocabulary can be compared")
+        listed = ", ".join(f"{label} {size}" for label, size in sizes.items())
+        raise DataError(f"the models' vocabularies differ ({listed}); only models with one vocabulary can be compared")
 
 
 def walks(folder: Path, settings: Settings) -> bool:
@@ -100,7 +100,7 @@ def walks(folder: Path, settings: Settings) -> bool:
         return settings.evaluate.through == "walk"
     rows = read_structure(folder).rows.values()
     weights = sum(row.parameters for row in rows) * (4 if settings.dtype == "float32" else 2)
-    rooms = [free_memory(settings.device, processes=world().local_size)]
+    limits = [free_memory(settings.device, processes=world().local_size)]
     if settings.max_memory is not None:
-        rooms.append(settings.max_memory - memory_used())
-    return any(room is not None and weights > 0.75 * room for room in rooms)
+        limits.append(settings.max_memory - memory_used())
+    return any(limit is not None and weights > 0.75 * limit for limit in limits)

@@ -35,12 +35,12 @@ class TaskScore:
 
     @property
     def figure(self) -> Figure:
-        """The main metric as lm-eval tells it."""
-        told = self.metrics[self.main]
-        value = told["value"]
+        """The main metric as lm-eval gives it."""
+        values = self.metrics[self.main]
+        value = values["value"]
         assert value is not None
         unit = "share" if self.items is not None and all(0 <= item <= 1 for item in self.items) else ""
-        return Figure(value, told["stderr"], self.n, unit, "question")
+        return Figure(value, values["stderr"], self.n, unit, "question")
 
 
 @dataclass(frozen=True)

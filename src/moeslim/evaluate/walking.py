@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moeslim.artifacts.commit import discard, disk_told, read_json, write_bytes
+from moeslim.artifacts.commit import discard, disk_errors, read_json, write_bytes
 from moeslim.artifacts.fingerprint import fingerprint
 from moeslim.checkpoint.reader import Reader
 from moeslim.data.tokens import TokenDocument
@@ -34,8 +34,8 @@ from moeslim.log import progress
 from moeslim.machine import parallel
 from moeslim.machine.bound import memory_used
 from moeslim.machine.host import give_back
+from moeslim.model.memory_check import BatchSize, fit_to_memory
 from moeslim.model.moe import RouterWatch
-from moeslim.model.room import Batch, with_room
 from moeslim.model.walk import LayerVisit, WalkSettings, walk
 
 _HEAD_ROWS = 1 << 13
@@ -112,9 +112,9 @@ def score_walking(
     with progress("score", sum(len(reading.targets(i)) for batch in reading.batches for i in batch)) as advance:
         for index in (index for batch in reading.batches for index in batch):
             targets = reading.targets(index).to(settings.device)
-            said = None if teacher is None else (teacher.windows[index], teacher.head)
+            compared_with = None if teacher is None else (teacher.windows[index], teacher.head)
             sums[:, reading.plan[index].document] += sums_of(
-                (states[index], head), targets, teacher=said, at_once=at_once
+                (states[index], head), targets, teacher=compared_with, at_once=at_once
             )
             advance(len(targets))
     reader.release()
@@ -142,10 +142,10 @@ def _run(reader: Reader, reading: Reading, *, place: Path, walked: Walked) -> No
     name = fingerprint([walked.model, hashlib.sha256(rows.tobytes()).hexdigest(), batches, how])
     if (place / "walk.json").is_file() and read_json(place / "walk.json").get("name") != name:
         discard(place / "walk.json")  # without it nothing there counts
-    sizes = (Batch(len(batch), reading.length(batch), settable=False) for batch in reading.batches)
+    sizes = (BatchSize(len(batch), reading.length(batch), settable=False) for batch in reading.batches)
     most = max(sizes, key=lambda batch: batch.tokens)
     give_back()  # what the model before this one has left free
-    settings = with_room(reader, walked.settings, batch=most)
+    settings = fit_to_memory(reader, walked.settings, batch=most)
     with progress("walk", (len(reader.shape.keys)) * reading.tokens, unit="tokens") as advance:
         for visit in walk(reader, rows, workdir=place, settings=settings, name=name):
             _visit(visit, reading, experts=reader.shape["experts"], advance=advance)
@@ -179,7 +179,7 @@ def _visit(visit: LayerVisit, reading: Reading, *, experts: int, advance: Callab
 @contextmanager
 def _file(path: Path) -> Iterator[BinaryIO]:
     """A file to write, on the disk when the block ends."""
-    with disk_told(path), path.open("wb") as file:
+    with disk_errors(path), path.open("wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

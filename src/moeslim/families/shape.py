@@ -252,7 +252,7 @@ def _layer_types(config: Mapping[str, Any], family: Family, *, layers: int) -> t
         interval = _integer(config, ("full_attention_interval", family.default_interval))
         return tuple("full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers))
     allowed = family.mixers
-    if not isinstance(given, list) or len(given) != layers or any(word not in allowed for word in given):
+    if not isinstance(given, list) or len(given) != layers or any(mixer not in allowed for mixer in given):
         raise FamilyError(
             f"config.json: layer_types must list {layers} words (num_hidden_layers) out of {', '.join(allowed)}"
         )

@@ -32,7 +32,7 @@ class Tensor:
     when: str | None = None  # only there where this is one of the shape's `flags`
 
 
-_WORDS = {  # what the last column of a page may say, as (init, norm, matrix, role)
+_MARKS = {  # what the last column of a page may say, as (init, norm, matrix, role)
     "zero_centred": ("zeros", "zero_centred", None, None),
     "plain_norm": ("ones", "plain", None, None),
     "bias": ("zeros", None, None, None),
@@ -49,15 +49,15 @@ _WORDS = {  # what the last column of a page may say, as (init, norm, matrix, ro
 
 
 def tensors(text: str) -> tuple[Tensor, ...]:
-    """The lines of a page: component, name, axes by commas, at most one of `_WORDS`; two spaces part columns.
+    """The lines of a page: component, name, axes by commas, at most one of `_MARKS`; two spaces part columns.
 
     Behind them `if KEY`: a tensor of models whose config says true there; `if present`: files may hold it or not.
     """
     found = []
     for line in text.strip().splitlines():
-        component, name, axes, *words = re.split(r"\s{2,}", line.strip())
-        when = words.pop().removeprefix("if ") if words and words[-1].startswith("if ") else None
-        init, norm, matrix, role = _WORDS[words[0]] if words else ("normal", None, None, None)
+        component, name, axes, *marks = re.split(r"\s{2,}", line.strip())
+        when = marks.pop().removeprefix("if ") if marks and marks[-1].startswith("if ") else None
+        init, norm, matrix, role = _MARKS[marks[0]] if marks else ("normal", None, None, None)
         when = name if when == "present" else when
         found.append(Tensor(name, tuple(re.split(r",\s*", axes)), component, init, norm, matrix, role, when))
     return tuple(found)
@@ -74,8 +74,8 @@ def keys(text: str) -> dict[str, str | tuple[str, int | str]]:
 
     A default is a number, or a rule like hidden//heads.
     """
-    words = text.split()
-    pairs = zip(words[::2], (word.partition("=") for word in words[1::2]), strict=True)
+    parts = text.split()
+    pairs = zip(parts[::2], (part.partition("=") for part in parts[1::2]), strict=True)
     return {axis: (key, _default(text)) if text else key for axis, (key, _, text) in pairs}
 
 

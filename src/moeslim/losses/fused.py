@@ -5,9 +5,9 @@ losses of the chunk, turns its logits into their own gradient, and multiplies th
 of the head. The backward has nothing left to do but scale these.
 
 Shapes: B rows, T positions, N targets that count, P of them in a chunk, M states per target (the backbone's and those
-of the MTP depths), d hidden size, V vocabulary. Everything is laid out by *target*: flat position j stands for the word
-t_{j+1}, whoever predicts it (the backbone at j, MTP depth m at j-m). So the teacher's logits at j serve the backbone
-and every depth, and are computed once.
+of the MTP depths), d hidden size, V vocabulary. Everything is laid out by *target*: flat position j stands for the
+token t_{j+1}, whichever state predicts it (the backbone at j, MTP depth m at j-m). So the teacher's logits at j serve
+the backbone and every depth, and are computed once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,11 @@ from torch.nn.functional import pad
 
 from moeslim.losses import products
 from moeslim.losses.outcomes import Outcomes, lm_and_outcomes_kd
-from moeslim.losses.rows import Word, hear, lm_and_kd, scale
+from moeslim.losses.rows import TeacherProbs, lm_and_kd, scale, teacher_log_probs
 from moeslim.losses.terms import Coefficients, term_names
 
 CHUNK_BYTES = 1 << 29
-"""Room for all logits of a chunk; on a GPU a 32nd of its memory, where that is more.
+"""Memory for all logits of a chunk; on a GPU a 32nd of its memory, where that is more.
 
 With V = 152k, D = 1 and fp32 that is 294 targets; a CPU's matrix products gain nothing from more. A GPU's do: once per
 chunk the head's gradient is read and written, which takes as long as multiplying some 500 rows into it.
@@ -36,7 +36,7 @@ LARGEST_CHUNK = 512
 
 @dataclass(frozen=True)
 class Signal:
-    """What a teacher says about a micro-batch: its final states (B, T, d_teacher) and its head (V, d_teacher)."""
+    """A live teacher's output on a micro-batch: its final states (B, T, d_teacher) and its head (V, d_teacher)."""
 
     hidden: torch.Tensor
     head: torch.Tensor
@@ -44,13 +44,13 @@ class Signal:
 
 @dataclass(frozen=True)
 class _Depth:
-    """MTP depth `number` (0: the backbone), which of its terms are asked for, what the loss multiplies them with."""
+    """MTP depth `number` (0: the backbone), which of its terms are asked for, and their loss coefficients."""
 
     number: int
     asked: tuple[bool, bool]
-    pull: tuple[float, float]
+    coefficients: tuple[float, float]
     for_head: bool
-    """Whether the head learns from it: something pulls, and the head takes a gradient of this depth."""
+    """Whether the head learns from it: a coefficient is not 0, and the head takes a gradient of this depth."""
     for_states: bool
 
     @property
@@ -76,12 +76,12 @@ class _Task:
     temperature: float
 
     @property
-    def pulled(self) -> int:
+    def num_learning(self) -> int:
         """How many depths get a gradient."""
         return sum(depth.learns for depth in self.depths)
 
     @property
-    def heard(self) -> int:
+    def num_for_head(self) -> int:
         """How many depths the head learns from."""
         return sum(depth.for_head for depth in self.depths)
 
@@ -97,9 +97,9 @@ def _depths(coefficients: Coefficients, *, taught: bool, head_takes: bool, state
         assert taught or not terms.get(kd), f"{kd} has a weight, but there is no teacher"
         asked = (lm in terms, kd in terms and taught)
         if any(asked):
-            pull = (terms.get(lm, 0.0), terms.get(kd, 0.0))
-            for_head = any(pull) and head_takes and not (m and coefficients.detached)
-            found.append(_Depth(m, asked, pull, for_head=for_head, for_states=any(pull) and states_take[m]))
+            pair = (terms.get(lm, 0.0), terms.get(kd, 0.0))
+            for_head = any(pair) and head_takes and not (m and coefficients.detached)
+            found.append(_Depth(m, asked, pair, for_head=for_head, for_states=any(pair) and states_take[m]))
     return sorted(found, key=lambda depth: (not depth.for_head, not depth.learns))
 
 
@@ -118,21 +118,21 @@ def _by_state(gradient_Nd: torch.Tensor, positions_N: torch.Tensor, *, like: tor
 
 
 def _largest_chunk(task: _Task, head_Vd: torch.Tensor, *, wide: torch.dtype) -> int:
-    """Targets that there is room for. V-wide are a row per state, the teacher's, and narrow copies for the products."""
+    """Targets that fit into memory. V-wide are a row per state, the teacher's, and narrow copies for the products."""
     narrow = products.operand_dtype(head_Vd, wide)
     row_bytes = (len(task.depths) + isinstance(task.teacher, Signal)) * wide.itemsize
-    row_bytes += task.pulled * narrow.itemsize if narrow != wide else 0
-    room_bytes, most = CHUNK_BYTES, LARGEST_CHUNK
+    row_bytes += task.num_learning * narrow.itemsize if narrow != wide else 0
+    chunk_bytes, most = CHUNK_BYTES, LARGEST_CHUNK
     if head_Vd.is_cuda:
-        room_bytes = max(room_bytes, torch.cuda.get_device_properties(head_Vd.device).total_memory // 32)
-        most = room_bytes
-    return max(1, min(most, room_bytes // (row_bytes * head_Vd.shape[0])))
+        chunk_bytes = max(chunk_bytes, torch.cuda.get_device_properties(head_Vd.device).total_memory // 32)
+        most = chunk_bytes
+    return max(1, min(most, chunk_bytes // (row_bytes * head_Vd.shape[0])))
 
 
 def _parts(count: int, most: int) -> list[slice]:
     """`count` targets in parts of about the same size; odd sizes cost a CPU's matrix products a tenth: multiples of 64.
 
-    A vocabulary that leaves no room for 64 gets `most` at a time.
+    A vocabulary too large for 64 rows gets `most` at a time.
     """
     size = min(most, count)
     if most >= 64:
@@ -151,7 +151,7 @@ def _groups(count: int, logits: torch.Tensor) -> Iterator[slice]:
     return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
 
-def _room(rows: int, head_Vd: torch.Tensor, *, wide: torch.dtype) -> torch.Tensor:
+def _buffer(rows: int, head_Vd: torch.Tensor, *, wide: torch.dtype) -> torch.Tensor:
     return torch.empty(rows, head_Vd.shape[0], dtype=wide, device=head_Vd.device)
 
 
@@ -160,22 +160,22 @@ def _losses(task: _Task, part: slice, *, student_MPV: torch.Tensor, teacher_PV: 
     count = student_MPV.shape[1]
     values = student_MPV.new_zeros(2, len(task.depths), count, 1)
     targets_P1 = task.targets[part]
-    rooms_5RV = student_MPV.new_empty(5, next(_groups(count, student_MPV)).stop, student_MPV.shape[-1])
+    buffers_5RV = student_MPV.new_empty(5, next(_groups(count, student_MPV)).stop, student_MPV.shape[-1])
     for rows in _groups(count, student_MPV):
-        rooms = rooms_5RV[:, : rows.stop - rows.start]
-        word: Word | Outcomes | None = None
+        buffers = buffers_5RV[:, : rows.stop - rows.start]
+        teacher: TeacherProbs | Outcomes | None = None
         if teacher_PV is not None:
-            word = hear(teacher_PV[rows], temperature=task.temperature, rooms=rooms[:2])
+            teacher = teacher_log_probs(teacher_PV[rows], temperature=task.temperature, buffers=buffers[:2])
         elif isinstance(task.teacher, Outcomes):
-            word = task.teacher[part][rows]
+            teacher = task.teacher[part][rows]
         for m, depth in enumerate(task.depths):
             logits_RV, targets_R1 = student_MPV[m, rows], targets_P1[rows]
-            pull = depth.pull if m < task.pulled else (0.0, 0.0)
-            if isinstance(word, Outcomes) and depth.asked[1]:
-                found = lm_and_outcomes_kd(logits_RV, targets_R1, pull=pull, word=word)
+            pair = depth.coefficients if m < task.num_learning else (0.0, 0.0)
+            if isinstance(teacher, Outcomes) and depth.asked[1]:
+                found = lm_and_outcomes_kd(logits_RV, targets_R1, coefficients=pair, teacher=teacher)
             else:
-                heard = word if isinstance(word, Word) and depth.asked[1] else None
-                found = lm_and_kd(logits_RV, targets_R1, pull=pull, word=heard, rooms=rooms[2:])
+                probs = teacher if isinstance(teacher, TeacherProbs) and depth.asked[1] else None
+                found = lm_and_kd(logits_RV, targets_R1, coefficients=pair, teacher=probs, buffers=buffers[2:])
             values[0, m, rows], values[1, m, rows] = found
     return (values * task.alive[:, part]).squeeze(-1)  # logits of a state that does not exist are 0, so finite
 
@@ -187,23 +187,23 @@ def _wide(*tensors: torch.Tensor) -> torch.dtype:
 def _compute(
     task: _Task, head_Vd: torch.Tensor, *, states: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Sums (2, M) of LM and KD, the head's gradient, and that of the pulled depths' states (M, N, d), both wide."""
+    """Sums (2, M) of LM and KD, the head's gradient, and that of the learning depths' states (M, N, d), both wide."""
     wide = _wide(states[0], head_Vd)
-    head_Vd, narrow, pulled = head_Vd.detach(), products.operand_dtype(head_Vd, wide), task.pulled
+    head_Vd, narrow, num_learning = head_Vd.detach(), products.operand_dtype(head_Vd, wide), task.num_learning
     moved = [_by_target(states[depth.number], task.positions, depth=depth.number) for depth in task.depths]
     rows_MNd = torch.stack(moved).to(narrow)
     chunks = _parts(len(task.positions), _largest_chunk(task, head_Vd, wide=wide))
     longest = max((part.stop - part.start for part in chunks), default=0)
-    student = _room(len(task.depths) * longest, head_Vd, wide=wide)
+    student = _buffer(len(task.depths) * longest, head_Vd, wide=wide)
     if isinstance(teacher := task.teacher, Signal):
-        said_Nd = _by_target(teacher.hidden, task.positions, depth=0).to(products.operand_dtype(teacher.head, wide))
-        word = _room(longest, head_Vd, wide=wide)
+        teacher_Nd = _by_target(teacher.hidden, task.positions, depth=0).to(products.operand_dtype(teacher.head, wide))
+        teacher_buffer = _buffer(longest, head_Vd, wide=wide)
     sums = student.new_zeros(2, len(task.depths))
-    scales = sums.new_tensor([scale(depth.pull, task.temperature) for depth in task.depths[:pulled]])
-    scales_MN1 = scales.view(-1, 1, 1) * task.alive[:pulled]
-    of_head = student.new_zeros(head_Vd.shape) if task.heard else None
+    scales = sums.new_tensor([scale(depth.coefficients, task.temperature) for depth in task.depths[:num_learning]])
+    scales_MN1 = scales.view(-1, 1, 1) * task.alive[:num_learning]
+    of_head = student.new_zeros(head_Vd.shape) if task.num_for_head else None
     for_states = any(depth.for_states for depth in task.depths)
-    of_states = student.new_zeros(pulled, *rows_MNd.shape[1:]) if for_states else None
+    of_states = student.new_zeros(num_learning, *rows_MNd.shape[1:]) if for_states else None
     for part in chunks:
         own_MPd = rows_MNd[:, part]
         lines = own_MPd.shape[0] * own_MPd.shape[1]
@@ -211,16 +211,16 @@ def _compute(
         student_MPV = logits.view(*own_MPd.shape[:2], -1)
         theirs = None
         if isinstance(teacher, Signal):
-            theirs = products.logits(said_Nd[part], teacher.head, out=word[: part.stop - part.start])
+            theirs = products.logits(teacher_Nd[part], teacher.head, out=teacher_buffer[: part.stop - part.start])
         sums += _losses(task, part, student_MPV=student_MPV, teacher_PV=theirs).sum(-1)
-        if not pulled:
+        if not num_learning:
             continue
-        gradient = student_MPV[:pulled].flatten(0, 1).to(narrow)
+        gradient = student_MPV[:num_learning].flatten(0, 1).to(narrow)
         if of_states is not None:
             of_own = products.to_states(gradient, head_Vd, wide=wide)
-            of_states[:, part] = of_own.view(pulled, -1, head_Vd.shape[1]) * scales_MN1[:, part]
+            of_states[:, part] = of_own.view(num_learning, -1, head_Vd.shape[1]) * scales_MN1[:, part]
         if of_head is not None:
-            own = (own_MPd[: task.heard] * scales_MN1[: task.heard, part]).flatten(0, 1).to(narrow)
+            own = (own_MPd[: task.num_for_head] * scales_MN1[: task.num_for_head, part]).flatten(0, 1).to(narrow)
             products.add_to_head(of_head, gradient_NV=gradient[: len(own)], states_Nd=own)
     return sums, of_head, of_states
 
@@ -235,9 +235,9 @@ class _Fused(torch.autograd.Function):
             sums, of_head, of_states = _compute(task, autocast_head, states=states)
         loss = sums.new_zeros(())
         for m, depth in enumerate(task.depths):
-            for kind, pull in enumerate(depth.pull):
-                if pull:  # 0 leaves the term out instead of multiplying: 0 * inf is NaN
-                    loss += pull * sums[kind, m]
+            for kind, coefficient in enumerate(depth.coefficients):
+                if coefficient:  # 0 leaves the term out instead of multiplying: 0 * inf is NaN
+                    loss += coefficient * sums[kind, m]
         gradients: list[torch.Tensor | None] = [None] * len(states)
         if of_states is not None:
             for depth, one_Nd in zip(task.depths, of_states, strict=False):

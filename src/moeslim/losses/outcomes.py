@@ -1,4 +1,4 @@
-"""LM and KD of rows of logits where the teacher's word is a few outcomes, and their gradients in the logits' place.
+"""LM and KD of rows of logits, from a few outcomes of the teacher, and their gradients in the logits' place.
 
 Shapes: R positions, V vocabulary, K ids of the largest probabilities, M samples of the rest.
 """
@@ -10,10 +10,10 @@ import torch
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What is kept of a teacher's word: the top k, the mass of the rest, samples of the rest. Leading axes are free.
+    """The kept part of a teacher's distribution: top k, mass of the rest, samples of the rest. Leading axes are free.
 
     Without samples KD is over k+1 outcomes, `sum p log(p/q) + rest log(rest / q_rest)`: a lower bound of the full KL
-    (joining words can only lower it). With samples it is `sum p log(p/q) + rest mean_j log(p_j / q_j)`, an unbiased
+    (joining tokens can only lower it). With samples it is `sum p log(p/q) + rest mean_j log(p_j / q_j)`, an unbiased
     estimate of the full KL and of its gradient over the draw (Anshumann et al., arXiv 2503.16870, sample the whole
     distribution; here only the rest is sampled, the top k is exact). The temperature is 1: the rest at another one
     is not known.
@@ -42,33 +42,33 @@ class Outcomes:
 
 
 def lm_and_outcomes_kd(
-    logits_RV: torch.Tensor, targets_R1: torch.Tensor, *, pull: tuple[float, float], word: Outcomes
+    logits_RV: torch.Tensor, targets_R1: torch.Tensor, *, coefficients: tuple[float, float], teacher: Outcomes
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Nats (R, 1) of LM and of KD; `logits_RV` becomes their gradient over `rows.scale`.
 
-    With `pull = (a, b)` the gradient of `a LM + b KD` is `(a + b) q - a onehot - b p`, where p is the teacher's on the
-    kept words; the rest's mass lies on the samples, or without any is shared out as the student shares it. The
-    student's rest is summed from its own words and not as `1 - sum q`, so nothing cancels where the top k has it all.
+    With coefficients (a, b) the gradient of `a LM + b KD` is `(a + b) q - a onehot - b p`, where p is the teacher's on
+    the kept tokens; the rest's mass lies on the samples, or without any is shared out as the student shares it. The
+    student's rest is summed from its own tokens and not as `1 - sum q`, so nothing cancels where the top k has it all.
     """
-    said_R1, top_RK, drawn_RM = (logits_RV.gather(-1, ids) for ids in (targets_R1, word.ids, word.sampled))
-    rest_RV = logits_RV.scatter_(-1, word.ids, -torch.inf)
+    target_R1, top_RK, drawn_RM = (logits_RV.gather(-1, ids) for ids in (targets_R1, teacher.ids, teacher.sampled))
+    rest_RV = logits_RV.scatter_(-1, teacher.ids, -torch.inf)
     largest_R1 = rest_RV.amax(-1, keepdim=True)
     rest_RV.sub_(largest_R1).exp_()
     mass_R1 = rest_RV.sum(-1, keepdim=True)
     log_mass_R1 = largest_R1 + mass_R1.log()
     all_R1 = torch.logaddexp(log_mass_R1, top_RK.logsumexp(-1, keepdim=True))
-    samples = word.sampled.shape[-1]
-    joined_R1 = torch.zeros_like(word.rest) if samples else word.rest  # the mass that counts as one outcome
-    each_R1 = word.rest / max(samples, 1)
-    kd_R1 = (torch.xlogy(word.p, word.p) - word.p * (top_RK - all_R1)).sum(-1, keepdim=True)
+    samples = teacher.sampled.shape[-1]
+    joined_R1 = torch.zeros_like(teacher.rest) if samples else teacher.rest  # the mass that counts as one outcome
+    each_R1 = teacher.rest / max(samples, 1)
+    kd_R1 = (torch.xlogy(teacher.p, teacher.p) - teacher.p * (top_RK - all_R1)).sum(-1, keepdim=True)
     kd_R1 += torch.xlogy(joined_R1, joined_R1) - joined_R1 * (log_mass_R1 - all_R1)
-    kd_R1 += each_R1 * (word.sampled_log_p - drawn_RM + all_R1).sum(-1, keepdim=True)
-    lm, kd = pull
+    kd_R1 += each_R1 * (teacher.sampled_log_p - drawn_RM + all_R1).sum(-1, keepdim=True)
+    lm, kd = coefficients
     if lm or kd:
         of_q, of_p, of_target = (-1.0 - lm / kd, 1.0, lm / kd) if kd else (1.0, 0.0, -1.0)
         rest_RV.mul_(of_q * (largest_R1 - all_R1).exp() + of_p * joined_R1 / mass_R1)
-        rest_RV.scatter_(-1, word.ids, of_q * (top_RK - all_R1).exp() + of_p * word.p)
+        rest_RV.scatter_(-1, teacher.ids, of_q * (top_RK - all_R1).exp() + of_p * teacher.p)
         if samples:
-            rest_RV.scatter_add_(-1, word.sampled, (of_p * each_R1).expand_as(word.sampled_log_p).contiguous())
+            rest_RV.scatter_add_(-1, teacher.sampled, (of_p * each_R1).expand_as(teacher.sampled_log_p).contiguous())
         rest_RV.scatter_add_(-1, targets_R1, torch.full_like(all_R1, of_target))
-    return all_R1 - said_R1, kd_R1
+    return all_R1 - target_R1, kd_R1

@@ -19,14 +19,14 @@ def memory_used() -> int:
 
 
 def check_bound(bound: int | None, needed: int, *, what: str) -> None:
-    """Tell what `what` takes at most, the process included; ResourceError if that is more than the bound."""
+    """Log what `what` takes at most, the process included; ResourceError if that is more than the bound."""
     if bound is None:
         return
     whole = memory_used() + needed
-    told = f"{what} takes up to {whole / 1e9:.2f} GB (the process as it stands {memory_used() / 1e9:.2f} GB)"
+    usage = f"{what} takes up to {whole / 1e9:.2f} GB (the process as it stands {memory_used() / 1e9:.2f} GB)"
     if whole > bound:
         raise ResourceError(
-            f"max_memory is {bound / 1e9:.2f} GB, and {told}; allow that much: it works on parts of tensors "
+            f"max_memory is {bound / 1e9:.2f} GB, and {usage}; allow that much: it works on parts of tensors "
             "already, so there is nothing to lower"
         )
-    logger.info("memory: %s of %.2f GB", told, bound / 1e9)
+    logger.info("memory: %s of %.2f GB", usage, bound / 1e9)

@@ -31,7 +31,7 @@ GPUS = (
     Gpu("A40", 149.7, 74.8, 37.4, 48),
     Gpu("A10", 125, 62.5, 31.2, 24),
 )
-"""A device is the first of them whose words are all in its name."""
+"""A device is the first of them whose name, part by part, is in its own."""
 
 
 def peak_of(name: str, *, bfloat16: bool, tf32: bool = False) -> float | None:
@@ -39,11 +39,11 @@ def peak_of(name: str, *, bfloat16: bool, tf32: bool = False) -> float | None:
 
     Matrix products in bf16, or in fp32 with or without TF32's tensor cores.
     """
-    words = set(name.replace("-", " ").split())
-    if "MIG" in words:
+    parts = set(name.replace("-", " ").split())
+    if "MIG" in parts:
         return None
     for gpu in GPUS:
-        if set(gpu.name.split()) <= words:
+        if set(gpu.name.split()) <= parts:
             return 1e12 * (gpu.bf16 if bfloat16 else gpu.tf32 if tf32 else gpu.fp32)
     return None
 

@@ -1,8 +1,8 @@
-"""Several processes at one job, as torchrun starts them: rank 0 carries the command out, the others wait to help.
+"""Several processes at one job, as torchrun starts them: rank 0 runs the command, the other ranks serve it.
 
 Files, locks, plans and reports are rank 0's alone, and their code knows of no other process. What all do together
-(training, calibrating, evaluating) rank 0 starts with `together`, and the others, who wait in `serve`, do it with it.
-In one process every function here does nothing or little.
+(training, calibrating, evaluating) rank 0 starts with `together`; the other ranks wait in `serve` and run it too.
+In one process every function here does little or nothing.
 """
 
 import os
@@ -33,10 +33,10 @@ WAIT_TIMEOUT = timedelta(days=30)
 """Longest wait for a message: rank 0 packs text for hours. That a process has died shows in its closed sockets."""
 
 PATIENCE_SECONDS = 5.0
-"""How long a process whose part has failed waits to see whether the others' has too."""
+"""How long a process that failed waits to see whether the others failed too."""
 
 ALIKE = (Interrupted, TrainingError)
-"""Errors that all ranks raise after the same collective, so that only rank 0 has to say them."""
+"""Errors that all ranks raise after the same collective, so that only rank 0 has to report them."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def join() -> None:
     _world = World(rank, size, f"cuda:{local}" if on_gpu else "cpu", on_machine)
 
 
-def leave() -> None:
-    """Rank 0 lets the others go home; the groups end. Does nothing in one process or when a process is lost."""
+def disconnect() -> None:
+    """Rank 0 tells the other ranks to exit; process groups are destroyed. Does nothing alone or when a rank is lost."""
     global _world, _run
     run, _run, _world = _run, None, None
     if run is None or run.broken:
@@ -119,8 +119,8 @@ def leave() -> None:
             raise
 
 
-def carry_out(lead: Callable[[], int], *, help_out: Callable[[], int]) -> int:
-    """The exit code of one process of a run: rank 0 executes `lead`, the others `help_out`, which calls `serve`."""
+def run_on_rank0(lead: Callable[[], int], *, follow: Callable[[], int]) -> int:
+    """The exit code of one process of a run: rank 0 executes `lead`, the others `follow`, which calls `serve`."""
     join()
     run = _run
     if run is None:
@@ -129,7 +129,7 @@ def carry_out(lead: Callable[[], int], *, help_out: Callable[[], int]) -> int:
     try:
         if world().rank:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; rank 0 decides
-            code = help_out()
+            code = follow()
         else:
             signal.signal(signal.SIGTERM, terminated)
             code = lead()
@@ -139,7 +139,7 @@ def carry_out(lead: Callable[[], int], *, help_out: Callable[[], int]) -> int:
             end_at_once(code)
         raise
     finally:
-        leave()
+        disconnect()
     if run.broken:
         end_at_once(code)
     return code
@@ -163,7 +163,7 @@ def together(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     except BaseException as problem:
         if lost := is_loss(problem):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which must not cut the message short
-        run.broken = not _told(run, others=0 if lost else world().size - 1) or lost
+        run.broken = not _report_failure(run, others=0 if lost else world().size - 1) or lost
         if lost:
             raise gone(problem) from problem
         raise
@@ -172,10 +172,10 @@ def together(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
 
 def serve() -> int:
-    """Do what rank 0 asks for until it leaves; the exit code. For ranks above 0.
+    """Run what rank 0 starts with `together` until it disconnects; the exit code. For ranks above 0.
 
     Where this rank alone fails, the process has to end, for the others' collectives to fail instead of waiting: the
-    error is raised. What rank 0 says itself is not said again.
+    error is raised. An error that rank 0 reports is not reported again.
     """
     run = _run
     assert run is not None, "join() comes first"
@@ -187,7 +187,7 @@ def serve() -> int:
         except RuntimeError as problem:
             run.broken = True
             if is_loss(problem):
-                return 1  # rank 0 has gone without a word; torchrun says how
+                return 1  # rank 0 has died without a message; torchrun says how
             raise
         if box[0] is None:
             return 0
@@ -199,13 +199,13 @@ def serve() -> int:
         except (MoeslimError, RuntimeError) as problem:
             lost = is_loss(problem)
             patience = 0.0 if lost else PATIENCE_SECONDS  # others may have to hear of a loss through this one
-            said = isinstance(problem, ALIKE) or _soon(partial(run.store.check, [sign]), seconds=patience)
-            run.broken = lost or not said
-            if lost and said:
+            reported = isinstance(problem, ALIKE) or _soon(partial(run.store.check, [sign]), seconds=patience)
+            run.broken = lost or not reported
+            if lost and reported:
                 return 1
             if lost:
                 raise gone(problem) from problem
-            if not said:
+            if not reported:
                 raise
         except BaseException:
             run.broken = True
@@ -215,10 +215,10 @@ def serve() -> int:
         run.store.add(f"back/{run.calls}", 1)
 
 
-def _told(run: _Run, *, others: int) -> bool:
-    """Leave the sign that rank 0 has failed in this call; whether so many others are back from it, or are soon.
+def _report_failure(run: _Run, *, others: int) -> bool:
+    """Record that rank 0 has failed in this call; whether so many other ranks have returned from it, or soon do.
 
-    If not, they wait for us in it, and end when we do.
+    If not, they still wait in it, and end when this process does.
     """
     try:
         run.store.set(f"failed/{run.calls}", "yes")

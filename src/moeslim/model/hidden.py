@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from moeslim.artifacts.commit import disk_told, named
+from moeslim.artifacts.commit import disk_errors, named
 from moeslim.errors import ResourceError
 
 
@@ -39,23 +39,23 @@ class HiddenFiles:
         """Output rows from `start` on."""
         path = self._path(self.target)
         # Made if it is not there, and never emptied: another thread may just have made it.
-        with disk_told(path), open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        with disk_errors(path), open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             file.seek(start * self.row_bytes)
             file.write(y_BTd.to(self.dtype).contiguous().cpu().flatten().view(torch.uint8).numpy().data)
 
     def turn(self) -> None:
         """Make the outputs, durable on disk, the next layer's inputs."""
         path = self._path(self.target)
-        with disk_told(path), path.open("rb") as file:
+        with disk_errors(path), path.open("rb") as file:
             os.fsync(file.fileno())
         self.source = self.target
 
     @property
     def missing_bytes(self) -> int:
-        """What both generations will take beyond what stands."""
+        """What both generations will take beyond the bytes written already."""
         found = [path.stat() for g in "ab" if (path := self._path(g)).exists()]
-        standing = sum(min(file.st_size, 512 * file.st_blocks) for file in found)  # a part may be a hole
-        return 2 * self.shape[0] * self.row_bytes - standing
+        existing = sum(min(file.st_size, 512 * file.st_blocks) for file in found)  # a part may be a hole
+        return 2 * self.shape[0] * self.row_bytes - existing
 
     def check_disk(self, *others: "HiddenFiles") -> None:
         """ResourceError unless what is still to be written fits, beside what `others` on the same disk will write."""

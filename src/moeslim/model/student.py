@@ -110,10 +110,10 @@ class Student(nn.Module):
         named = {name: row.shape for name, row in rows.items()}
         wrong = sorted(name for name in {*live, *named} if live.get(name) != named.get(name))
         if wrong:
-            told = "; ".join(f"{name}: page {named.get(name)}, class {live.get(name)}" for name in wrong[:3])
+            listed = "; ".join(f"{name}: page {named.get(name)}, class {live.get(name)}" for name in wrong[:3])
             raise FamilyError(
                 f"families/{self.shape.family.model_type}.py and {type(self.trunk).__name__} disagree on {len(wrong)} "
-                f"tensors ({told}); mend the page"
+                f"tensors ({listed}); mend the page"
             )
         return {name: row.name for name, row in rows.items()}
 
@@ -133,7 +133,7 @@ class Student(nn.Module):
 
         Depth m reads depth m-1's state at i and the embedding of t_{i+m}. From depth 2 on it attends to states of its
         own depth, all at their index (parallel); or (`serving`) to the depth-1 keys of slots 0..i and its own chain's,
-        positions going on by one, as drafting from i does. The words are the text's either way: a draft reads what it
+        positions going on by one, as drafting from i does. The tokens are the text's either way: a draft reads what it
         has drafted itself, which is the same for as long as it is right, and later states of a chain do not count.
         """
         if self.mtp is None:
@@ -143,12 +143,12 @@ class Student(nn.Module):
         states = []
         for m in range(1, depths + 1):
             state = state[:, : rows.shape[1] - 1 - m]
-            words = self.parts.embed(rows[:, m:-1])
-            words = words.detach() if self.detach_trunk else words
+            embeddings = self.parts.embed(rows[:, m:-1])
+            embeddings = embeddings.detach() if self.detach_trunk else embeddings
             if self.serving and depths > 1:
-                state, chain = self.mtp(state, words, rotary=self.parts.rotary, chain=chain)
+                state, chain = self.mtp(state, embeddings, rotary=self.parts.rotary, chain=chain)
             else:
-                state = self.mtp(state, words, rotary=self.parts.rotary)
+                state = self.mtp(state, embeddings, rotary=self.parts.rotary)
             states.append(state)
         return states
 

@@ -1,11 +1,11 @@
 """The model run layer by layer over files: one layer's weights in memory at a time, hidden states on disk.
 
 `walk` is a generator. It yields a visit per decoder layer ("0".."L-1"), for the final norm ("norm") and for the MTP
-block ("mtp.0"). A visit runs its layer over all rows, batch by batch; whoever drives the walk hangs hooks on the live
+block ("mtp.0"). A visit runs its layer over all rows, batch by batch; the caller hangs hooks on the live
 modules, and leaves files of its own in `visit.folder`. Advancing the generator commits both, the layer's outputs and
 that folder, by renaming one file; `send` may hand over a replacement for the layer, whose outputs then go on instead.
 
-A killed walk goes on at the layer it was in, from the same inputs: the outputs of a layer are written beside its
+An interrupted walk resumes at its layer, from the same inputs: the outputs of a layer are written beside its
 inputs and never over them. The hidden states equal the whole model's bit by bit (same rows per batch, same number of
 threads, "eager" experts).
 Masks, rotary and position arguments are those of the class's own forward, taken by recorders in place of its layers:
@@ -51,7 +51,7 @@ RunRows = Callable[[nn.Module, torch.Tensor, int, int], torch.Tensor]
 class WalkSettings:
     """How layers are run. `group`: routed experts in memory at once (None: as many as fit, see `ExpertFile`).
 
-    `max_memory`: bytes that whoever walks has `room.with_room` turn into a group. Neither changes a bit.
+    `max_memory`: bytes that `memory_check.fit_to_memory` turns into a group. Neither changes a bit.
     """
 
     rows_per_batch: int
@@ -62,8 +62,8 @@ class WalkSettings:
     max_memory: int | None = None
 
 
-class Batch(NamedTuple):
-    """Rows [start, stop) of a visit: what its root got and gave, both (rows, T, d)."""
+class BatchOutput(NamedTuple):
+    """Rows [start, stop) of a visit: inputs x and outputs y of its root, both (rows, T, d)."""
 
     start: int
     stop: int
@@ -102,7 +102,7 @@ class LayerVisit:
         """The routed experts, None in a layer without."""
         return None if self.moe is None else self.moe.experts
 
-    def twin(self) -> "LayerVisit":
+    def clone(self) -> "LayerVisit":
         """The same layer for another thread: modules and hooks of its own, on the same weights and experts' file."""
         kept: list[Any] = [*self.root.parameters(), *self.root.buffers()]
         if self.experts is not None:
@@ -118,16 +118,16 @@ class LayerVisit:
         *,
         first: int = 0,
         end: int | None = None,
-        lane: tuple[int, int] = (0, 1),
-    ) -> Iterator[Batch]:
+        split: tuple[int, int] = (0, 1),
+    ) -> Iterator[BatchOutput]:
         """Run the layer (or `root` in its place) over rows [first, end), all unless told, writing its outputs.
 
-        Rows go in whole sequences, `rows_per_batch` at a time from `first` on; whoever runs a part runs the parts in
-        order. A `lane` (l, n) is every n-th batch, from the l-th one on.
+        Rows go in whole sequences, `rows_per_batch` at a time from `first` on; ranges must be
+        run in order. A `split` (i, n) is every n-th batch, from the i-th one on.
         """
         self.done_rows = first
         rows = self.hidden.shape[0] if end is None else end
-        number, step = (count * self.rows_per_batch for count in lane)
+        number, step = (count * self.rows_per_batch for count in split)
         for start in range(first + number, rows, step):
             stop = min(start + self.rows_per_batch, rows)
             x_BTd = self.hidden.read(start, stop)
@@ -135,10 +135,10 @@ class LayerVisit:
                 y_BTd = self.run(self.root if root is None else root, x_BTd, start, stop)
             self.hidden.write(start, y_BTd)
             self.done_rows = stop
-            yield Batch(start, stop, x_BTd, y_BTd)
+            yield BatchOutput(start, stop, x_BTd, y_BTd)
 
     def release(self) -> None:
-        """Let go of the weights: whoever drives the walk still holds this visit while the next layer is read."""
+        """Release the weights: the caller still holds this visit while the next layer is read."""
         self.root.to("meta")
         if self.experts is not None:
             self.experts.file.release()
@@ -295,20 +295,20 @@ class _Skeleton:
         return norm(x_BTd)
 
     def _run_mtp(self, block: nn.Module, x_BTd: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        words = self.rows[start:stop, 1 : x_BTd.shape[1] + 1]  # whoever drives may run fewer positions
-        return block(x_BTd, self.embed(words), rotary=self.parts.rotary)
+        tokens = self.rows[start:stop, 1 : x_BTd.shape[1] + 1]  # the caller may run fewer positions
+        return block(x_BTd, self.embed(tokens), rotary=self.parts.rotary)
 
 
 def _open(workdir: Path, name: str, *, hidden: HiddenFiles) -> list[str]:
     """The keys done so far; `hidden` is set to the generation that holds the next inputs."""
     workdir.mkdir(parents=True, exist_ok=True)
     hidden.check_disk()
-    state = check_standing(workdir, name)
+    state = check_existing(workdir, name)
     hidden.source = state.get("generation")
     return list(state.get("done", []))
 
 
-def check_standing(workdir: Path, name: str) -> dict[str, Any]:
+def check_existing(workdir: Path, name: str) -> dict[str, Any]:
     """What is committed in `workdir`, nothing before the first commit; RunError if it is a walk of another name."""
     path = workdir / "walk.json"
     if not path.exists():

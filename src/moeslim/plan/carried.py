@@ -13,7 +13,7 @@ from moeslim.plan.make import kept_layers
 from moeslim.plan.schedule import pattern_period, single_layers
 from moeslim.plan.steps.hidden import hidden_norms
 from moeslim.recipe import Methods
-from moeslim.statistics import LayerStats, NormStats, Stats
+from moeslim.stats import LayerStats, NormStats, Stats
 
 
 def carried(stats: Stats, shape: Shape, *, methods: Methods, seed: int = 0) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from moeslim.plan import importance
 from moeslim.plan.grouping import needs_search
 from moeslim.plan.steps import LayerCut, SetRouters, layer_cut
 from moeslim.recipe import OWN_IMPORTANCE, Methods
-from moeslim.statistics import LayerStats, Stats
+from moeslim.stats import LayerStats, Stats
 
 ROUTERS = "plan.safetensors"
 """The file beside plan.json that holds the router rows which a search has trained."""

@@ -18,7 +18,7 @@ from moeslim.plan import importance
 from moeslim.plan.similarity import similarity
 from moeslim.plan.steps import LayerCut, Merge
 from moeslim.recipe import OWN_IMPORTANCE, Methods
-from moeslim.statistics import LayerStats
+from moeslim.stats import LayerStats
 
 RHOS = (Fraction(0), Fraction(1, 4), Fraction(1, 2), Fraction(3, 4), Fraction(1))
 """What `rho: auto` tries."""

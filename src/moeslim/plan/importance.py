@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from moeslim.errors import PlanError
-from moeslim.statistics import LayerStats, NormStats
+from moeslim.stats import LayerStats, NormStats
 
 
 def frequency(stats: LayerStats) -> np.ndarray:

@@ -22,7 +22,7 @@ from moeslim.plan.schedule import Target, axes_of, check_depth, pattern_period, 
 from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, LayerCut, SetTopK, Step
 from moeslim.plan.steps.hidden import hidden_norms
 from moeslim.recipe import Methods
-from moeslim.statistics import LayerStats, NormStats, Stats
+from moeslim.stats import LayerStats, NormStats, Stats
 
 
 def make_plan(shape: Shape, *, stats: Stats | None, target: Target, methods: Methods, seed: int = 0) -> Plan:

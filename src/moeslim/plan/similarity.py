@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moeslim.statistics import LayerStats
+from moeslim.stats import LayerStats
 
 _DECIMALS = 12
 

@@ -16,9 +16,9 @@ from pydantic_core import ErrorDetails
 
 from moeslim.errors import RecipeError
 
-Place = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """Keys and indices from the top of a recipe down to one value."""
-Lines = Mapping[Place, int]
+Lines = Mapping[KeyPath, int]
 
 
 _BYTES_LIMIT, _PLACES_LIMIT = 1_000_000, 100_000
@@ -42,11 +42,11 @@ def read_yaml(path: Path | str) -> tuple[Any, Lines]:
         if not path.is_file() or size > _BYTES_LIMIT:  # a pipe would be waited for
             raise RecipeError(f"no file, or one of {size:,} bytes; at most {_BYTES_LIMIT:,} are read")
         text = path.read_text(encoding="utf-8")
-        lines: dict[Place, int] = {}
-        for number, (place, line) in enumerate(_lines(yaml.compose(text, Loader=_Loader), ())):
+        lines: dict[KeyPath, int] = {}
+        for number, (key_path, line) in enumerate(_lines(yaml.compose(text, Loader=_Loader), ())):
             if number == _PLACES_LIMIT:
                 raise RecipeError(f"more than {_PLACES_LIMIT:,} places, with the aliases written out")
-            lines[place] = line
+            lines[key_path] = line
         return yaml.load(text, Loader=_Loader), lines  # a SafeLoader
     except RecursionError:
         raise RecipeError(
@@ -56,7 +56,7 @@ def read_yaml(path: Path | str) -> tuple[Any, Lines]:
         raise RecipeError(f"{path}: cannot be read as a YAML recipe: {problem}") from None
 
 
-def _lines(node: yaml.Node | None, place: Place) -> Iterator[tuple[Place, int]]:
+def _lines(node: yaml.Node | None, key_path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
     """(path, line) of everything below `node`; RecipeError for a key that is given twice."""
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
@@ -67,15 +67,15 @@ def _lines(node: yaml.Node | None, place: Place) -> Iterator[tuple[Place, int]]:
             if key.value in seen:
                 raise RecipeError(f"line {line}: the key {key.value} stands in line {seen[key.value]} already")
             seen[key.value] = line
-            yield (*place, key.value), line
-            yield from _lines(value, (*place, key.value))
+            yield (*key_path, key.value), line
+            yield from _lines(value, (*key_path, key.value))
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            yield (*place, index), value.start_mark.line + 1
-            yield from _lines(value, (*place, index))
+            yield (*key_path, index), value.start_mark.line + 1
+            yield from _lines(value, (*key_path, index))
 
 
-def override(tree: dict[str, Any], text: str) -> Place:
+def override(tree: dict[str, Any], text: str) -> KeyPath:
     """Put one "a.b=c" into `tree`; returns its path. RecipeError where there is no such place."""
     key, equals, written = text.partition("=")
     parts = key.strip().split(".")
@@ -97,7 +97,7 @@ def override(tree: dict[str, Any], text: str) -> Place:
 
 
 def explain(
-    tree: dict[str, Any], error: ErrorDetails, *, model: type[BaseModel], lines: Lines, changed: list[Place]
+    tree: dict[str, Any], error: ErrorDetails, *, model: type[BaseModel], lines: Lines, changed: list[KeyPath]
 ) -> str:
     """One of pydantic's findings as `line 7: distill.tokenz: ...`, with the nearest key for an unknown one."""
     path: list[str | int] = []
@@ -114,7 +114,7 @@ def explain(
     else:
         text = f"{error['msg'].removeprefix('Value error, ')}; found {json.dumps(here)[:80]}"
     above = [tuple(path[:length]) for length in range(len(path), 0, -1)]
-    line = next((f"line {lines[place]}: " for place in above if place in lines), "")
+    line = next((f"line {lines[key_path]}: " for key_path in above if key_path in lines), "")
     return f"{'--set ' if any(key in above for key in changed) else line}{'.'.join(map(str, path)) or 'recipe'}: {text}"
 
 

@@ -97,7 +97,7 @@ class Distill(Section):
     lm_only: bool = False
     """Train without a teacher (lam = 0; none is loaded)."""
     teacher_cache: str | None = None
-    """A folder from `moeslim cache-teacher`, whose word takes the place of a running teacher's."""
+    """A folder from `moeslim cache-teacher`, whose probabilities replace a running teacher's."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

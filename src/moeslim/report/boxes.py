@@ -21,9 +21,9 @@ def cards(charts: Sequence[str]) -> str:
     return f'<div class="{kind}">{"".join(charts)}</div>'
 
 
-def paragraph(words: str) -> str:
+def paragraph(text: str) -> str:
     """Words above a table or charts, escaped."""
-    return f'<p class="note">{escape(words)}</p>'
+    return f'<p class="note">{escape(text)}</p>'
 
 
 def tile(value: str, unit: str, *, label: str, beside: str) -> str:
@@ -36,7 +36,7 @@ def tile(value: str, unit: str, *, label: str, beside: str) -> str:
 def rows_table(rows: Sequence[Sequence[str]]) -> str:
     """A table of text: the first row is the head, and one with nothing but its first cell a heading of those below."""
     head, *rest = rows
-    heads = "".join(f'<th class="num{long(words)}" scope="col">{escape(words)}</th>' for words in head[1:])
+    heads = "".join(f'<th class="num{long(text)}" scope="col">{escape(text)}</th>' for text in head[1:])
     corner = f'<th scope="col">{escape(head[0])}</th>' if head[0] else "<td></td>"
     kind = "sub" if any(not any(row[1:]) for row in rest) else ""
     body = ""

@@ -23,7 +23,7 @@ _LEARNED = {
     "kd_topk": "the KL over the largest probabilities and the rest, kept in a cache (a lower bound of the full KL)",
     "kd_sampled": "an unbiased estimate of the full KL, by the largest probabilities and samples of the rest (cached)",
 }
-"""What the terms of a training's log say about the teacher's word."""
+"""How the terms of a training's log are named in the card."""
 
 
 def write_card(facts: RunFacts, model_folder: Path | str) -> Path:
@@ -66,13 +66,13 @@ def _what_was_done(facts: RunFacts, source: str | None) -> str:
     lines = [f"Made from `{source}` with moeslim." if source else "Made by moeslim."]
     if facts.cut and facts.cut.words():
         lines.append("What was cut:\n")
-        lines[-1] += "".join(f"\n- {_text(words)}" for words in facts.cut.words())
+        lines[-1] += "".join(f"\n- {_text(text)}" for text in facts.cut.words())
     kept = share_kept(facts)
     if kept:
         lines.append(f"{_text(kept)} of the parameters are kept.")
-    for term, words in _LEARNED.items():
+    for term, text in _LEARNED.items():
         if any(curve.points(term) for curve in facts.curves):
-            lines.append(f"The teacher's word was learned by {words}.")
+            lines.append(f"The teacher's distribution was learned by {text}.")
     return "\n\n".join(lines)
 
 
@@ -83,9 +83,9 @@ def _results(records: Sequence[ModelRecord]) -> str:
         order = list(dict.fromkeys(domain for domain, _, _ in metrics))
         for domain, metric, label in sorted(metrics, key=lambda entry: order.index(entry[0])):
             figures = [record.get(metric, domain) for record in records]
-            words = ", ".join(part for part in (label or group.title, domain) if part)
+            text = ", ".join(part for part in (label or group.title, domain) if part)
             unit = next((shown_unit(figure.unit) for figure in figures if figure), "")
-            rows.append([f"{words} ({unit})" if unit else words, *map(_cell, figures)])
+            rows.append([f"{text} ({unit})" if unit else text, *map(_cell, figures)])
     if not rows:
         return ""
     head = ["", *(heading(record.label) for record in records)]
@@ -164,6 +164,6 @@ def _has_mtp(facts: RunFacts) -> bool:
     return any(record.has("mtp_parameters") for record in facts.records if record.label in ("cut", "distilled"))
 
 
-def _text(words: str) -> str:
+def _text(text: str) -> str:
     """Plain spaces instead of those that only matter on the page."""
-    return words.replace("\u00a0", " ").replace("\u2009", " ")
+    return text.replace("\u00a0", " ").replace("\u2009", " ")

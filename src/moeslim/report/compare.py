@@ -107,13 +107,13 @@ def _training(runs: Mapping[str, RunFacts]) -> str:
 
 def _recipes(runs: Mapping[str, RunFacts]) -> str:
     """A row for each key that has not the same value in all recipes."""
-    told = {name: dict(_keys(facts)) for name, facts in runs.items() if facts.recipe}
-    if len(told) < 2:
+    recipes = {name: dict(_keys(facts)) for name, facts in runs.items() if facts.recipe}
+    if len(recipes) < 2:
         return ""
-    keys = dict.fromkeys(key for keys in told.values() for key in keys)
-    rows = [[key, *(keys.get(key, MISSING) for keys in told.values())] for key in keys]
+    keys = dict.fromkeys(key for keys in recipes.values() for key in keys)
+    rows = [[key, *(keys.get(key, MISSING) for keys in recipes.values())] for key in keys]
     rows = [row for row in rows if len(set(row[1:])) > 1]
-    return rows_table([["", *told], *rows]) if rows else paragraph("Nothing: they are the same.")
+    return rows_table([["", *recipes], *rows]) if rows else paragraph("Nothing: they are the same.")
 
 
 def _keys(facts: RunFacts) -> Iterator[tuple[str, str]]:

@@ -152,11 +152,11 @@ def curve_chart(
     if level is not None:
         body.append(f'<path class="fair" d="M{_LEFT} {y(level[0]):.1f}H{WIDTH - _RIGHT}"/>')
         body.append(_text((_LEFT + 4, y(level[0]) - 4), level[1], kind="tick"))
-    for place, (x, words) in enumerate(uprights):
+    for place, (x, text) in enumerate(uprights):
         body.append(f'<path class="mark" d="M{frame.x(x):.1f} {_TOP}V{height - _BOTTOM}"/>')
         side = -1 if frame.x(x) > WIDTH / 2 else 1
         kind = "value end" if side < 0 else "value"
-        body.append(_text((frame.x(x) + 4 * side, _TOP + 8 + 14 * place), words, kind=kind))
+        body.append(_text((frame.x(x) + 4 * side, _TOP + 8 + 14 * place), text, kind=kind))
     for line in reversed(shown):
         body += _curve(line, frame, y=y)
     return _svg(body, height=height, name=name)
@@ -304,12 +304,12 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return (low if low == 0.0 else low - pad), high + pad
 
 
-def _y_axis(frame: _Frame, words: Callable[[float], str]) -> list[str]:
+def _y_axis(frame: _Frame, format_value: Callable[[float], str]) -> list[str]:
     parts = []
     for value in ticks(frame.y0, frame.y1):
         y = frame.y(value)
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
-        parts.append(_text((_LEFT - 6, y + 4), words(round(value, 12)), kind="tick end"))
+        parts.append(_text((_LEFT - 6, y + 4), format_value(round(value, 12)), kind="tick end"))
     return parts
 
 
@@ -326,9 +326,9 @@ def _whisker(x: float, span: tuple[float, float], *, tone: str) -> str:
     )
 
 
-def _text(at: tuple[float, float], words: str, *, kind: str) -> str:
+def _text(at: tuple[float, float], text: str, *, kind: str) -> str:
     x, y = at
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(words)}</text>'
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
 
 
 def _svg(body: Sequence[str], *, height: float, name: str) -> str:

@@ -80,10 +80,10 @@ def duration_text(seconds: float) -> str:
     if seconds < 59.5:
         return f"{seconds:.3g}{NBSP}s"
     steps = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
-    for size, word, small, rest in steps:
+    for size, name, small, rest in steps:
         whole = round(seconds / small) * small  # so that nothing is written as 1 h 60 min
         if whole >= size:
-            return f"{whole // size}{NBSP}{word} {whole % size // small}{NBSP}{rest}"
+            return f"{whole // size}{NBSP}{name} {whole % size // small}{NBSP}{rest}"
     raise AssertionError(seconds)
 
 

@@ -34,7 +34,7 @@ def channel_grid(channels: Sequence[int]) -> str:
     for start in range(0, len(channels), per_row):
         y = start // per_row * (cell + 2)
         for x, length, lost in _runs(channels[start : start + per_row]):
-            title = f"channels {start + x} to {start + x + length - 1}: {_words(lost)}"
+            title = f"channels {start + x} to {start + x + length - 1}: {_lost_text(lost)}"
             body.append(
                 f'<rect class="{_tone(lost)}" x="{x * cell:.1f}" y="{y:.1f}" width="{length * cell - 1:.1f}" '
                 f'height="{cell:.1f}"><title>{escape(title)}</title></rect>'
@@ -46,7 +46,7 @@ def channel_grid(channels: Sequence[int]) -> str:
 def _layer_row(layer: LayerCut, *, y: int, cell: float) -> str:
     parts = [_label(layer, y)]
     if layer.lost:
-        title = f"layer {layer.key}: {_words(layer.lost)}, with its {len(layer.experts)} experts"
+        title = f"layer {layer.key}: {_lost_text(layer.lost)}, with its {len(layer.experts)} experts"
         wide = cell * len(layer.experts) - 1
         parts.append(
             f'<rect class="{_tone(layer.lost)} whole" x="{_LABEL}" y="{y}" width="{wide:.1f}" height="{_ROW - 3}" '
@@ -60,15 +60,15 @@ def _layer_row(layer: LayerCut, *, y: int, cell: float) -> str:
         parts.append(
             f'<rect class="{_tone(lost)}" x="{_LABEL + e * cell:.1f}" y="{y}" width="{length * cell - gap:.1f}" '
             f'height="{_ROW - 3}" rx="{1.5 if gap else 0:g}"><title>'
-            f"{escape(f'layer {layer.key}, {which}: {_words(lost)}')}</title></rect>"
+            f"{escape(f'layer {layer.key}, {which}: {_lost_text(lost)}')}</title></rect>"
         )
     return "".join(parts)
 
 
 def _label(layer: LayerCut, y: int) -> str:
     lost = " off" if layer.lost else ""
-    words = "MTP" if is_mtp(layer.key) else layer.key
-    return f'<text class="label{lost}" x="{_LABEL - 8}" y="{y + 10}" text-anchor="end">{escape(words)}</text>'
+    label = "MTP" if is_mtp(layer.key) else layer.key
+    return f'<text class="label{lost}" x="{_LABEL - 8}" y="{y + 10}" text-anchor="end">{escape(label)}</text>'
 
 
 def _runs(lost: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -87,7 +87,7 @@ def _tone(lost: int) -> str:
     return "kept" if not lost else f"lost lost-{min(lost, 3)}"
 
 
-def _words(lost: int) -> str:
+def _lost_text(lost: int) -> str:
     return f"dropped in stage {lost}" if lost else "kept"
 
 

@@ -36,7 +36,7 @@ def title(facts: RunFacts) -> str:
     return facts.name
 
 
-def words(facts: RunFacts) -> str:
+def subtitle(facts: RunFacts) -> str:
     """One HTML sentence: what was cut, and the share of the parameters that is left."""
     changes = facts.cut.words() if facts.cut else []
     sentence = f"<strong>{escape(', '.join(changes))}.</strong>" if changes else ""

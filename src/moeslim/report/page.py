@@ -11,7 +11,7 @@ from moeslim import __version__
 from moeslim.artifacts.commit import write_bytes
 from moeslim.report import provenance, sections
 from moeslim.report.collect import RunFacts
-from moeslim.report.headline import tiles, title, words
+from moeslim.report.headline import subtitle, tiles, title
 from moeslim.report.side_by_side import stages
 from moeslim.report.tasks import task_scores
 
@@ -39,7 +39,7 @@ def write_page(facts: RunFacts, path: Path | str) -> Path:
 def page(facts: RunFacts) -> str:
     """The page as text: equal facts give equal bytes."""
     found = [(name, heading, body) for name, heading, make in _SECTIONS if (body := make(facts))]
-    head = Head(title(facts), f"moeslim · {escape(facts.name)}", words(facts), tiles(facts))
+    head = Head(title(facts), f"moeslim · {escape(facts.name)}", subtitle(facts), tiles(facts))
     return document(head, found)
 
 

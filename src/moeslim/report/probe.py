@@ -23,14 +23,14 @@ Record = Mapping[str, Any]
 
 def probe_table(record: Record) -> list[list[str]]:
     """Rows of text, most experts first, knee and safe count named beside them; KL and rises in nats per token."""
-    columns = [(name, words) for name, words in _COLUMNS if name in record["counts"][0]]
-    rows = [["experts", "", "kept", "parameters", *(words for _, words in columns)]]
+    columns = [(name, text) for name, text in _COLUMNS if name in record["counts"][0]]
+    rows = [["experts", "", "kept", "parameters", *(text for _, text in columns)]]
     for count in reversed(record["counts"]):
-        words = [word for word in ("knee", "safe") if record[word] == count["experts"]]
-        first = f"{count['experts']}" if words else f" {count['experts']}"
+        rules = [name for name in ("knee", "safe") if record[name] == count["experts"]]
+        first = f"{count['experts']}" if rules else f" {count['experts']}"
         parameters = count_text(count["parameters"]).replace(NBSP, " ")
         cells = [_cell(count[name]) for name, _ in columns]
-        rows.append([first, ", ".join(words), f"{100 * count['share']:.0f} %", parameters, *cells])
+        rows.append([first, ", ".join(rules), f"{100 * count['share']:.0f} %", parameters, *cells])
     return rows
 
 
@@ -61,19 +61,19 @@ def probe_page(record: Record) -> str:
 def _tiles(record: Record) -> list[str]:
     found = {count["experts"]: count for count in record["counts"]}
     boxes = []
-    for word, label in (("safe", "experts are safe by the rule below"), ("knee", "experts are at the knee")):
-        if record[word] is None:
+    for name, label in (("safe", "experts are safe by the rule below"), ("knee", "experts are at the knee")):
+        if record[name] is None:
             boxes.append(tile("none", "", label=label, beside=""))
             continue
-        count = found[record[word]]
+        count = found[record[name]]
         beside = f"{count_text(count['parameters'])} parameters, KL {_cell(count['kl'])} nats/token"
-        boxes.append(tile(str(record[word]), f"of {record['experts']}", label=label, beside=beside))
+        boxes.append(tile(str(record[name]), f"of {record['experts']}", label=label, beside=beside))
     return boxes
 
 
 def _curves(record: Record) -> str:
     names = {"safe": record["safe"], "knee": record["knee"]}
-    uprights = [(float(x), f"{word} {x}") for word, x in names.items() if x is not None and x != record["experts"]]
+    uprights = [(float(x), f"{name} {x}") for name, x in names.items() if x is not None and x != record["experts"]]
     note = (
         "Nothing is trained. Bars: one standard error, over rows of text. The knee is the count below which an expert "
         "costs more than the average one of this range (in KL, on a linear scale)."
@@ -135,8 +135,8 @@ def _how(record: Record) -> str:
         f'<tr><th scope="row">{name}</th><td><code>{escape(str(value))}</code></td></tr>'
         for name, value in facts.items()
     )
-    words = "".join(paragraph(line) for line in record["lines"][1:])
-    return words + scroll_table(f"<tbody>{rows}</tbody>")
+    text = "".join(paragraph(line) for line in record["lines"][1:])
+    return text + scroll_table(f"<tbody>{rows}</tbody>")
 
 
 def _cell(value: Mapping[str, Any]) -> str:

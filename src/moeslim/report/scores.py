@@ -46,14 +46,14 @@ def _record(path: Path) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _score(score: Mapping[str, Any]) -> Mapping[str, Any]:
-    told, items, chance = score["metrics"][score["main"]], score["items"], score["chance"]
+    main, items, chance = score["metrics"][score["main"]], score["items"], score["chance"]
     unit = "share" if items is not None and all(0 <= item <= 1 for item in items) else ""
     return {
         "metric": score["main"],
         "questions": score["questions"],
         "n": score["n"],
         "chance": None if chance is None else sum(chance) / len(chance),
-        "figure": {"value": told["value"], "se": told["stderr"], "n": score["n"], "unit": unit, "per": "question"},
+        "figure": {"value": main["value"], "se": main["stderr"], "n": score["n"], "unit": unit, "per": "question"},
     }
 
 
@@ -72,9 +72,9 @@ def _table(records: Mapping[str, _Scores]) -> dict[str, Any]:
 
 def _with_teacher(records: Mapping[str, _Scores], path: Path) -> TaskTable:
     """The scores with what the retention record at `path` says of them."""
-    table, told = _table(records), read_json(path)
+    table, record = _table(records), read_json(path)
     try:
-        teacher, tasks, mean = told["teacher"], told["tasks"], told.get("mean")
+        teacher, tasks, mean = record["teacher"], record["tasks"], record.get("mean")
         fresh = {
             (task, label)
             for task, row in tasks.items()
@@ -86,9 +86,9 @@ def _with_teacher(records: Mapping[str, _Scores], path: Path) -> TaskTable:
                 found = {label: _sound(facts) for label, facts in row["against"].items() if (task, label) in fresh}
                 table["tasks"][task]["against"] = found
         if mean is not None:
-            standing = [label for label in mean["scores"] if all((task, label) in fresh for task in mean["tasks"])]
-            mean = {**mean, **{part: _only(mean[part], standing) for part in ("scores", "against")}}
-            if teacher not in standing:
+            current = [label for label in mean["scores"] if all((task, label) in fresh for task in mean["tasks"])]
+            mean = {**mean, **{part: _only(mean[part], current) for part in ("scores", "against")}}
+            if teacher not in current:
                 mean["against"] = {}
             for facts in mean["against"].values():
                 _sound(facts)
@@ -101,11 +101,11 @@ def _with_teacher(records: Mapping[str, _Scores], path: Path) -> TaskTable:
 
 def _sound(facts: Mapping[str, Any]) -> Mapping[str, Any]:
     """`facts` of one model against its teacher, unless what they tell is no figure and no paired test."""
-    for name, told in facts.items():
-        if told is not None:
+    for name, value in facts.items():
+        if value is not None:
             wanted = {"better", "worse", "p"} if name == "paired" else {"value", "se", "n", "unit", "per"}
-            if set(told) != wanted or not isinstance(told["p" if name == "paired" else "value"], int | float):
-                raise ValueError(f"{name} is {told}")
+            if set(value) != wanted or not isinstance(value["p" if name == "paired" else "value"], int | float):
+                raise ValueError(f"{name} is {value}")
     return facts
 
 

@@ -48,7 +48,7 @@ def results(facts: RunFacts) -> str:
     """Models side by side, and what their records note."""
     tables = results_table(facts.records) + further_table(facts.records)
     note = "Value ± one standard error; n: independent items (documents, prompts, repetitions) behind a row."
-    noted = [f"{heading(record.label)}: {words}" for record in facts.records for words in record.notes]
+    noted = [f"{heading(record.label)}: {note}" for record in facts.records for note in record.notes]
     return paragraph(note) + tables + "".join(map(paragraph, noted)) if tables else ""
 
 
@@ -59,8 +59,8 @@ def what_was_cut(facts: RunFacts) -> str:
         return ""
     stages = len(cut.sizes) - 1
     items = [_key("kept", "kept")]
-    word = "gone" if cut.merged else "dropped"
-    items += [_key(f"lost-{min(stage, 3)}", f"{word} in stage {stage}") for stage in range(1, stages + 1)]
+    verb = "gone" if cut.merged else "dropped"
+    items += [_key(f"lost-{min(stage, 3)}", f"{verb} in stage {stage}") for stage in range(1, stages + 1)]
     experts = (
         f"{cut.before['experts']} routed experts in each of {cut.before['layers']} layers"
         if cut.before.get("experts")
@@ -71,8 +71,8 @@ def what_was_cut(facts: RunFacts) -> str:
         note += f" {number_text(cut.merged)} of the experts that are gone were merged into one that stays."
     charts = [card("Layers and experts", expert_grid(cut), unit=experts)]
     if any(cut.channels):
-        told = f"{cut.channels.count(0)} of {len(cut.channels)} kept, the same in every layer"
-        charts.append(card("Hidden channels", channel_grid(cut.channels), unit=told))
+        kept = f"{cut.channels.count(0)} of {len(cut.channels)} kept, the same in every layer"
+        charts.append(card("Hidden channels", channel_grid(cut.channels), unit=kept))
     wide = cut.before.get("experts", 0) > 64
     body = f'<div class="stack">{"".join(charts)}</div>' if wide else cards(charts)
     return f'{paragraph(note)}<ul class="legend">{"".join(items)}</ul>{body}'
@@ -218,5 +218,5 @@ def _legend(labels: Sequence[str]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def _key(kind: str, words: str) -> str:
-    return f"<li>{swatch(kind)}{escape(words)}</li>"
+def _key(kind: str, text: str) -> str:
+    return f"<li>{swatch(kind)}{escape(text)}</li>"

@@ -29,11 +29,11 @@ Rows = list[list[str]]
 
 
 def stages(facts: RunFacts) -> str:
-    """A column for the original and for each stage; rows that no file tells are not there."""
+    """A column for the original and for each stage; rows that no file has are left out."""
     blocks = [
         ("Shape", _shape(facts)),
         ("Size", _size(facts)),
-        ("Calibration", _rows(facts.parts, "tokens seen", tell=lambda part: _told(part.tokens, count_text))),
+        ("Calibration", _rows(facts.parts, "tokens seen", show=lambda part: _format(part.tokens, count_text))),
         ("Training", _training(facts.parts)),
         ("Loss in nats per token, first → last logged step", _losses(facts.parts)),
     ]
@@ -48,23 +48,23 @@ def stages(facts: RunFacts) -> str:
 def _shape(facts: RunFacts) -> Rows:
     before = facts.cut.before if facts.cut else {}
     rows = []
-    for name, words in _SIZES.items():
+    for name, title in _SIZES.items():
         cells = [sizes.get(name) for sizes in (before, *(part.sizes or {} for part in facts.parts))]
-        rows.append([words, *(_told(cell, number_text) for cell in cells)])
-    return _said(rows)
+        rows.append([title, *(_format(cell, number_text) for cell in cells)])
+    return _known_rows(rows)
 
 
 def _size(facts: RunFacts) -> Rows:
-    """Of the stages as their configs and receipts tell; of the original, where a record measured the same model."""
+    """Of the stages from their configs and receipts; of the original, where a record measured the same model."""
     seen = facts.parts[0].observed if facts.parts else None
     original = next((r for r in facts.records if seen and r.facts.get("model fingerprint") == seen), None)
     rows = []
-    for metric, words in _RECORDED:
+    for metric, title in _RECORDED:
         show = bytes_text if metric == "bytes" else count_text
         figure = original.get(metric) if original else None
-        first = _told(figure.value if figure else None, show)
-        rows.append([words, first, *(_told(_sized(part, metric), show) for part in facts.parts)])
-    return _said(rows)
+        first = _format(figure.value if figure else None, show)
+        rows.append([title, first, *(_format(_sized(part, metric), show) for part in facts.parts)])
+    return _known_rows(rows)
 
 
 def _sized(part: StageFacts, metric: str) -> int | None:
@@ -77,19 +77,19 @@ def _sized(part: StageFacts, metric: str) -> int | None:
 
 def _training(parts: Sequence[StageFacts]) -> Rows:
     return [
-        *_rows(parts, "tokens", tell=lambda part: _trained(part, tell=lambda log: count_text(log.tokens))),
-        *_rows(parts, "time in steps", tell=lambda part: _trained(part, tell=lambda log: duration_text(log.seconds))),
-        *_rows(parts, "fewest bits per byte of held-out text on the way", tell=partial(_trained, tell=_best)),
+        *_rows(parts, "tokens", show=lambda part: _trained(part, show=lambda log: count_text(log.tokens))),
+        *_rows(parts, "time in steps", show=lambda part: _trained(part, show=lambda log: duration_text(log.seconds))),
+        *_rows(parts, "fewest bits per byte of held-out text on the way", show=partial(_trained, show=_best)),
     ]
 
 
 def _losses(parts: Sequence[StageFacts]) -> Rows:
-    told = [(title, partial(_change, key=key)) for key, title, _ in LOSSES]
-    return [row for title, tell in told for row in _rows(parts, title, tell=partial(_trained, tell=tell))]
+    columns = [(title, partial(_change, key=key)) for key, title, _ in LOSSES]
+    return [row for title, show in columns for row in _rows(parts, title, show=partial(_trained, show=show))]
 
 
-def _trained(part: StageFacts, *, tell: Callable[[Training], str]) -> str:
-    return MISSING if part.training is None else tell(part.training)
+def _trained(part: StageFacts, *, show: Callable[[Training], str]) -> str:
+    return MISSING if part.training is None else show(part.training)
 
 
 def _change(log: Training, *, key: str) -> str:
@@ -106,14 +106,14 @@ def _best(log: Training) -> str:
     return f"{number_text(bits)} at {count_text(tokens)}"
 
 
-def _rows(parts: Sequence[StageFacts], words: str, *, tell: Callable[[StageFacts], str]) -> Rows:
-    """One row with nothing for the original, or none where no stage tells it."""
-    return _said([[words, "", *map(tell, parts)]])
+def _rows(parts: Sequence[StageFacts], title: str, *, show: Callable[[StageFacts], str]) -> Rows:
+    """One row with nothing for the original, or none where no stage has it."""
+    return _known_rows([[title, "", *map(show, parts)]])
 
 
-def _told(value: float | None, show: Callable[[float], str]) -> str:
+def _format(value: float | None, show: Callable[[float], str]) -> str:
     return MISSING if value is None else show(value)
 
 
-def _said(rows: Rows) -> Rows:
+def _known_rows(rows: Rows) -> Rows:
     return [row for row in rows if any(cell not in ("", MISSING) for cell in row[1:])]

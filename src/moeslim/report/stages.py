@@ -53,7 +53,7 @@ def read_stages(folders: Mapping[int, Path], cut: CutFacts | None) -> tuple[Stag
 def _stage(number: int, path: Path) -> StageFacts:
     """What statistics and cut tell."""
     cut = path / "cut"
-    receipt, seen = cut / "receipt.json", _told(path / "stats" / "stats.json", "tokens", "model")
+    receipt, seen = cut / "receipt.json", _values_in(path / "stats" / "stats.json", "tokens", "model")
     return StageFacts(
         number=number,
         counted=count(Shape.from_config(read_config(cut))) if (cut / "config.json").is_file() else None,
@@ -63,7 +63,7 @@ def _stage(number: int, path: Path) -> StageFacts:
     )
 
 
-def _told(path: Path, *names: str) -> dict[str, Any]:
+def _values_in(path: Path, *names: str) -> dict[str, Any]:
     """The values of `names` in the file at `path`; {} where there is no file."""
     if not path.is_file():
         return {}
@@ -75,7 +75,7 @@ def _told(path: Path, *names: str) -> dict[str, Any]:
 
 def _weights(receipt: Path) -> int:
     """Bytes of the weights that a receipt lists."""
-    files = _told(receipt, "files")["files"]
+    files = _values_in(receipt, "files")["files"]
     try:
         return sum(int(entry["bytes"]) for name, entry in files.items() if name.endswith(".safetensors"))
     except (AttributeError, KeyError, TypeError, ValueError) as problem:

@@ -54,7 +54,7 @@ def write_study(record: Record, out: Path) -> Path:
 def markdown(record: Record) -> str:
     """The table for a page of docs: a section per figure."""
     head, *rows = study_table(record)
-    lines = [f"# {record['title']}", "", *("- " + line.replace("*", r"\*") for line in _words(record)), ""]
+    lines = [f"# {record['title']}", "", *("- " + line.replace("*", r"\*") for line in _notes(record)), ""]
     for row in rows:
         if not any(row[1:]):
             lines += ["", f"## {row[0]}", "", _line(head), _line(["---", *["--:"] * (len(head) - 1)])]
@@ -76,12 +76,12 @@ def study_page(record: Record) -> str:
         ("differences", f"Against {record['baseline']}", _differences(record)),
         ("figures", "Every figure", _levels(record)),
         ("table", "The table", _table(record)),
-        ("how", "How to read it", "".join(paragraph(line) for line in _words(record))),
+        ("how", "How to read it", "".join(paragraph(line) for line in _notes(record))),
     ]
     return document(head, [section for section in sections if section[2]])
 
 
-def _words(record: Record) -> list[str]:
+def _notes(record: Record) -> list[str]:
     """What the numbers are, and what they do not say."""
     shown = [
         figures["half_width"]

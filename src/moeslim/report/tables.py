@@ -142,8 +142,8 @@ def _column(record: ModelRecord) -> str:
 def _row(label: str, figures: Sequence[Quantity | None], *, records: Sequence[ModelRecord], unit: bool) -> str:
     cells = "".join(_cell(figure, column=_column(record)) for figure, record in zip(figures, records, strict=True))
     units = {shown_unit(figure.unit) for figure in figures if figure}
-    words = f" <small>{escape(', '.join(sorted(units)))}</small>" if unit and units != {""} else ""
-    head = f'<tr class="sub"><th scope="row">{escape(label)}{words}</th>'
+    unit_text = f" <small>{escape(', '.join(sorted(units)))}</small>" if unit and units != {""} else ""
+    head = f'<tr class="sub"><th scope="row">{escape(label)}{unit_text}</th>'
     return f'{head}{cells}<td class="num n">{_items(figures)}</td></tr>'
 
 

@@ -1,4 +1,4 @@
-"""What must be tried to be decided, on live layers: alignment, rho, router rows, sequential cutting, the probe.
+"""Decisions that need the live layer: alignment, rho, router rows, sequential cutting, the probe.
 
 Import from the files themselves (`from moeslim.search.run import ExpertSearch`): they need torch and transformers.
 """

@@ -24,8 +24,8 @@ _NEURONS = {"gate": 0, "up": 0, "down": 1}
 """The axis along which each of an expert's matrices has its neurons."""
 
 
-class CutExperts:
-    """The checkpoint as the experts' file sees it, one layer's experts cut: expert number i is the i-th kept one."""
+class CutReader:
+    """A reader of the checkpoint with one layer's experts cut: expert number i is the i-th kept one."""
 
     def __init__(self, reader: Reader, cut: LayerCut) -> None:
         self.reader, self.cut = reader, cut
@@ -86,7 +86,7 @@ def _moe(visit: LayerVisit) -> MoeBlock:
 
 def _smaller(experts: FileExperts, key: str, *, cut: LayerCut) -> FileExperts:
     file = experts.file
-    assert not isinstance(file.reader, CutExperts), "the layer is cut already"
-    view = cast(Reader, CutExperts(file.reader, cut))
+    assert not isinstance(file.reader, CutReader), "the layer is cut already"
+    view = cast(Reader, CutReader(file.reader, cut))
     group = None if file.whole else file.group
     return FileExperts(ExpertFile(view, key, dtype=file.dtype, device=file.device, group=group), experts.activate)

@@ -5,7 +5,7 @@ through it once per count, cut to that count by these statistics, each stream go
 before. After the final norm (and the MTP block) every stream is compared with the uncut model, token by token. So what
 is measured is what a cut by these statistics gives, on rows that they have not seen.
 
-LAYER/kept-<count>/   a stream's hidden states after that layer; those of two layers stand at once
+LAYER/kept-<count>/   a stream's hidden states after that layer; those of two layers exist at once
 LAYER/sums.json       per count the sums of every held-out row, at the final norm and the MTP block
 """
 
@@ -33,10 +33,10 @@ from moeslim.plan.grouping import Wanted, cut_layer, needs_search
 from moeslim.recipe import Methods
 from moeslim.search.layer import cut_as
 from moeslim.search.streams import Streams, Targets, compare
-from moeslim.statistics import LayerStats, Stats
+from moeslim.stats import LayerStats, Stats
 
 FEWEST_ROWS = 16
-"""Rows of text below which fewer than two would be held out, and no error could be told."""
+"""Rows of text below which fewer than two would be held out, and no error could be estimated."""
 
 
 class Text(Protocol):
@@ -50,8 +50,8 @@ class Text(Protocol):
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What is probed: decisions by `methods` (and `seed`, for random ones), expert counts in `parts` equal steps.
+class ProbeSettings:
+    """Settings of a probe: decisions by `methods` (and `seed`, for random ones), expert counts in `parts` equal steps.
 
     `sequences` rows of the text (None: all) are taken; at most `sample` of those held out go through every count.
     """
@@ -64,7 +64,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Found:
+class ProbeResult:
     """Per expert count, ascending, the figures by name, their errors over rows; and from how much text.
 
     `kl`: KL(uncut || cut) in nats per token; `rise`: how much the loss rises; `mtp_kl` and `mtp_rise` are the same for
@@ -90,17 +90,19 @@ def grid(shape: Shape, *, parts: int = 16) -> tuple[int, ...]:
     return tuple(sorted(count for count in steps if count >= least))
 
 
-def probe(model: Path | str, text: Text, *, out: Path | str, ask: Ask, settings: WalkSettings, redo: bool) -> Found:
-    """What each expert count is predicted to cost; the statistics that decided stand in the folder `out` afterwards.
+def probe(
+    model: Path | str, text: Text, *, out: Path | str, probe_settings: ProbeSettings, settings: WalkSettings, redo: bool
+) -> ProbeResult:
+    """What each expert count is predicted to cost; the statistics that decided are in the folder `out` afterwards.
 
-    A killed probe goes on at its layer (`redo`: half-finished work of something else is thrown away). Raises PlanError
-    for methods that need a search of their own and where no fewer experts can be kept, DataError for too little text,
-    ResourceError where the disk cannot hold the streams.
+    An interrupted probe resumes at its layer (`redo`: half-finished work of something else is removed). Raises
+    PlanError for methods that need a search of their own and where no fewer experts can be kept, DataError for too
+    little text, ResourceError where the disk cannot hold the streams.
     """
     reader, out = Reader(model), Path(out)
-    counts = _counts(reader, ask)
+    counts = _counts(reader, probe_settings)
     there = len(text.rows)
-    wanted = min(ask.sequences or there, there)
+    wanted = min(probe_settings.sequences or there, there)
     if wanted < FEWEST_ROWS:
         raise DataError(
             f"{wanted} rows of {text.rows.shape[1] - 1} tokens, and a probe needs {FEWEST_ROWS}, of which it holds two "
@@ -109,23 +111,25 @@ def probe(model: Path | str, text: Text, *, out: Path | str, ask: Ask, settings:
     chosen = np.arange(wanted) * there // wanted
     rows, mask = text.rows[chosen], text.mask[chosen]
     held = [hold_out(part, rows_per_batch=settings.rows_per_batch) for part in (rows, mask)]
-    tried = _Probe(reader, ask, counts=counts, sample=[part[-count:][: ask.sample] for part, count in held])
+    tried = _Probe(
+        reader, probe_settings, counts=counts, sample=[part[-count:][: probe_settings.sample] for part, count in held]
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     streamed = len(tried.rows) * (len(counts) - 1)
     lengths = (wanted + streamed, rows.shape[1] - 1, reader.shape["hidden"])
     HiddenFiles(out.parent, lengths, dtype=settings.dtype, device=settings.device).check_disk()
-    observe = Observe(removal=ask.methods.experts == "removal", search=tried, redo=redo)
+    observe = Observe(removal=probe_settings.methods.experts == "removal", search=tried, redo=redo)
     stats = calibrate(model, rows, out=out, settings=settings, observe=observe)
     figures = _figures(read_json(out / "probe.json"), reader)
-    return Found(figures, stats, rows=len(tried.rows), tokens=int(tried.mask.sum()))
+    return ProbeResult(figures, stats, rows=len(tried.rows), tokens=int(tried.mask.sum()))
 
 
-def _counts(reader: Reader, ask: Ask) -> tuple[int, ...]:
-    if keys := needs_search(ask.methods):
+def _counts(reader: Reader, settings: ProbeSettings) -> tuple[int, ...]:
+    if keys := needs_search(settings.methods):
         raise PlanError(
             f"{' and '.join(keys)}: a probe decides from statistics alone; leave it out, or try with `moeslim prune`"
         )
-    counts = grid(reader.shape, parts=ask.parts)
+    counts = grid(reader.shape, parts=settings.parts)
     if len(counts) < 2:
         raise PlanError(
             f"{reader.folder}: a token is sent to {reader.shape['top_k']} of {reader.shape['experts']} experts, and "
@@ -139,9 +143,11 @@ class _Probe:
 
     holds_out = True
 
-    def __init__(self, reader: Reader, ask: Ask, *, counts: Sequence[int], sample: Sequence[np.ndarray]) -> None:
+    def __init__(
+        self, reader: Reader, settings: ProbeSettings, *, counts: Sequence[int], sample: Sequence[np.ndarray]
+    ) -> None:
         """`sample`: the first held-out rows (S, T+1), and which of their targets count (S, T)."""
-        self.reader, self.ask = reader, ask
+        self.reader, self.settings = reader, settings
         self.rows, self.mask = sample
         self.cuts = [count for count in counts if count < reader.shape["experts"]]
         self.keys = reader.shape.keys
@@ -152,8 +158,8 @@ class _Probe:
             "probe": self.cuts,
             "rows": len(self.rows),
             "mask": hashlib.sha256(self.mask.tobytes()).hexdigest()[:16],
-            "methods": self.ask.methods.model_dump(mode="json"),
-            "seed": self.ask.seed,
+            "methods": self.settings.methods.model_dump(mode="json"),
+            "seed": self.settings.seed,
         }
 
     def visit(self, visit: LayerVisit, *, observed: int, held_out: int) -> "_Trial":
@@ -184,7 +190,7 @@ class _Trial:
         return nullcontext()
 
     def decide(self, stats: LayerStats | None) -> tuple[None, None]:
-        """Nothing is decided and nothing replaced; the streams stand in the visit's folder."""
+        """Nothing is decided and nothing replaced; the streams are in the visit's folder."""
         self.streams.forget()
         cuts, name = self.probe.cuts, f"probe layer {self.visit.key}"
         with progress(name, len(cuts) * self.probe.mask.size, unit="tokens") as advance:
@@ -199,15 +205,15 @@ class _Trial:
     def _cut(self, stats: LayerStats | None, count: int) -> AbstractContextManager[Any]:
         if stats is None or not stats.is_moe:
             return nullcontext()
-        methods, shape, key = self.probe.ask.methods, self.probe.reader.shape, self.visit.key
+        methods, shape, key = self.probe.settings.methods, self.probe.reader.shape, self.visit.key
         wanted = Wanted(count, methods, groups=shape.groups, always=tuple(methods.protect.get(key, ())))
-        scores = layer_scores(stats, methods, key=key, seed=self.probe.ask.seed)
+        scores = layer_scores(stats, methods, key=key, seed=self.probe.settings.seed)
         return cut_as(self.visit, cut_layer(stats, wanted, scores=scores), top_k=shape["top_k"])
 
     def _compare(self) -> None:
         """Put the sums of all streams, beside the uncut model's own, into the visit's folder."""
         rows, mask, reader = self.probe.rows, self.probe.mask, self.probe.reader
-        skipped = 0 if self.visit.key == "norm" else 1  # the MTP block says one token further
+        skipped = 0 if self.visit.key == "norm" else 1  # the MTP block predicts one token further
         head = reader.tensor(reader.shape.outer("head"))
         # copied: a product's last bits may depend on where in a file a mapped operand lies
         head = head.to(self.visit.hidden.device, self.visit.hidden.dtype, copy=True)

@@ -32,7 +32,7 @@ from moeslim.search.block import BlockSample, block_error, spread
 from moeslim.search.layer import become, cut_as, router_name
 from moeslim.search.rho import least
 from moeslim.search.router import trained_rows
-from moeslim.statistics import LayerStats
+from moeslim.stats import LayerStats
 
 ROUTERS = "routers.safetensors"
 """Of a layer's folder and of the statistics': the trained router rows (E', d) by their names in the source."""

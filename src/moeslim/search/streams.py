@@ -17,7 +17,7 @@ from moeslim.losses.metrics import kl_and_top1, nats
 from moeslim.model.hidden import HiddenFiles
 from moeslim.model.walk import LayerVisit
 
-_LOGITS_AT_ONCE = 1 << 24  # numbers in one chunk of logits; the uncut model's and one stream's stand at once
+_LOGITS_AT_ONCE = 1 << 24  # numbers in one chunk of logits; the uncut model's and one stream's exist at once
 Sums = dict[str, list[float]]
 
 
@@ -102,13 +102,13 @@ def compare(streams: Streams, counts: Sequence[int], *, targets: Targets) -> dic
     `tokens` counts them. The uncut model's logits are made once for all counts.
     """
     found = {count: {name: [0.0] * len(targets.mask) for name in ("kl", "rise", "tokens")} for count in counts}
-    for start, said_BTd in streams.uncut():
-        for place, said_Td in enumerate(said_BTd):
+    for start, uncut_BTd in streams.uncut():
+        for place, uncut_Td in enumerate(uncut_BTd):
             row = start + place
             for part in _chunks(targets):
-                counted = torch.from_numpy(targets.mask[row, part].copy()).to(said_Td.device)
-                wanted = torch.from_numpy(targets.tokens[row, part].astype(np.int64)).to(said_Td.device)[counted]
-                logits_NV = F.linear(said_Td[part][counted], targets.head)
+                counted = torch.from_numpy(targets.mask[row, part].copy()).to(uncut_Td.device)
+                wanted = torch.from_numpy(targets.tokens[row, part].astype(np.int64)).to(uncut_Td.device)[counted]
+                logits_NV = F.linear(uncut_Td[part][counted], targets.head)
                 loss = nats(logits_NV, wanted).double().sum()
                 for count in counts:
                     states_Td = streams.outputs(count, row, stop=row + 1)[0]

@@ -10,11 +10,11 @@ from moeslim.families import Shape, count
 from moeslim.plan.experts import expert_importance_of
 from moeslim.recipe import Methods
 from moeslim.search.knee import knee, safe
-from moeslim.search.probe import Found
+from moeslim.search.probe import ProbeResult
 
 
-def verdict(found: Found, shape: Shape, *, methods: Methods, tolerance: float) -> dict[str, Any]:
-    """A JSON-able record; `lines` of it say in words what the table cannot.
+def verdict(found: ProbeResult, shape: Shape, *, methods: Methods, tolerance: float) -> dict[str, Any]:
+    """A JSON-able record; its `lines` say in text what the table cannot.
 
     `parameters` are those of the trunk. A rise without an error (one row) counts as exact.
     """

@@ -38,14 +38,14 @@ def compare(runs: Sequence[Path | str], *, model: str | None = None, out: Path |
     lines, differences = [], {}
     first, *others = (replace(records[label], label=f"{name}/{label}") for name, records, label in chosen)
     for other in others:
-        told, figures = _difference(other, first)
-        lines += told
+        notes, figures = _difference(other, first)
+        lines += notes
         differences[other.label] = figures
     labels = {f"{name}/{label}": (run, label) for run, (name, _, label) in zip(runs, chosen, strict=True)}
-    tasks, told = compare_tasks({name: _scores(_folder(run), label) for name, (run, label) in labels.items()})
+    tasks, notes = compare_tasks({name: _scores(_folder(run), label) for name, (run, label) in labels.items()})
     models = _columns(found)
     record = {"table": comparison(models), "baseline": first.label, "differences": differences, "tasks": tasks}
-    record["lines"] = [*lines, *told]
+    record["lines"] = [*lines, *notes]
     if out is None:
         return record
     facts = {name: collect(run) for name, run in zip(names, runs, strict=True)}
@@ -115,7 +115,7 @@ def _columns(found: Mapping[str, Mapping[str, Any]]) -> list[ModelRecord]:
 
 
 def _difference(a: Any, b: Any) -> tuple[list[str], dict[str, Any]]:
-    """a - b in bits per byte, KL and top-1, in words and as figures; or why there is none."""
+    """a - b in bits per byte, KL and top-1, as text and as figures; or why there is none."""
     from moeslim.evaluate.pairs import PAIRED, paired
 
     lines, found = [], {}
@@ -127,10 +127,10 @@ def _difference(a: Any, b: Any) -> tuple[list[str], dict[str, Any]]:
         except DataError as problem:
             lines.append(f"no difference in {metric.replace('_', ' ')}: {problem}")
             continue
-        told = ", ".join(
+        notes = ", ".join(
             f"{domain} {difference_text(Quantity(figure.value, figure.se, figure.n, figure.unit))}"
             for domain, figure in figures.items()
         )
-        lines.append(f"{metric.replace('_', ' ')}, {a.label} minus {b.label}: {told}")
+        lines.append(f"{metric.replace('_', ' ')}, {a.label} minus {b.label}: {notes}")
         found[metric] = {domain: vars(figure) for domain, figure in figures.items()}
     return lines, found

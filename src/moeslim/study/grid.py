@@ -95,8 +95,8 @@ class Study(_Section):
             short = {key: key for key in self.grid}
         found: dict[str, dict[str, Any]] = {}
         for (name, keys), point in product(named.items(), points):
-            words = [name, *(f"{short[key]}={_word(value)}" for key, value in point.items())]
-            found[",".join(filter(None, words)) or "base"] = {**keys, **point}
+            labels = [name, *(f"{short[key]}={_label(value)}" for key, value in point.items())]
+            found[",".join(filter(None, labels)) or "base"] = {**keys, **point}
         return found
 
 
@@ -146,7 +146,7 @@ class Grid:
         return self.study.baseline or self.cells[0].variant
 
 
-def _word(value: object) -> str:
+def _label(value: object) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

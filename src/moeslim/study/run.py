@@ -39,11 +39,11 @@ def study(
         for cell in grid.cells:
             text = yaml.safe_dump(cell.recipe.dump(), sort_keys=False)
             write_bytes(out / "recipes" / f"{cell.name}.yaml", text.encode())
-            if not folder.stands(cell.name, _made_from(cell)):
+            if not folder.is_current(cell.name, _made_from(cell)):
                 missing.append(cell)
         _check_shapes(missing, out)
-        _carry_out(grid, missing, folder=folder, jobs=jobs)
-        return _told(grid, out, title=Path(file).stem)
+        _run_cells(grid, missing, folder=folder, jobs=jobs)
+        return _write_report(grid, out, title=Path(file).stem)
 
 
 def preview_study(file: Path | str, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _made_from(cell: Cell) -> dict[str, Any]:
     return {"recipe": cell.recipe.dump()}
 
 
-def _carry_out(grid: Grid, cells: Sequence[Cell], *, folder: Run, jobs: int) -> None:
+def _run_cells(grid: Grid, cells: Sequence[Cell], *, folder: Run, jobs: int) -> None:
     """Run the cells, `jobs` processes side by side, and record those that end well; Ctrl-C and SIGTERM end them all."""
     waiting = list(cells)
     running: dict[int, tuple[Cell, Process]] = {}  # by slot
@@ -130,10 +130,10 @@ def _started(cell: Cell, folder: Run, *, slot: int, jobs: int) -> Process:
     log.parent.mkdir(exist_ok=True)
     logger.info("%s: begun, see %s", cell.name, log)
     command = [sys.executable, "-m", "moeslim", "run", str(recipe), str(run), *(["--redo"] if folder.redo else [])]
-    with log.open("wb") as said:
+    with log.open("wb") as output:
         # a session of its own: Ctrl-C reaches this process alone, which hands it on; twice would not let the run save
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
         )
 
 
@@ -142,14 +142,14 @@ def _log(folder: Run, cell: Cell) -> Path:
 
 
 def _reason(log: Path, code: int) -> str:
-    """The error that a run ended with, from what it said."""
+    """The error that a run ended with, from its log."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    told = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)
+    message = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)
     ending = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    return told or f"{ending}; its last words: {lines[-1] if lines else 'none'} ({log})"
+    return message or f"{ending}; its last words: {lines[-1] if lines else 'none'} ({log})"
 
 
-def _told(grid: Grid, out: Path, *, title: str) -> dict[str, Any]:
+def _write_report(grid: Grid, out: Path, *, title: str) -> dict[str, Any]:
     """study.json, study.html and table.md of all cells that are finished."""
     from moeslim.report.study import study_table, write_study
 

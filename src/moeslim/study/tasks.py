@@ -10,11 +10,11 @@ from moeslim.report.figures import Quantity, difference_text
 
 
 def compare_tasks(paths: Mapping[str, Path]) -> tuple[dict[str, Any], list[str]]:
-    """What lm-eval's tasks say of models by label, the first of them being the baseline; and the same in words.
+    """What lm-eval's tasks say of models by label, the first of them being the baseline; and the same as text.
 
     The value is as `evaluate.retention.retention_table` has it, with differences and paired tests in `against` and no
     retention, for no run is another one's teacher. A task is there if two models have a score of the same questions;
-    others asked otherwise are told of and left out. Empty where there is none.
+    others asked otherwise are reported and left out. Empty where there is none.
     """
     from moeslim.evaluate.retention import mean_difference, mean_score
     from moeslim.evaluate.task_record import TaskRecord
@@ -22,8 +22,8 @@ def compare_tasks(paths: Mapping[str, Path]) -> tuple[dict[str, Any], list[str]]
     records = {label: TaskRecord.read(path) for label, path in paths.items() if path.is_file()}
     baseline, tasks, lines = next(iter(paths)), dict[str, Any](), list[str]()
     for task in dict.fromkeys(task for record in records.values() for task in record.tasks):
-        row, told = _row(task, records, baseline=baseline)
-        lines += told
+        row, notes = _row(task, records, baseline=baseline)
+        lines += notes
         if row is not None:
             tasks[task] = row
     if not tasks:

@@ -1,6 +1,6 @@
-"""A teacher's word on a packed text, kept on disk: made once, read at random by every training after it."""
+"""A teacher's output distributions on a packed text, stored once on disk and reused by every training."""
 
 from moeslim.distill.cache.folder import CacheFolder, Identity
-from moeslim.distill.cache.make import Ask, make_cache
+from moeslim.distill.cache.make import CacheSettings, make_cache
 
-__all__ = ["Ask", "CacheFolder", "Identity", "make_cache"]
+__all__ = ["CacheFolder", "CacheSettings", "Identity", "make_cache"]

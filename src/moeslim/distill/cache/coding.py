@@ -1,4 +1,4 @@
-"""One row of a teacher's word as bytes and back: ids as gaps, probabilities as small codes, both entropy-coded.
+"""One row of a teacher's probabilities as bytes and back: ids as gaps, p as small codes, both entropy-coded.
 
 Per position there are k+1 outcomes (the top k, and all the rest as one), and m samples of the rest. Ids are sorted, so
 that neighbours differ by little: their gaps are split into bytes, and every byte place and the codes go through
@@ -21,15 +21,15 @@ _LOWER_ENDS = np.arange(LEVELS) ** 3 / LEVELS**3  # whole numbers over a power o
 
 
 @dataclass(frozen=True)
-class Words:
-    """What a teacher says on T positions; for several rows there is an axis before T."""
+class CachedProbs:
+    """A teacher's top probabilities and samples at T positions; for several rows there is an axis before T."""
 
     ids: np.ndarray
     """(T, K) ascending ids of the K largest probabilities."""
     p: np.ndarray
     """(T, K) their probabilities."""
     rest: np.ndarray
-    """(T) the probability of all other words together; with `p` it adds up to 1."""
+    """(T) the probability of all other tokens together; with `p` it adds up to 1."""
     sampled: np.ndarray
     """(T, M) ascending ids drawn from the rest in proportion to their probability; each stands for rest / M."""
     sampled_log_p: np.ndarray
@@ -71,18 +71,18 @@ def sample_log_p(code: np.ndarray) -> np.ndarray:
     return code.astype(np.float32) / -STEPS_PER_NAT
 
 
-def encode(words: Words, *, vocab_size: int) -> bytes:
-    """The words of one row as bytes: the lengths of the streams (uint32 each), then the streams."""
-    codes = np.concatenate([probability_code(words.p), probability_code(words.rest)[:, None]], axis=1)
-    planes = [*_planes(words.ids, vocab_size), codes]
-    if words.sampled.shape[1]:
-        planes += [*_planes(words.sampled, vocab_size), sample_code(words.sampled_log_p)]
+def encode(probs: CachedProbs, *, vocab_size: int) -> bytes:
+    """The probabilities of one row as bytes: the lengths of the streams (uint32 each), then the streams."""
+    codes = np.concatenate([probability_code(probs.p), probability_code(probs.rest)[:, None]], axis=1)
+    planes = [*_planes(probs.ids, vocab_size), codes]
+    if probs.sampled.shape[1]:
+        planes += [*_planes(probs.sampled, vocab_size), sample_code(probs.sampled_log_p)]
     streams = [zlib.compress(np.ascontiguousarray(plane).data, _ZLIB_LEVEL) for plane in planes]
     return np.array([len(stream) for stream in streams], "<u4").tobytes() + b"".join(streams)
 
 
-def decode(blob: bytes, *, vocab_size: int, length: int, k: int, samples: int) -> Words:
-    """The words of a row from `encode`'s bytes; probabilities are those of the codes, adding up to 1.
+def decode(blob: bytes, *, vocab_size: int, length: int, k: int, samples: int) -> CachedProbs:
+    """The probabilities of a row from `encode`'s bytes; they are those of the codes, adding up to 1.
 
     ValueError or zlib.error for bytes that are none of these.
     """
@@ -105,8 +105,8 @@ def decode(blob: bytes, *, vocab_size: int, length: int, k: int, samples: int) -
         sampled, log_p = np.empty((length, 0), np.int64), np.empty((length, 0), np.float32)
     ids = _ids(planes[:places])
     if max(ids.max(initial=0), sampled.max(initial=0)) >= vocab_size:
-        raise ValueError(f"a word's id is not below {vocab_size}")
-    return Words(ids, p[:, :-1], p[:, -1], sampled, log_p)
+        raise ValueError(f"a token's id is not below {vocab_size}")
+    return CachedProbs(ids, p[:, :-1], p[:, -1], sampled, log_p)
 
 
 def _inflated(stream: bytes, size: int) -> bytes:

@@ -18,7 +18,7 @@ import numpy as np
 from moeslim import __version__
 from moeslim.artifacts.commit import read_json, replace_file, write_json
 from moeslim.artifacts.fingerprint import fingerprint, hash_file
-from moeslim.distill.cache.coding import LEVELS, STEPS_PER_NAT, Words, decode
+from moeslim.distill.cache.coding import LEVELS, STEPS_PER_NAT, CachedProbs, decode
 from moeslim.errors import DataError, RunError
 
 SCHEMA = 1
@@ -27,12 +27,12 @@ META = "cache.json"
 
 @dataclass(frozen=True)
 class Identity:
-    """What two caches must share to hold the same: the teacher, the text, and how finely its word is kept."""
+    """What two caches must share to hold the same: the teacher, the text, and how precisely p is kept."""
 
     teacher: str
     """Fingerprint of the teacher's folder."""
     words: str | None
-    """Fingerprint of the tokenizer's words; None where the teacher's folder has no tokenizer.json."""
+    """Fingerprint of the tokenizer's vocabulary; None where the teacher's folder has no tokenizer.json."""
     vocab_size: int
     text: str
     """Fingerprint of the packed text (documents, tokenizer, row length, seed)."""
@@ -48,7 +48,7 @@ class Identity:
     steps_per_nat: int = STEPS_PER_NAT
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Where `other` (of the same keys or some of them) differs, in words: "k is 50, not 20"."""
+        """Where `other` (of the same keys or some of them) differs, as text: "k is 50, not 20"."""
         own = asdict(self)
         return [f"{key} is {own[key]}, not {value}" for key, value in other.items() if own[key] != value]
 
@@ -96,7 +96,7 @@ class CacheFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether every row stands."""
+        """Whether every row is there."""
         return len(self.shards) == self.num_shards
 
     @property
@@ -132,8 +132,8 @@ class CacheFolder:
         self.shards.append({"file": name, "rows": len(places) - 1, "bytes": size, "sha256": digest.hexdigest()})
         self._write_meta()
 
-    def words(self, numbers: Iterable[int]) -> Words:
-        """The words of the rows `numbers`, in their order, stacked: shapes (B, T, ...)."""
+    def probs(self, numbers: Iterable[int]) -> CachedProbs:
+        """The teacher's probabilities on the rows `numbers`, in their order, stacked: shapes (B, T, ...)."""
         identity = self.identity
         length, k, samples = identity.sequence_length, identity.k, identity.samples
         found = []
@@ -147,7 +147,9 @@ class CacheFolder:
                 raise DataError(
                     f"{self.folder}: row {number} cannot be read ({problem}); make the cache again"
                 ) from None
-        return Words(*(np.stack([getattr(word, name) for word in found]) for name in Words.__dataclass_fields__))
+        return CachedProbs(
+            *(np.stack([getattr(probs, name) for probs in found]) for name in CachedProbs.__dataclass_fields__)
+        )
 
     def _shard(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The bytes of a shard and the places of its rows; DataError where they are not what was written."""

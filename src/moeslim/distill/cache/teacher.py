@@ -1,4 +1,4 @@
-"""The cached teacher: what a `distill.teacher.Teacher` is, from files instead of a model."""
+"""The cached teacher: a `distill.teacher.Teacher` that reads probabilities from files instead of running a model."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.checkpoint.config_json import read_config
 from moeslim.data.tokens import TokenSet
 from moeslim.distill.cache.folder import CacheFolder
-from moeslim.distill.words import words_fingerprint
+from moeslim.distill.vocab_check import vocab_fingerprint
 from moeslim.errors import DataError
 from moeslim.losses import Outcomes
 
@@ -22,30 +22,30 @@ class CachedTeacher:
         self.kd_name = "kd_sampled" if cache.identity.samples else "kd_topk"
 
     def __call__(self, rows: torch.Tensor, numbers: np.ndarray) -> Outcomes:
-        words = self.cache.words(numbers)
+        probs = self.cache.probs(numbers)
 
         def tensor(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(values).to(rows.device)
 
         return Outcomes(
-            tensor(words.ids),
-            tensor(words.p),
-            tensor(words.rest).unsqueeze(-1),
-            tensor(words.sampled),
-            tensor(words.sampled_log_p),
+            tensor(probs.ids),
+            tensor(probs.p),
+            tensor(probs.rest).unsqueeze(-1),
+            tensor(probs.sampled),
+            tensor(probs.sampled_log_p),
         )
 
 
 def check_cache(cache: CacheFolder, student: Path, *, tokens: TokenSet, teacher: Path | None = None) -> None:
-    """DataError, saying what differs, where a cache is not of this text, of the student's words, of this teacher."""
+    """DataError, saying what differs, where a cache is of another text, vocabulary (the student's) or teacher."""
     wanted: dict[str, object] = {
         "text": tokens.fingerprint,
         "rows": len(tokens),
         "sequence_length": tokens.sequence_length,
         "vocab_size": read_config(student)["vocab_size"],
     }
-    if cache.identity.words is not None and (words := words_fingerprint(student)) is not None:
-        wanted["words"] = words
+    if cache.identity.words is not None and (vocab := vocab_fingerprint(student)) is not None:
+        wanted["words"] = vocab
     if teacher is not None:
         wanted["teacher"] = folder_fingerprint(teacher)
     if differences := cache.identity.differences(wanted):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moeslim.distill.words import check_same_words, words_fingerprint
+from moeslim.distill.vocab_check import check_same_vocab, vocab_fingerprint
 from moeslim.errors import CheckpointError
 
 VOCAB = {"<eos>": 0, "the": 1, "of": 2, "router": 3}
@@ -32,18 +32,18 @@ def _tokenizer(vocab: object = None, added: dict[str, int] | None = None, **mode
     ("other", "told"),
     [
         (_tokenizer({**VOCAB, "the": 2, "of": 1}), "'of' is number 1 there and number 2 here, and 1 more differ"),
-        (_tokenizer({**VOCAB, "expert": 3} | {"router": 3}), "'expert' is number 3 there and no word here"),
-        (_tokenizer({"<eos>": 0, "the": 1, "of": 2, "gate": 3}), "'gate' is number 3 there and no word here"),
+        (_tokenizer({**VOCAB, "expert": 3} | {"router": 3}), "'expert' is number 3 there and no token here"),
+        (_tokenizer({"<eos>": 0, "the": 1, "of": 2, "gate": 3}), "'gate' is number 3 there and no token here"),
         (_tokenizer(added={"<|user|>": 5, "<|assistant|>": 4}), "'<|assistant|>' is number 4 there and number 5 here"),
-        (_tokenizer(added={"<|user|>": 4}), "'<|assistant|>' is no word there and number 5 here"),
-        (_tokenizer(added={**ADDED, "<think>": 6}), "'<think>' is number 6 there and no word here;"),
+        (_tokenizer(added={"<|user|>": 4}), "'<|assistant|>' is no token there and number 5 here"),
+        (_tokenizer(added={**ADDED, "<think>": 6}), "'<think>' is number 6 there and no token here;"),
     ],
     ids=["ids swapped", "a word more", "same size, another word", "special ids swapped", "one less", "one more"],
 )
 def test_other_words_are_refused_with_the_first_of_them(tmp_path: Path, other: dict[str, Any], told: str) -> None:
     student, teacher = _model(tmp_path / "s", tokenizer=_tokenizer()), _model(tmp_path / "t", tokenizer=other)
-    with pytest.raises(CheckpointError, match="the teacher's tokenizer has other words") as caught:
-        check_same_words(student, teacher)
+    with pytest.raises(CheckpointError, match="the teacher's tokenizer has other tokens") as caught:
+        check_same_vocab(student, teacher)
     assert told in str(caught.value)
     assert str(teacher) in str(caught.value)
     assert str(student) in str(caught.value)
@@ -51,7 +51,7 @@ def test_other_words_are_refused_with_the_first_of_them(tmp_path: Path, other: d
 
 def test_another_size_is_refused_even_without_tokenizers(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"vocab_size is 9, the student's \(.*\) is 8"):
-        check_same_words(_model(tmp_path / "s"), _model(tmp_path / "t", size=9))
+        check_same_vocab(_model(tmp_path / "s"), _model(tmp_path / "t", size=9))
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_what_changes_no_words_id_is_let_through(
     """Nor does a chat model's other end of text: its ids still mean the same words."""
     student = _model(tmp_path / "s", tokenizer=_tokenizer(), eos_token_id=0)
     teacher = _model(tmp_path / "t", tokenizer=other, eos_token_id=4)
-    check_same_words(student, teacher)
-    assert words_fingerprint(student) == words_fingerprint(teacher)
+    check_same_vocab(student, teacher)
+    assert vocab_fingerprint(student) == vocab_fingerprint(teacher)
     assert not caplog.records
 
 
@@ -89,15 +89,15 @@ def test_older_files_list_words_too(tmp_path: Path, write: Callable[[Path, dict[
     same, other = _model(tmp_path / "same"), _model(tmp_path / "other")
     write(same, VOCAB)
     write(other, {"<eos>": 0, "the": 2, "of": 1, "router": 3})
-    check_same_words(student, same)
-    with pytest.raises(CheckpointError, match="other words"):
-        check_same_words(student, other)
+    check_same_vocab(student, same)
+    with pytest.raises(CheckpointError, match="other tokens"):
+        check_same_vocab(student, other)
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     student, teacher = _model(tmp_path / "s", tokenizer=_tokenizer()), _model(tmp_path / "t")
-    assert words_fingerprint(teacher) is None
-    check_same_words(student, teacher)
+    assert vocab_fingerprint(teacher) is None
+    check_same_vocab(student, teacher)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert f"{teacher}: no tokenizer.json" in caplog.text
 
@@ -106,4 +106,4 @@ def test_a_broken_tokenizer_is_the_files_fault(tmp_path: Path) -> None:
     student, teacher = _model(tmp_path / "s", tokenizer=_tokenizer()), _model(tmp_path / "t")
     (teacher / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"t/tokenizer\.json: not valid JSON"):
-        check_same_words(student, teacher)
+        check_same_vocab(student, teacher)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from moeslim import __version__
-from moeslim.artifacts.commit import disk_told, read_json
+from moeslim.artifacts.commit import disk_errors, read_json
 from moeslim.errors import RunError
 
 SCHEMA = 2
@@ -329,7 +329,7 @@ def _norms(names: Iterable[str], arrays: Mapping[str, Array]) -> dict[str, NormS
 
 
 def _write(path: Path, content: bytes) -> None:
-    with disk_told(path):
+    with disk_errors(path):
         path.write_bytes(content)
 
 

@@ -1,13 +1,13 @@
-"""What a calibration's statistics take of memory beside the walk."""
+"""The memory that a calibration's statistics take beside the walk."""
 
 from moeslim.calibrate.sums import sample_positions
 from moeslim.checkpoint.reader import Reader
-from moeslim.model.room import Batch
+from moeslim.model.memory_check import BatchSize
 from moeslim.model.walk import WalkSettings
 
 
-def batch_of(reader: Reader, settings: WalkSettings, *, rows: int, length: int, removal: bool) -> Batch:
-    """The batch of a calibration on `rows` rows, with the sums of a layer or, in the end, those of all layers.
+def batch_size_of(reader: Reader, settings: WalkSettings, *, rows: int, length: int, removal: bool) -> BatchSize:
+    """The batch size of a calibration on `rows` rows, with the sums of a layer or, in the end, those of all layers.
 
     Sums are float64: a layer's two Gram matrices, mean outputs and neurons of all experts, each once more while
     something is added. The shared sample is held, joined, and run through one expert. `removal` keeps the outputs of
@@ -21,4 +21,4 @@ def batch_of(reader: Reader, settings: WalkSettings, *, rows: int, length: int, 
     running = sample * (hidden * (width + 8) + 3 * shape["expert_size"] * width)
     watched = max(2 * sums + held + running, len(shape.keys) * sums)
     each = 4 * (2 * (top_k + 1) + 4) * hidden + 48 * top_k * (top_k + 1) if removal else 0
-    return Batch(min(settings.rows_per_batch, rows), length, watched=watched, each=each)
+    return BatchSize(min(settings.rows_per_batch, rows), length, watched=watched, each=each)

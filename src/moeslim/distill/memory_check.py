@@ -1,8 +1,8 @@
-"""Whether a training has room: refused before anything is loaded where it surely has not, and named where it runs out.
+"""Memory checks of a training: refused beforehand where it cannot fit, and explained where memory runs out.
 
-What is counted beforehand is a lower bound, so that nothing which would have worked is refused; what breaks in spite of
-it is told by `room_named`. (Linux often kills a process that takes too much memory, and then nobody can say anything:
-the count beforehand is the only word there.)
+What is counted beforehand is a lower bound, so that nothing which would have worked is refused; a training that runs
+out in spite of it is explained by `explain_out_of_memory`. (Linux often kills a process that takes too much memory;
+then the check beforehand is the only message.)
 """
 
 import re
@@ -23,7 +23,7 @@ from moeslim.model.chain import SCORE_BYTES
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     """A student's shape, that of a teacher beside it, the tokens of a row."""
 
     shape: Shape
@@ -32,7 +32,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Bytes that one process holds at least, by what they are for."""
 
     weights: int
@@ -50,7 +50,7 @@ class Need:
         return self.weights + self.moments + self.teacher + (sum(passing) if self.together else max(passing))
 
 
-def needed(case: Case, settings: TrainSettings, *, ranks: int = 1, shard: int = 1) -> Need:
+def needed(case: MemoryCase, settings: TrainSettings, *, ranks: int = 1, shard: int = 1) -> MemoryNeed:
     """What each of `ranks` processes holds at least, where `shard` of them share one copy of student and teacher.
 
     Weights, gradients and two moments in fp32, the last two of what is trained alone; the teacher in the precision of
@@ -64,7 +64,7 @@ def needed(case: Case, settings: TrainSettings, *, ranks: int = 1, shard: int = 
     teacher = 0
     if case.teacher is not None:
         teacher = width * sum(row.parameters for row in table(case.teacher.trunk, STACKED).values())
-    return Need(
+    return MemoryNeed(
         weights=4 * sum(sizes.values()) // shard,
         gradients=4 * trained // shard,
         moments=8 * trained // shard,
@@ -74,7 +74,7 @@ def needed(case: Case, settings: TrainSettings, *, ranks: int = 1, shard: int = 
     )
 
 
-def activations(case: Case, settings: TrainSettings, *, whole: bool) -> int:
+def activations(case: MemoryCase, settings: TrainSettings, *, whole: bool) -> int:
     """Bytes that a micro-batch surely keeps for its backward pass, and those of a chunk of the loss's logits.
 
     Per layer and token: with checkpointing, or where not all parts are trained, the layer's input (where only the MTP
@@ -114,13 +114,13 @@ def _kept(shape: Shape, key: str) -> int:
     return 2 * shape["hidden"] + mixer + mlp
 
 
-def check_room(shape: Shape, settings: TrainSettings, *, length: int, teacher: Shape | None = None) -> None:
+def check_memory(shape: Shape, settings: TrainSettings, *, length: int, teacher: Shape | None = None) -> None:
     """Raise ResourceError, with the sum and the setting to lower, where memory surely does not suffice.
 
     `shape` is the student's, `teacher` that of a teacher that is to be loaded too, `length` the tokens of a row.
     Processes on one machine share its memory; a GPU is a process's own.
     """
-    here, case = world(), Case(shape, teacher, length=length)
+    here, case = world(), MemoryCase(shape, teacher, length=length)
     free = free_memory(settings.device, processes=here.local_size)
     if free is None:
         return
@@ -132,14 +132,14 @@ def check_room(shape: Shape, settings: TrainSettings, *, length: int, teacher: S
     parts = {"weights": need.weights, "gradients": need.gradients, "moments": need.moments}
     parts |= {"the teacher": need.teacher, rows: need.activations}
     each = " for each process" if here.size > 1 else ""
-    told = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size)
+    sizes = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size)
     raise ResourceError(
         f"training needs at least {_gb(need.total)} of memory{each} and {_gb(free)} are free on {settings.device}: "
-        f"{told}. {_remedy(case, settings, free=free)}"
+        f"{sizes}. {_remedy(case, settings, free=free)}"
     )
 
 
-def _remedy(case: Case, settings: TrainSettings, *, free: int) -> str:
+def _remedy(case: MemoryCase, settings: TrainSettings, *, free: int) -> str:
     """The mildest change of settings that makes room, as a sentence."""
     here = world()
     shard = min(settings.distill.shard_over or here.local_size, here.size)
@@ -150,9 +150,9 @@ def _remedy(case: Case, settings: TrainSettings, *, free: int) -> str:
     for rows, checkpointing in tried:
         changed = _at(settings, rows, checkpointing=checkpointing)
         if needed(case, changed, ranks=here.size, shard=shard).total <= free:
-            words = [f"distill.micro_rows to {rows} (now {now[0]})"] if rows != now[0] else []
-            words += ["distill.activation_checkpointing to true"] if checkpointing != now[1] else []
-            return f"Set {' and '.join(words)}"
+            changes = [f"distill.micro_rows to {rows} (now {now[0]})"] if rows != now[0] else []
+            changes += ["distill.activation_checkpointing to true"] if checkpointing != now[1] else []
+            return f"Set {' and '.join(changes)}"
     least = _at(settings, 1, checkpointing=True)
     alone = needed(replace(case, teacher=None), least, ranks=here.size, shard=shard)
     if case.teacher is not None and alone.total <= free:
@@ -176,7 +176,7 @@ _FULL = re.compile(r"can.?t allocate memory|cannot allocate memory|out of memory
 
 
 @contextmanager
-def room_named(settings: TrainSettings, step: int) -> Iterator[None]:
+def explain_out_of_memory(settings: TrainSettings, step: int) -> Iterator[None]:
     """Turn running out of memory inside the block, on a GPU or a CPU, into a ResourceError that names what to lower."""
     try:
         yield
@@ -185,14 +185,14 @@ def room_named(settings: TrainSettings, step: int) -> Iterator[None]:
         if not full:
             raise
         asked = re.search(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]iB)", str(problem), re.IGNORECASE)
-        found = f" ({_asked(asked)} more were asked for)" if asked else ""
+        found = f" ({_requested(asked)} more were asked for)" if asked else ""
         raise ResourceError(
             f"step {step}: out of memory on {settings.device}{found}. {_lower(settings)}. What was saved stays, and "
             "the same command goes on with these settings changed"
         ) from None
 
 
-def _asked(found: re.Match[str]) -> str:
+def _requested(found: re.Match[str]) -> str:
     return _gb(int(found[1])) if found[2].lower() == "bytes" else f"{found[1]} {found[2]}"
 
 
@@ -200,19 +200,21 @@ def _lower(settings: TrainSettings) -> str:
     """What takes less memory than these settings, the mildest first."""
     rows, here = settings.distill.micro_rows, world()
     shard = min(settings.distill.shard_over or here.local_size, here.size)
-    words = []
+    remedies = []
     if rows > 1:
         half = max(r for r in range(1, rows // 2 + 1) if rows % r == 0)
-        words.append(f"set distill.micro_rows to {half} (now {rows}): the same step in smaller parts")
+        remedies.append(f"set distill.micro_rows to {half} (now {rows}): the same step in smaller parts")
     if not settings.distill.activation_checkpointing:
-        words.append("set distill.activation_checkpointing to true: a third more computing")
+        remedies.append("set distill.activation_checkpointing to true: a third more computing")
     if shard < here.size:
-        words.append(f"set distill.shard_over to {here.size} (now {shard}): more processes share one copy of weights")
+        remedies.append(
+            f"set distill.shard_over to {here.size} (now {shard}): more processes share one copy of weights"
+        )
     else:
-        words.append(f"start more than {here.size} (torchrun --nproc-per-node): they share one copy of the weights")
+        remedies.append(f"start more than {here.size} (torchrun --nproc-per-node): they share one copy of the weights")
     if rows == 1 and settings.distill.activation_checkpointing:
-        words.append("or take shorter rows (data.sequence_length)")
-    text = "; ".join(words)
+        remedies.append("or take shorter rows (data.sequence_length)")
+    text = "; ".join(remedies)
     return text[0].upper() + text[1:]
 
 

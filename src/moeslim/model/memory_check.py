@@ -1,6 +1,6 @@
-"""Whether a walk has room under a bound: what its largest layer takes, counted beforehand, and what that leaves.
+"""Checks that a walk fits under a memory bound: what its largest layer takes, counted beforehand, and what is left.
 
-Counted is anonymous memory, the process as it stands included; pages of mapped files are not, for the system may drop
+Counted is anonymous memory, that of the process so far included; pages of mapped files are not, for the system may drop
 them at any time. The count is meant to be an upper bound: what is left over, experts of a layer may stay in from batch
 to batch. The result is the same bits whatever stays.
 """
@@ -17,12 +17,12 @@ from moeslim.model.walk import WalkSettings
 
 _CHUNK = 64  # tokens that DeltaNet's reference kernel takes together
 _SLACK, _WASTE = 64 << 20, 1.15
-"""What nobody counts, and how much more a heap takes than what lies in it."""
+"""Memory that is not counted, and how much more a heap takes than what lies in it."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What runs at once: `rows` of `length` tokens. `watched` is what a driver's sums take, `each` bytes per token.
+class BatchSize:
+    """Size of what runs at once: `rows` of `length` tokens; `watched` bytes for statistics, `each` bytes per token.
 
     `settable`: whether the settings of a calibration decide its size.
     """
@@ -40,10 +40,10 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Need:
+class WalkMemoryNeed:
     """Bytes of a walk, by what they are for; `expert` is one expert, `stored` one as it is read."""
 
-    standing: int
+    process: int
     layer: int
     expert: int
     stored: int
@@ -54,14 +54,14 @@ class Need:
     def least(self) -> int:
         """With one expert in memory, the one before it not yet gone, and the next one on its way."""
         passing = 2 * (self.expert + self.stored)
-        return self.standing + round(_WASTE * (self.layer + passing + self.batch + self.watched)) + _SLACK
+        return self.process + round(_WASTE * (self.layer + passing + self.batch + self.watched)) + _SLACK
 
     def experts(self, bound: int) -> int:
         """How many experts may be in memory under a bound."""
         return 1 + int((bound - self.least) / (_WASTE * self.expert))
 
 
-def needed(reader: Reader, settings: WalkSettings, *, batch: Batch) -> Need:
+def needed(reader: Reader, settings: WalkSettings, *, batch: BatchSize) -> WalkMemoryNeed:
     """What the largest layer of a walk takes, on the device that computes and on the host together."""
     shape, width = reader.shape, settings.dtype.itemsize
     own: dict[str | None, int] = {}
@@ -72,8 +72,8 @@ def needed(reader: Reader, settings: WalkSettings, *, batch: Batch) -> Need:
     routed = (name for name, row in reader.rows.items() if row.component == "experts")
     stored = max((TORCH_DTYPES[reader.dtype(name)].itemsize for name in routed), default=0)
     values = max(_values(shape, key, attn=settings.attn, length=batch.length) for key in shape.layer_keys)
-    return Need(
-        standing=memory_used(),
+    return WalkMemoryNeed(
+        process=memory_used(),
         layer=max(own.values()),
         expert=expert * width,
         stored=expert * stored,
@@ -82,10 +82,10 @@ def needed(reader: Reader, settings: WalkSettings, *, batch: Batch) -> Need:
     )
 
 
-def with_room(reader: Reader, settings: WalkSettings, *, batch: Batch) -> WalkSettings:
-    """The settings with as many experts in memory as the bound leaves room for, none beyond `group`; told in the log.
+def fit_to_memory(reader: Reader, settings: WalkSettings, *, batch: BatchSize) -> WalkSettings:
+    """The settings with as many experts in memory as the bound allows, at most `group`; logged.
 
-    ResourceError where not even one expert has room, with the setting to lower.
+    ResourceError where not even one expert fits, with the setting to lower.
     """
     bound = settings.max_memory
     if bound is None:
@@ -93,22 +93,22 @@ def with_room(reader: Reader, settings: WalkSettings, *, batch: Batch) -> WalkSe
     return_memory()
     need = needed(reader, settings, batch=batch)
     group = min(need.experts(bound), settings.group or reader.shape["experts"])
-    told = (
-        f"the process {_gb(need.standing)}, a layer without its experts {_gb(need.layer)}, "
+    sizes = (
+        f"the process {_gb(need.process)}, a layer without its experts {_gb(need.layer)}, "
         f"{batch.rows} x {batch.length} tokens {_gb(need.batch)}, statistics {_gb(need.watched)}, "
         f"each expert {need.expert / 1e6:.1f} MB"
     )
     if group < 1:
         raise ResourceError(
-            f"max_memory is {_gb(bound)} and the walk needs at least {_gb(need.least)} ({told}). "
+            f"max_memory is {_gb(bound)} and the walk needs at least {_gb(need.least)} ({sizes}). "
             f"{_remedy(need, bound, batch=batch)}"
         )
     most = need.least + round(_WASTE * (group - 1) * need.expert)
-    logger.info("memory: up to %s of %s, %d experts of a layer in it (%s)", _gb(most), _gb(bound), group, told)
+    logger.info("memory: up to %s of %s, %d experts of a layer in it (%s)", _gb(most), _gb(bound), group, sizes)
     return replace(settings, group=group)
 
 
-def _remedy(need: Need, bound: int, *, batch: Batch) -> str:
+def _remedy(need: WalkMemoryNeed, bound: int, *, batch: BatchSize) -> str:
     if not batch.settable:
         return f"Allow at least {_gb(need.least)}"
     left = bound - (need.least - round(_WASTE * need.batch))

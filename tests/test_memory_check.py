@@ -17,8 +17,8 @@ import torch
 from command import write_model, write_text
 from moeslim.checkpoint.structure import read_structure
 from moeslim.demo import recipe_path, teacher_path
-from moeslim.distill import room
-from moeslim.distill.room import Case, check_room, needed, room_named
+from moeslim.distill import memory_check
+from moeslim.distill.memory_check import MemoryCase, check_memory, explain_out_of_memory, needed
 from moeslim.distill.settings import TrainSettings
 from moeslim.errors import ResourceError, TrainingError
 from moeslim.families import Shape
@@ -35,7 +35,7 @@ LENGTH = 64
 SETTINGS = train_settings(10**6, rows_per_step=8, micro_rows=4)
 CONFIG = tiny_config(num_key_value_heads=1)
 SHAPE = Shape.from_config(CONFIG)
-CASE = Case(SHAPE, None, length=LENGTH)
+CASE = MemoryCase(SHAPE, None, length=LENGTH)
 
 
 def _parameters(config: dict[str, Any], *, mtp: bool = True) -> int:
@@ -109,15 +109,15 @@ def test_activations_are_a_lower_bound_of_what_autograd_keeps(
     with narrow, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         student(rows, mask, coefficients=factors)
     held = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
-    case = Case(Shape.from_config(config), None, length=LENGTH)
+    case = MemoryCase(Shape.from_config(config), None, length=LENGTH)
     logits = 256 * 64 * 4 * (1 + depths)  # gone by the time the forward ends
-    counted = room.activations(case, settings, whole=True) - logits
+    counted = memory_check.activations(case, settings, whole=True) - logits
     assert counted <= held <= 10 * counted
 
 
 def _free(monkeypatch: pytest.MonkeyPatch, free: int, world: World | None = None) -> None:
-    monkeypatch.setattr(room, "free_memory", lambda _device, *, processes: free // processes)
-    monkeypatch.setattr(room, "world", lambda: world or World())
+    monkeypatch.setattr(memory_check, "free_memory", lambda _device, *, processes: free // processes)
+    monkeypatch.setattr(memory_check, "world", lambda: world or World())
 
 
 def _changed(settings: TrainSettings, **changes: Any) -> int:
@@ -145,12 +145,12 @@ def test_too_little_is_refused_with_what_would_fit(
         settings = changed(settings, micro_rows=1)
         told = told.replace(r" \(now 4\)", "")
     elif "activation_checkpointing" in changes:
-        monkeypatch.setattr(room, "CHUNK_BYTES", 0)  # logits that do not shrink with the rows
+        monkeypatch.setattr(memory_check, "CHUNK_BYTES", 0)  # logits that do not shrink with the rows
     _free(monkeypatch, _changed(settings, **changes))
     with pytest.raises(ResourceError, match=told) as caught:
-        check_room(SHAPE, settings, length=LENGTH)
+        check_memory(SHAPE, settings, length=LENGTH)
     assert "training needs at least" in str(caught.value)
-    check_room(SHAPE, changed(settings, **changes), length=LENGTH)
+    check_memory(SHAPE, changed(settings, **changes), length=LENGTH)
 
 
 def test_where_no_setting_helps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,13 +158,13 @@ def test_where_no_setting_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     least = changed(SETTINGS, micro_rows=1, activation_checkpointing=True)
     _free(monkeypatch, needed(CASE, least).total)
     with pytest.raises(ResourceError, match=r"the teacher .*\. A teacher_cache .* takes the teacher out"):
-        check_room(SHAPE, SETTINGS, length=LENGTH, teacher=teacher)
+        check_memory(SHAPE, SETTINGS, length=LENGTH, teacher=teacher)
     _free(monkeypatch, needed(CASE, least, ranks=4, shard=4).total)
     with pytest.raises(ResourceError, match=r"Start 4 processes with as much memory each .*shard_over: 4"):
-        check_room(SHAPE, SETTINGS, length=LENGTH)
+        check_memory(SHAPE, SETTINGS, length=LENGTH)
     _free(monkeypatch, 1000)
     with pytest.raises(ResourceError, match="No setting makes room"):
-        check_room(SHAPE, SETTINGS, length=LENGTH)
+        check_memory(SHAPE, SETTINGS, length=LENGTH)
 
 
 def test_processes_share_a_machines_memory_and_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,20 +172,20 @@ def test_processes_share_a_machines_memory_and_the_weights(monkeypatch: pytest.M
     two = World(rank=0, size=2, local_size=2)
     each = needed(CASE, settings, ranks=2, shard=2).total
     _free(monkeypatch, 2 * each, two)
-    check_room(SHAPE, settings, length=LENGTH)
+    check_memory(SHAPE, settings, length=LENGTH)
     _free(monkeypatch, 2 * each - 2, two)
     with pytest.raises(ResourceError, match="for each process"):
-        check_room(SHAPE, settings, length=LENGTH)
+        check_memory(SHAPE, settings, length=LENGTH)
     _free(monkeypatch, 2 * each, two)
     with pytest.raises(ResourceError, match="for each process"):  # each process a copy of its own
-        check_room(SHAPE, changed(settings, shard_over=1), length=LENGTH)
+        check_memory(SHAPE, changed(settings, shard_over=1), length=LENGTH)
 
 
 def test_the_demo_has_room_on_a_small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, shape = Recipe.load(recipe_path()), read_structure(teacher_path()).shape
     settings = TrainSettings(recipe.distill, tokens=recipe.distill.tokens, seed=0, precision="float32", device="cpu")
     _free(monkeypatch, 1 << 30)
-    check_room(shape, settings, length=recipe.data.sequence_length, teacher=shape)
+    check_memory(shape, settings, length=recipe.data.sequence_length, teacher=shape)
 
 
 def test_free_memory_here() -> None:
@@ -251,7 +251,10 @@ def _in_python() -> None:
     [(_on_a_gpu, " (2.50 GiB more"), (_on_a_cpu, " (4,503,599.6 GB more"), (_in_a_library, "."), (_in_python, ".")],
 )
 def test_running_out_names_what_to_lower(fail: Callable[[], None], asked: str) -> None:
-    with pytest.raises(ResourceError) as caught, room_named(changed(SETTINGS, micro_rows=6, rows_per_step=12), 3):
+    with (
+        pytest.raises(ResourceError) as caught,
+        explain_out_of_memory(changed(SETTINGS, micro_rows=6, rows_per_step=12), 3),
+    ):
         fail()
     told = str(caught.value)
     assert told.startswith(f"step 3: out of memory on cpu{asked}")
@@ -261,9 +264,9 @@ def test_running_out_names_what_to_lower(fail: Callable[[], None], asked: str) -
 
 
 def test_only_what_helps_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "world", lambda: World(size=8, local_size=4))
+    monkeypatch.setattr(memory_check, "world", lambda: World(size=8, local_size=4))
     tight = changed(SETTINGS, micro_rows=1, activation_checkpointing=True)
-    with pytest.raises(ResourceError) as caught, room_named(tight, 1):
+    with pytest.raises(ResourceError) as caught, explain_out_of_memory(tight, 1):
         raise MemoryError
     assert "micro_rows" not in str(caught.value)
     assert "checkpointing" not in str(caught.value)
@@ -273,7 +276,7 @@ def test_only_what_helps_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("problem", [RuntimeError("mat1 and mat2 shapes"), TrainingError("lm is nan"), ValueError("x")])
 def test_other_errors_pass(problem: Exception) -> None:
-    with pytest.raises(type(problem)) as caught, room_named(SETTINGS, 1):
+    with pytest.raises(type(problem)) as caught, explain_out_of_memory(SETTINGS, 1):
         raise problem
     assert caught.value is problem
 

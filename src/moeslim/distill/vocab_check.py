@@ -1,4 +1,4 @@
-"""Whether two models mean the same by a word's id."""
+"""Checks that two models have the same vocabulary: the same token for every id."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from moeslim.errors import CheckpointError, DataError
 from moeslim.log import logger
 
 
-def _words(folder: Path) -> dict[str, int] | None:
-    """The id of every word, the added ones among them: of `tokenizer.json`, or `vocab.json` or `vocab.txt` without one.
+def _vocab(folder: Path) -> dict[str, int] | None:
+    """The id of every token, added ones too: of `tokenizer.json`, or `vocab.json` or `vocab.txt` without one.
 
-    None where the folder has none of these. How a text is split into words (merges, scores) does not matter here: both
+    None where the folder has none of these. How a text is split into tokens (merges, scores) does not matter here: both
     models get the same ids.
     """
     whole, plain, lines = (folder / name for name in ("tokenizer.json", "vocab.json", "vocab.txt"))
@@ -36,43 +36,45 @@ def _words(folder: Path) -> dict[str, int] | None:
     return {**vocab, **added}
 
 
-def words_fingerprint(folder: Path) -> str | None:
-    """The name of a model's words and their ids; None where its folder does not list them."""
-    words = _words(folder)
-    return None if words is None else fingerprint(words)
+def vocab_fingerprint(folder: Path) -> str | None:
+    """The fingerprint of a model's tokens and their ids; None where its folder does not list them."""
+    vocab = _vocab(folder)
+    return None if vocab is None else fingerprint(vocab)
 
 
-def check_same_words(student: Path, teacher: Path) -> None:
-    """Refuse a teacher whose word ids mean something else: other `vocab_size`, or words or ids that differ.
+def check_same_vocab(student: Path, teacher: Path) -> None:
+    """Refuse a teacher with another vocabulary: another `vocab_size`, or tokens or ids that differ.
 
-    Raises CheckpointError. Where a folder does not list its words, `vocab_size` alone is compared, with a warning.
+    Raises CheckpointError. Where a folder does not list its tokens, `vocab_size` alone is compared, with a warning.
     """
     sizes = [read_config(folder)["vocab_size"] for folder in (student, teacher)]
-    advice = "distillation compares distributions over the same words, so choose a teacher with the student's tokenizer"
+    advice = (
+        "distillation compares distributions over the same tokens, so choose a teacher with the student's tokenizer"
+    )
     if sizes[0] != sizes[1]:
         raise CheckpointError(
             f"{teacher}: the teacher's vocab_size is {sizes[1]}, the student's ({student}) is {sizes[0]}; {advice}"
         )
-    own, others = _words(student), _words(teacher)
+    own, others = _vocab(student), _vocab(teacher)
     if own is None or others is None:
-        silent = " and ".join(str(folder) for folder, words in ((student, own), (teacher, others)) if words is None)
+        silent = " and ".join(str(folder) for folder, vocab in ((student, own), (teacher, others)) if vocab is None)
         logger.warning("%s: no tokenizer.json, so only the size of the teacher's vocabulary could be compared", silent)
         return
-    apart = {word: (own.get(word), others.get(word)) for word in own.keys() | others.keys()}
-    apart = {word: ids for word, ids in apart.items() if ids[0] != ids[1]}
+    apart = {token: (own.get(token), others.get(token)) for token in own.keys() | others.keys()}
+    apart = {token: ids for token, ids in apart.items() if ids[0] != ids[1]}
     if apart:
-        word = min(apart, key=lambda word: (min(number for number in apart[word] if number is not None), word))
-        here, there = ("no word" if number is None else f"number {number}" for number in apart[word])
+        token = min(apart, key=lambda token: (min(number for number in apart[token] if number is not None), token))
+        here, there = ("no token" if number is None else f"number {number}" for number in apart[token])
         raise CheckpointError(
-            f"{teacher}: the teacher's tokenizer has other words than the student's ({student}): {word!r} is {there} "
+            f"{teacher}: the teacher's tokenizer has other tokens than the student's ({student}): {token!r} is {there} "
             f"there and {here} here{f', and {len(apart) - 1:,} more differ' if len(apart) > 1 else ''}; {advice}"
         )
 
 
 def check_knows(model: Path, vocab_size: int, *, tokens: TokenSet) -> None:
-    """DataError where the packed text has words beyond the model's `vocab_size`."""
+    """DataError where the packed text has token ids beyond the model's `vocab_size`."""
     if tokens.vocab_size > vocab_size:
         raise DataError(
-            f"{tokens.folder}: the text was packed with a tokenizer of {tokens.vocab_size} words, the model {model} "
+            f"{tokens.folder}: the text was packed with a tokenizer of {tokens.vocab_size} tokens, the model {model} "
             f"knows {vocab_size}; pack it with the model's own tokenizer"
         )

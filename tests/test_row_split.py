@@ -1,4 +1,4 @@
-"""Small experts: all of a layer's at once, and a layer's batches in two lanes; the same numbers as one by one."""
+"""Small experts: all of a layer's at once, and a layer's batches in two parts; the same numbers as one by one."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from moeslim.calibrate import lanes
+from moeslim.calibrate import row_split
 from moeslim.calibrate.observe import LayerObserver, Observe
 from moeslim.calibrate.run import calibrate
 from moeslim.checkpoint.reader import Reader
@@ -25,10 +25,10 @@ from moeslim.demo import teacher_path, text_path
 from moeslim.errors import CheckpointError
 from moeslim.families import Shape
 from moeslim.model.experts import ExpertFile, FileExperts, Routing, Run, are_small
-from moeslim.model.walk import Batch, LayerVisit, WalkSettings, walk
+from moeslim.model.walk import BatchOutput, LayerVisit, WalkSettings, walk
 from tiny import tiny_config, write_tiny
 
-pytestmark = pytest.mark.bits("lanes, groups and small experts change no bit")
+pytestmark = pytest.mark.bits("row splits, groups and small experts change no bit")
 
 E, K, D, SIZE, T = 8, 2, 32, 16, 24
 ROWS = np.random.default_rng(3).integers(0, 64, (9, T + 1))
@@ -138,29 +138,29 @@ def test_what_is_let_go_of_is_read_again(folder: Path) -> None:
     assert not file._held
 
 
-# lanes
+# rows in two parts
 
 
 def test_a_twin_has_the_same_weights_and_hooks_of_its_own(folder: Path, tmp_path: Path) -> None:
     for visit in walk(Reader(folder), ROWS, workdir=tmp_path, settings=SETTINGS):
-        twin = visit.twin()
+        clone = visit.clone()
         for kind in ("parameters", "buffers"):
-            pairs = zip(getattr(visit.root, kind)(), getattr(twin.root, kind)(), strict=True)
+            pairs = zip(getattr(visit.root, kind)(), getattr(clone.root, kind)(), strict=True)
             assert all(one.data_ptr() == other.data_ptr() for one, other in pairs)
-        assert twin.root is not visit.root
-        assert (twin.decoder is None, twin.experts is None) == (visit.decoder is None, visit.experts is None)
-        if visit.experts is not None and twin.experts is not None:
-            assert twin.experts is not visit.experts
-            assert twin.experts.file is visit.experts.file
+        assert clone.root is not visit.root
+        assert (clone.decoder is None, clone.experts is None) == (visit.decoder is None, visit.experts is None)
+        if visit.experts is not None and clone.experts is not None:
+            assert clone.experts is not visit.experts
+            assert clone.experts.file is visit.experts.file
         seen: list[nn.Module] = []
-        twin.root.register_forward_hook(lambda module, *_, seen=seen: seen.append(module))
-        for mine, other in zip(visit.batches(end=4), twin.batches(end=4), strict=True):
+        clone.root.register_forward_hook(lambda module, *_, seen=seen: seen.append(module))
+        for mine, other in zip(visit.batches(end=4), clone.batches(end=4), strict=True):
             assert torch.equal(mine.y, other.y)
-        assert seen == [twin.root] * 2
+        assert seen == [clone.root] * 2
         visit.complete(None)  # the next layer's inputs
 
 
-def test_two_lanes_for_small_experts_where_there_are_threads_and_batches(
+def test_two_parts_for_small_experts_where_there_are_threads_and_batches(
     two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """4096 tokens on 4 of 32 experts of 32 neurons, d 128: 2**21 multiply-additions in an expert's products."""
@@ -170,7 +170,7 @@ def test_two_lanes_for_small_experts_where_there_are_threads_and_batches(
     def count(size: int = 32, rows: int = 32, settings: WalkSettings = settings) -> int:
         shape = Shape.from_config({**config, "moe_intermediate_size": size})
         assert are_small(shape, 4 * 4096) == (size < 64)
-        return lanes.lanes_for(shape, settings, num_rows=rows, length=256).count
+        return row_split.row_split_for(shape, settings, num_rows=rows, length=256).count
 
     assert count() == 2
     assert count(rows=16) == 1  # a single batch
@@ -182,8 +182,8 @@ def test_two_lanes_for_small_experts_where_there_are_threads_and_batches(
 
 
 @pytest.mark.parametrize("removal", [False, True])
-def test_two_lanes_find_what_one_finds(folder: Path, tmp_path: Path, two_threads: None, removal: bool) -> None:
-    """Nine rows in five batches: three of them (one of a single row) in one lane, two in the other."""
+def test_two_parts_find_what_one_finds(folder: Path, tmp_path: Path, two_threads: None, removal: bool) -> None:
+    """Nine rows in five batches: three of them (one of a single row) in one part, two in the other."""
     settings, found = WalkSettings(rows_per_batch=2, dtype=torch.float64), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -203,7 +203,7 @@ def test_two_lanes_find_what_one_finds(folder: Path, tmp_path: Path, two_threads
     assert (one.layers["0"].removal_sum.size > 0) == removal
 
 
-def test_lanes_run_at_once_and_where_memory_is_bounded_one_after_the_other_to_the_same_bits(
+def test_parts_run_at_once_and_where_memory_is_bounded_one_after_the_other_to_the_same_bits(
     folder: Path, tmp_path: Path, two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meeting = threading.Barrier(2, timeout=300)
@@ -218,7 +218,7 @@ def test_lanes_run_at_once_and_where_memory_is_bounded_one_after_the_other_to_th
             inside += 1
             most = max(most, inside)
         if meet and self.visit.experts is not None:
-            meeting.wait()  # breaks unless the other lane comes too
+            meeting.wait()  # breaks unless the other part comes too
         with original(self):
             yield
         with lock:
@@ -235,22 +235,22 @@ def test_lanes_run_at_once_and_where_memory_is_bounded_one_after_the_other_to_th
         assert content(tmp_path / name) == content(tmp_path / "free")
 
 
-@pytest.mark.parametrize("lane", [0, 1])
+@pytest.mark.parametrize("part", [0, 1])
 @pytest.mark.parametrize("group", [None, 2])
 def test_what_fails_in_a_lane_ends_the_calibration_which_then_goes_on(
-    folder: Path, tmp_path: Path, two_threads: None, monkeypatch: pytest.MonkeyPatch, group: int | None, lane: int
+    folder: Path, tmp_path: Path, two_threads: None, monkeypatch: pytest.MonkeyPatch, group: int | None, part: int
 ) -> None:
-    """In the second MoE layer one lane fails at its second batch; the other one, of 20, does not go on to its last."""
+    """In the second MoE layer one part fails at its second batch; the other one, of 20, does not go on to its last."""
     settings, rows = WalkSettings(rows_per_batch=2, group=group), np.concatenate([ROWS] * 9)[:80]
     calibrate(folder, rows, out=tmp_path / "whole", settings=settings)
     original, started = LayerVisit.batches, {0: 0, 1: 0}
 
-    def batches(self: LayerVisit, *args: Any, **kwargs: Any) -> Iterator[Batch]:
-        number, _ = kwargs.get("lane", (0, 1))
+    def batches(self: LayerVisit, *args: Any, **kwargs: Any) -> Iterator[BatchOutput]:
+        number, _ = kwargs.get("split", (0, 1))
         for count, batch in enumerate(original(self, *args, **kwargs)):
             if self.key == "2":
                 started[number] += 1
-                if (number, count) == (lane, 1):
+                if (number, count) == (part, 1):
                     raise CheckpointError("a disk that fails")
                 time.sleep(0.02)
             yield batch
@@ -259,11 +259,11 @@ def test_what_fails_in_a_lane_ends_the_calibration_which_then_goes_on(
         patch.setattr(LayerVisit, "batches", batches)
         with pytest.raises(CheckpointError, match="a disk that fails"):
             calibrate(folder, rows, out=tmp_path / "failed", settings=settings)
-    assert started[lane] == 2
+    assert started[part] == 2
     if group is None:
-        assert started[1 - lane] < 20
+        assert started[1 - part] < 20
     else:  # one after the other
-        assert started[1 - lane] == (0 if lane == 0 else 20)
+        assert started[1 - part] == (0 if part == 0 else 20)
     assert torch.get_num_threads() == 2
     assert not (tmp_path / "failed").exists()
     assert (tmp_path / ".failed.calibrating/layers/0/stats.json").is_file()
@@ -271,10 +271,10 @@ def test_what_fails_in_a_lane_ends_the_calibration_which_then_goes_on(
     assert content(tmp_path / "failed") == content(tmp_path / "whole")
 
 
-def test_a_signal_ends_both_lanes_after_their_batch(
+def test_a_signal_ends_both_parts_after_their_batch(
     folder: Path, tmp_path: Path, two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C comes to the main thread, which waits: the lanes do not go on to their last batch."""
+    """Ctrl-C comes to the main thread, which waits: the parts do not go on to their last batch."""
     original, calls = FileExperts.forward, [0]
 
     def forward(self: FileExperts, *inputs: torch.Tensor) -> torch.Tensor:

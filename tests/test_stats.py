@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moeslim.errors import RunError
-from moeslim.statistics import LayerStats, NormStats, Starved, Stats, coverage_lines, join, pool
+from moeslim.stats import LayerStats, NormStats, Starved, Stats, coverage_lines, join, pool
 
 pytestmark = pytest.mark.bits("saved and read again, sums are the same numbers")
 
