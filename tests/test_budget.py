@@ -20,12 +20,12 @@ from moeslim.families import Shape, count, forward_operations
 from moeslim.families.config import edit_config
 from moeslim.machine.gpus import GPUS, peak_of
 from moeslim.plan import final_shape, read_plan
-from moeslim.plan.budget import CONTEXT, Wish, axis_weights, proposals
+from moeslim.plan.budget import CONTEXT, Budget, axis_weights, proposals
 from moeslim.plan.carried import carried
 from moeslim.plan.engines import FAST_EXPERTS
 from moeslim.plan.footprint import ROW, Footprints
 from moeslim.plan.schedule import AXES, Target
-from moeslim.plan.training import Course, Gpus, largest_memory, price
+from moeslim.plan.training import Gpus, TrainingPlan, largest_memory, price
 from moeslim.recipe import Methods
 from moeslim.stats import LayerStats, NormStats, Stats
 from tiny import tiny_config, tiny_shape
@@ -65,7 +65,7 @@ SMALL_PAPER = {**PAPER, "layers": 20, "hidden": 1280, "experts": 128}
 
 
 def proposed(config: Mapping[str, Any], pinned: Mapping[str, int] | None = None, **asked: str) -> list[Any]:
-    return proposals(Shape.from_config(config), Wish.parse(**asked), pinned=pinned or {})
+    return proposals(Shape.from_config(config), Budget.parse(**asked), pinned=pinned or {})
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_axes_that_are_named_stay_where_they_are_put() -> None:
     assert {(each.shape["experts"], each.shape["top_k"], each.shape["expert_size"]) for each in found} == {
         (256, 9, 384)
     }
-    (alone,) = proposals(WHOLE, Wish(), pinned={"layers": 36})
+    (alone,) = proposals(WHOLE, Budget(), pinned={"layers": 36})
     assert alone.counts == {axis: WHOLE.sizes.get(axis, 36) for axis in AXES}
 
 
@@ -211,8 +211,8 @@ def test_axes_that_are_named_stay_where_they_are_put() -> None:
     ],
 )
 def test_targets_are_read(text: str, total: tuple[float, float], *, active: tuple[float, float] | None) -> None:
-    wish = Wish.parse(target=text)
-    for found, wanted in ((wish.total, total), (wish.active, active)):
+    budget = Budget.parse(target=text)
+    for found, wanted in ((budget.total, total), (budget.active, active)):
         assert (found is None) == (wanted is None)
         if found is not None and wanted is not None:
             assert (found.value, found.within) == pytest.approx(wanted)
@@ -235,7 +235,7 @@ def test_targets_are_read(text: str, total: tuple[float, float], *, active: tupl
 )
 def test_what_cannot_be_read_is_refused(asked: dict[str, str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        Wish.parse(**asked)
+        Budget.parse(**asked)
 
 
 @pytest.mark.parametrize(
@@ -272,9 +272,9 @@ def test_statistics_that_find_all_alike_change_nothing() -> None:
     shape = tiny_shape()
     stats = calibrated(shape, mass=np.ones(8), share=np.full(16, 1 / 16), cosines=[0.5] * 4)
     shares = carried(stats, shape, methods=Methods())
-    wish = Wish.parse(speedup="1.5x")
-    plain = proposals(shape, wish, pinned={})
-    judged = proposals(shape, wish, pinned={}, carried=shares)
+    budget = Budget.parse(speedup="1.5x")
+    plain = proposals(shape, budget, pinned={})
+    judged = proposals(shape, budget, pinned={}, carried=shares)
     costs = {tuple(each.counts.values()): each.cost for each in plain}
     assert costs == pytest.approx({tuple(each.counts.values()): each.cost for each in judged})
 
@@ -296,7 +296,7 @@ def test_statistics_that_find_differences_by_hand() -> None:
     assert carried(turned, shape, methods=Methods())["layers"][2] == pytest.approx(0.2 / 1.2)
     protected = carried(stats, shape, methods=Methods(protect={"0": (0,)}))
     assert protected["experts"][1] == pytest.approx((3 * 5 + 1) / 4 / 16)
-    kept = proposals(shape, Wish.parse(speedup="1.1x"), pinned={"experts": 2, "top_k": 2}, carried=shares)
+    kept = proposals(shape, Budget.parse(speedup="1.1x"), pinned={"experts": 2, "top_k": 2}, carried=shares)
     assert [each.kept["experts"] for each in kept] == pytest.approx([10 / 16] * len(kept))
     with pytest.raises(PlanError, match="of another model"):
         carried(stats, tiny_shape(num_experts=4), methods=Methods())
@@ -330,7 +330,7 @@ def test_price_by_hand_and_as_scaling_tells_it() -> None:
     teacher = WHOLE
     first = target_shape(teacher, Target(layers=42))
     student = target_shape(teacher, Target(**PAPER))
-    course = Course([(first, 12e9), (student, 108e9)], teacher, length=T)
+    course = TrainingPlan([(first, 12e9), (student, 108e9)], teacher, length=T)
     gpus = Gpus(64, peak=989e12, memory=80e9)
     found = price(course, gpus)
     assert found.operations == pytest.approx(total, rel=1e-9)
@@ -379,8 +379,8 @@ def test_a_bare_config_is_answered_at_once_and_without_torch(tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps(RELEASED))
     code = (
         "import sys, time\n"
-        "from moeslim.commands.propose import Wish, propose\n"
-        f"found = propose({str(tmp_path)!r}, Wish.parse(target='23B-A2B'))\n"
+        "from moeslim.commands.propose import Budget, propose\n"
+        f"found = propose({str(tmp_path)!r}, Budget.parse(target='23B-A2B'))\n"
         "assert len(found['proposals']) == 10 and found['mtp'] is None\n"
         "assert not {'torch', 'transformers', 'huggingface_hub'} & sys.modules.keys(), 'heavy'\n"
         "print(time.process_time())\n"

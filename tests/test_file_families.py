@@ -20,7 +20,7 @@ from moeslim.errors import CheckpointError, FamilyError, PlanError, RecipeError
 from moeslim.families import FAMILIES as SPECS
 from moeslim.families import Shape, count
 from moeslim.families.config import edit_config
-from moeslim.plan.budget import Wish, resized
+from moeslim.plan.budget import Budget, resized
 from moeslim.plan.engines import engine_warnings
 from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, SetTopK
 from stock import Stock
@@ -364,7 +364,7 @@ def test_a_bare_config_gives_servable_shapes(tmp_path: Path, config: dict[str, A
     """Within 5 s, without weights; sizes that the family lacks, or that follow, are no axes."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     start = time.process_time()
-    record = propose(str(tmp_path), Wish.parse(target=target))
+    record = propose(str(tmp_path), Budget.parse(target=target))
     assert time.process_time() - start < 5
     assert len(record["proposals"]) == 10
     best = record["proposals"][0]

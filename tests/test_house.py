@@ -49,7 +49,6 @@ BANNED = {
     **{"carry_out": "run_on_rank0 or run_*", "help_out": "serve"},
 }
 """What nobody looks for, as part of a name that is defined, and the standard word in its place."""
-NOT_YET_RENAMED = ("plan/", "surgery/", "report/cuts.py")
 
 FILES = sorted(SOURCE.rglob("*.py"))
 CALLED_BY_OTHERS = {"__call__", "__exit__", "__setitem__", "forward", "backward"}
@@ -238,8 +237,7 @@ def test_names_and_docstrings(path: Path) -> None:
 
 @per_file
 def test_names_are_those_of_the_glossary(path: Path) -> None:
-    if not named(path).startswith(NOT_YET_RENAMED):
-        assert riddles(parsed(path), module=path.stem) == []
+    assert riddles(parsed(path), module=path.stem) == []
 
 
 @per_file

@@ -31,8 +31,8 @@ from moeslim.plan.outputs import Source
 from moeslim.recipe import Recipe, parse_memory
 from moeslim.surgery import read as source_parts
 from moeslim.surgery.apply import cut
-from moeslim.surgery.room import check_cut
-from moeslim.surgery.routers import Beside
+from moeslim.surgery.memory_check import check_cut
+from moeslim.surgery.routers import PlanFiles
 from tiny import write_tiny
 
 pytestmark = pytest.mark.bits("a bound of memory changes no bit")
@@ -133,7 +133,7 @@ def test_experts_that_are_expected_are_read_ahead_and_the_same(model: Path, monk
 
 def test_large_tensors_come_in_parts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the size of a part, sorted rows, rows that change places and other axes give what indexing gives."""
-    reader, files = Reader(model), Beside(None, plan_for(model))
+    reader, files = Reader(model), PlanFiles(None, plan_for(model))
     name = "model.layers.0.mlp.experts.gate_up_proj"
     whole = reader.tensor(name)
     some, mixed, columns = np.array([0, 1, 9, 20, 21]), np.array([9, 2, 23]), np.array([3, 1])
@@ -272,7 +272,7 @@ CUT = """
 import sys
 from moeslim.plan.file import read_plan
 from moeslim.surgery.apply import cut
-from moeslim.surgery.room import check_cut
+from moeslim.surgery.memory_check import check_cut
 check_cut(sys.argv[1], read_plan(sys.argv[3]), bound=int(sys.argv[4]))
 cut(sys.argv[1], read_plan(sys.argv[3]), out_folder=sys.argv[2])
 """

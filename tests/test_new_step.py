@@ -100,7 +100,7 @@ assert torch.equal(after.tensor("mtp.layers.0.mlp.shared_expert.down_proj.weight
 # verified, sliced as moments, and shown
 assert verify(run / "cut").ok
 assert len(for_moments(plan).steps) == len(plan.steps)
-shown = [text.replace(chr(160), " ") for text in collect(run).cut.words()]
+shown = [text.replace(chr(160), " ") for text in collect(run).cut.changes()]
 assert shown == ["4 → 2 layers", "10 → 3 neurons in the shared expert"], shown
 
 # the importance

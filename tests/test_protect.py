@@ -7,7 +7,7 @@ import pytest
 from moeslim.errors import PlanError
 from moeslim.families import Shape
 from moeslim.plan.file import Plan, SourceShape
-from moeslim.plan.protect import check_protected, check_room, renumbered
+from moeslim.plan.protect import check_protected, check_protected_count, renumbered
 from moeslim.plan.steps import CutExperts, CutHidden, DropLayers, SetTopK
 from tiny import tiny_config
 
@@ -49,6 +49,6 @@ def test_what_cannot_be_protected_is_refused() -> None:
         check_protected({"mtp.0": (0,)}, shape.trunk)
     with pytest.raises(PlanError, match=r"methods.protect.0: 8 is no expert; they are 0..7"):
         check_protected({"0": (8,)}, shape)
-    check_room(PROTECT, 2, shape=shape)
+    check_protected_count(PROTECT, 2, shape=shape)
     with pytest.raises(PlanError, match=r"methods.protect.1: 2 experts are protected but only 1 are kept"):
-        check_room(PROTECT, 1, shape=shape)
+        check_protected_count(PROTECT, 1, shape=shape)

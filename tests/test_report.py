@@ -108,7 +108,7 @@ def test_replay_counts_in_the_source() -> None:
     assert facts.channels == (0, 2, 1, 0)
     assert facts.sizes[1] == {**sizes, "layers": 3, "hidden": 3}
     assert facts.after == {"layers": 2, "hidden": 2, "experts": 2, "expert_size": 2, "shared_size": 1, "top_k": 1}
-    assert facts.words()[1].replace("\u00a0", " ") == "4 → 2 layers"
+    assert facts.changes()[1].replace("\u00a0", " ") == "4 → 2 layers"
 
 
 def test_replay_counts_merged_experts() -> None:

@@ -14,13 +14,13 @@ from moeslim.commands.measure import evaluate, evaluate_tasks, report
 from moeslim.commands.propose import Machines, propose
 from moeslim.commands.training import cache_teacher, distill
 from moeslim.pipeline import prune, run
-from moeslim.plan.budget import Wish
+from moeslim.plan.budget import Budget
 from moeslim.study.compare import compare
 from moeslim.study.run import study
 
 __all__ = [
     "Machines",
-    "Wish",
+    "Budget",
     "cache_teacher",
     "calibrate",
     "compare",

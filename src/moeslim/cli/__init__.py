@@ -1,1 +1,1 @@
-"""The command line: commands (main), what they take (options) and what a terminal shows (display)."""
+"""The command line: commands (main), their options (options), and terminal output (display)."""

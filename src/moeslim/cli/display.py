@@ -1,4 +1,4 @@
-"""What the command line shows on a terminal: progress, messages, tables; nothing else in the package prints."""
+"""Terminal output of the command line: progress, messages, tables. Nothing else in the package prints."""
 
 import logging
 import os
@@ -38,7 +38,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Live(Progress):
-    """Bars, and below them what the jobs say of themselves: more than a line's end has room for."""
+    """Progress bars, with the notes of each job on lines of their own below."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -121,14 +121,14 @@ def show_progress() -> None:
 
 
 def complain(problem: object) -> None:
-    """A user's mistake, on stderr; of several processes, which one says it, unless it is the first."""
+    """Print a user's mistake on stderr; with several processes, the rank too, unless it is rank 0."""
     rank = os.environ.get("RANK", "0")
     who = "error" if rank == "0" else f"error in process {rank}"
     err.print(printable(f"{who}: {problem}"), style="red", highlight=False, soft_wrap=True, markup=False)
 
 
 def printable(text: str) -> str:
-    """The text with control characters and what UTF-8 cannot spell written out: names in files may hold both.
+    """The text with control characters and characters outside UTF-8 escaped: names in files may contain both.
 
     So a tensor's name can neither steer the terminal nor stop the message about it.
     """
@@ -136,7 +136,7 @@ def printable(text: str) -> str:
 
 
 def show_table(rows: list[list[str]]) -> None:
-    """A table whose first row is its head; every cell is text made by the record's owner."""
+    """Print a table. Its first row is the header; every cell is text from the record."""
     if not rows:
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -151,10 +151,10 @@ def show_table(rows: list[list[str]]) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does: what is half-written is removed, and `ended` tells what stays.
+    """SIGTERM ends the block like Ctrl-C: incomplete files are removed, and `ended` prints what is kept.
 
-    Python drops what a signal raises while an object is destroyed (garbage collection takes seconds behind a training).
-    Neither signal may be lost so: it is sent again.
+    Python drops an exception that a signal raises while an object is destroyed (after a training, garbage collection
+    takes seconds). No signal may be lost, so it is sent again.
     """
 
     def on_sigterm(_number: int, _frame: object) -> None:
@@ -180,17 +180,17 @@ def stoppable() -> Iterator[None]:
 
 
 def ended(work: Callable[[], int | None]) -> int:
-    """The exit code of `work`; a user's mistake, a failing machine and Ctrl-C are told in one message."""
+    """The exit code of `work`. A user's mistake, a failing machine and Ctrl-C end with one message."""
     try:
         return work() or 0
     except MoeslimError as problem:
         complain(problem)
         return problem.exit_code
-    except OSError as problem:  # the machine's message: no space left, no right to write, a vanished disk
+    except OSError as problem:  # from the operating system: no space left, no write permission, a lost disk
         place = f"{problem.filename}: " if problem.filename else ""
         complain(f"{place}{problem.strerror or problem}; nothing half-written stays, so set it right and run again")
         return 1
     except SystemExit as ending:
-        if ending.code == 130:  # typer turns Ctrl-C into this and says nothing
+        if ending.code == 130:  # typer turns Ctrl-C into this without a message
             complain("stopped; what is finished stays, and the same command goes on from there")
         return ending.code if isinstance(ending.code, int) else int(ending.code is not None)

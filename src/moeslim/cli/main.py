@@ -1,4 +1,4 @@
-"""The command line: verbs, and what they print."""
+"""The command line: commands, and what they print."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from moeslim.cli.options import AsJson, DataOption, DryRun, Kept, MaxMemory, Mod
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Make a mixture-of-experts language model smaller and keep what made it good. "
-    "Percentages and counts always say what is KEPT.",
+    help="Make a mixture-of-experts language model smaller and keep most of its quality. "
+    "Percentages and counts always give what is KEPT.",
 )
 
 
@@ -30,7 +30,7 @@ def _emit(record: dict[str, Any], *, as_json: bool, lines: list[str]) -> None:
 
 
 def _show(record: dict[str, Any], *, as_json: bool) -> None:
-    """The table, where there is one, and the lines below it."""
+    """Print the record: its table, if it has one, and its lines."""
     if not as_json:
         show_table(record.get("table", []))
     _emit(record, as_json=as_json, lines=record["lines"])
@@ -45,7 +45,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def inspect(model: Model, revision: Revision = None, as_json: AsJson = False) -> None:
-    """Shape, parameters per component and what engines need; reads config and headers only."""
+    """Print shape, parameters per component and engine limits; reads config and headers only."""
     from moeslim.commands import describe
 
     record = describe.inspect(model, revision=revision)
@@ -55,13 +55,13 @@ def inspect(model: Model, revision: Revision = None, as_json: AsJson = False) ->
 @app.command()
 def calibrate(
     model: Model,
-    out_folder: Annotated[Path, typer.Argument(metavar="STATS", help="Where the statistics go.")],
+    out_folder: Annotated[Path, typer.Argument(metavar="STATS", help="Output folder for the statistics.")],
     data: DataOption = None,
     settings: Settings = None,
     max_memory: MaxMemory = None,
     as_json: AsJson = False,
 ) -> None:
-    """Observe the model on calibration text, layer by layer; goes on where it was killed."""
+    """Collect statistics on calibration text, layer by layer. Resumes if interrupted."""
     from moeslim.commands import files
 
     record = files.calibrate(model, out_folder, data=data, overrides=options.bounded(settings, max_memory))
@@ -73,7 +73,7 @@ def plan(
     model: Model,
     out_file: options.PlanFile = None,
     stats: options.Stats = None,
-    target: options.Budget = None,
+    target: options.TargetSize = None,
     memory: options.Memory = None,
     speedup: options.Speedup = None,
     precision: options.Precision = None,
@@ -91,22 +91,22 @@ def plan(
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Decide what stays, as a file that can be read, edited and replayed.
+    """Decide what is kept, and write it to a file that can be read, edited and applied again.
 
-    With --target, --memory, --speedup: propose shapes that meet them; PLAN is then the best, or the one you --choose.
+    With --target, --memory, --speedup: propose shapes that meet them; PLAN is the best one, or the one you --choose.
     """
     from moeslim.commands import files, propose
 
     keep = options.kept(
         layers=layers, hidden=hidden, experts=experts, expert_size=expert_size, shared_size=shared_size, top_k=top_k
     )
-    wish = propose.Wish.parse(target=target, memory=memory, speedup=speedup, precision=precision)
+    budget = propose.Budget.parse(target=target, memory=memory, speedup=speedup, precision=precision)
     priced = cost or (tokens, gpus, gpu) != (None, None, None)
     machines = propose.Machines.parse(tokens, gpus=gpus, gpu=gpu) if priced else None
     record: dict[str, Any] = {}
-    if out_file is None or choose is not None or machines is not None or not wish.empty:
+    if out_file is None or choose is not None or machines is not None or not budget.empty:
         propose.check_choice(choose, out_file)
-        record = propose.propose(model, wish, keep=keep, stats=stats, machines=machines, overrides=settings or [])
+        record = propose.propose(model, budget, keep=keep, stats=stats, machines=machines, overrides=settings or [])
         keep = propose.chosen(record, choose or 1)
         if not as_json:
             show_table(record["table"])
@@ -122,11 +122,11 @@ def plan(
 def cut(
     model: Model,
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
-    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where the smaller checkpoint goes.")],
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder for the smaller checkpoint.")],
     max_memory: MaxMemory = None,
     as_json: AsJson = False,
 ) -> None:
-    """Carry a plan out, one tensor at a time; the result appears whole or not at all."""
+    """Apply a plan, one tensor at a time. The output is written completely or not at all."""
     from moeslim.commands import files
 
     record = files.cut(model, plan_file, out=out_folder, max_memory=max_memory)
@@ -136,7 +136,7 @@ def cut(
 @app.command()
 def prune(
     model: Model,
-    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where the smaller checkpoint goes.")],
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder for the smaller checkpoint.")],
     experts: Kept = None,
     layers: Kept = None,
     hidden: Kept = None,
@@ -150,7 +150,7 @@ def prune(
     redo: Redo = False,
     as_json: AsJson = False,
 ) -> None:
-    """Calibrate, plan, cut, verify, and measure before and after: `moeslim prune MODEL OUT --experts 50%`."""
+    """Calibrate, plan, cut, verify, and evaluate before and after: `moeslim prune MODEL OUT --experts 50%`."""
     from moeslim import pipeline
     from moeslim.commands import describe
 
@@ -177,16 +177,16 @@ def prune(
 @app.command()
 def cache_teacher(
     model: Model,
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Training text, `demo`, or a recipe with such text.")],
-    out_folder: Annotated[Path, typer.Argument(metavar="CACHE", help="Where the cache goes.")],
-    k: Annotated[int, typer.Option("--k", help="Largest probabilities kept per position.")] = 50,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Text, `demo`, or a recipe (its training text).")],
+    out_folder: Annotated[Path, typer.Argument(metavar="CACHE", help="Output folder for the cache.")],
+    k: Annotated[int, typer.Option("--k", help="How many of the largest probabilities are stored per position.")] = 50,
     samples: Annotated[
-        int, typer.Option(help="Tokens drawn from the rest, for an estimate of the full KL; 0: a lower bound of it.")
+        int, typer.Option(help="Tokens sampled from the rest, for an estimate of the full KL. 0: a lower bound of it.")
     ] = 8,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write down once what a teacher says on a text, for any number of trainings; goes on where it was killed."""
+    """Store a teacher's probabilities for a text, for any number of trainings. Resumes if interrupted."""
     from moeslim.commands import training
 
     record = training.cache_teacher(model, data, out=out_folder, overrides=settings or [], k=k, samples=samples)
@@ -196,16 +196,16 @@ def cache_teacher(
 @app.command()
 def distill(
     student: Annotated[str, typer.Argument(help="The checkpoint to train.")],
-    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where the trained checkpoint goes.")],
-    teacher: Annotated[str | None, typer.Option(help="The teacher; without any: language modelling alone.")] = None,
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder for the trained checkpoint.")],
+    teacher: Annotated[str | None, typer.Option(help="The teacher. Without a teacher: LM loss only.")] = None,
     teacher_cache: Annotated[
-        str | None, typer.Option(help="A folder from `moeslim cache-teacher`; without --data its own text is read.")
+        str | None, typer.Option(help="A folder from `moeslim cache-teacher`. Without --data, its text is used.")
     ] = None,
     data: DataOption = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train with LM + KD + MTP losses; saves, and goes on exactly where it was stopped."""
+    """Train with LM + KD + MTP losses. Saves its state, and resumes exactly if interrupted."""
     from moeslim.commands import training
 
     record = training.distill(
@@ -217,16 +217,18 @@ def distill(
 @app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Checkpoints to measure.")],
-    out_folder: Annotated[Path, typer.Option("--out", help="Where the records go.")] = Path("records"),
-    teacher: Annotated[str | None, typer.Option(help="Measure KL and top-1 agreement, or retention, with it.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Instead: lm-eval's tasks or task files, with commas.")] = None,
+    out_folder: Annotated[Path, typer.Option("--out", help="Output folder for the records.")] = Path("records"),
+    teacher: Annotated[str | None, typer.Option(help="Teacher, for KL and top-1 agreement, or retention.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks instead: lm-eval names or task files, comma-separated.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
     data: DataOption = None,
     settings: Settings = None,
     max_memory: MaxMemory = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bits per byte, agreement, drafting acceptance, speed; or tasks. Each with n and standard error."""
+    """Measure bits per byte, agreement, draft acceptance and speed, or task scores, each with n and standard error."""
     from moeslim.commands import measure
 
     given: dict[str, Any] = {"teacher": teacher, "overrides": options.bounded(settings, max_memory)}
@@ -242,18 +244,16 @@ def evaluate(
 @app.command()
 def probe(
     model: Model,
-    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where record, page and statistics go.")] = Path(
-        "probe"
-    ),
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder.")] = Path("probe"),
     data: DataOption = None,
     tolerance: Annotated[
-        float | None, typer.Option(min=0.0, help="Nats per token that the loss may rise and be safe. Default: 0.02.")
+        float | None, typer.Option(min=0.0, help="Loss increase that counts as safe, in nats per token. Default: 0.02.")
     ] = None,
     settings: Settings = None,
     redo: Redo = False,
     as_json: AsJson = False,
 ) -> None:
-    """Predict what every number of experts would cost: where the knee is, what is safe. Trains and cuts nothing."""
+    """Predict the loss for every expert count, with the knee and the safe count. Trains and cuts nothing."""
     from moeslim.commands import files
     from moeslim.report.probe import probe_table
 
@@ -265,7 +265,7 @@ def probe(
 
 @app.command()
 def verify(model: Model, max_memory: MaxMemory = None, as_json: AsJson = False) -> None:
-    """Prove a checkpoint: every tensor once, shapes, values, index, hashes of the receipt."""
+    """Verify a checkpoint: every tensor exactly once, shapes, values, index, hashes of the receipt."""
     from moeslim.commands import files
 
     record = files.verify(model, max_memory=max_memory)
@@ -280,7 +280,7 @@ def verify(model: Model, max_memory: MaxMemory = None, as_json: AsJson = False) 
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False
 ) -> None:
-    """Write RUN/report.html again from the records that stand there."""
+    """Write RUN/report.html again from the records in the run folder."""
     from moeslim.commands import measure
 
     record = measure.report(run_folder)
@@ -290,13 +290,13 @@ def report(
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
-    out_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder; resumes if it exists.")],
+    out_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder. Resumes if it exists.")],
     settings: Settings = None,
     dry_run: DryRun = False,
     redo: Redo = False,
     as_json: AsJson = False,
 ) -> None:
-    """Carry out a whole recipe: per stage calibrate, plan, cut, distill; then evaluate and report."""
+    """Run a whole recipe: per stage calibrate, plan, cut, distill; then evaluate and report."""
     from moeslim import pipeline
     from moeslim.commands import forecast
 
@@ -314,14 +314,14 @@ def run(
 @app.command()
 def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study in YAML.")],
-    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where runs and table go; resumes if it exists.")],
-    jobs: Annotated[int, typer.Option(help="Runs that go on side by side.")] = 1,
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder. Resumes if it exists.")],
+    jobs: Annotated[int, typer.Option(help="Number of runs in parallel.")] = 1,
     settings: Settings = None,
     dry_run: DryRun = False,
     redo: Redo = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run every variant of a recipe with several seeds; one table with errors and paired differences."""
+    """Run every variant of a recipe with several seeds. Prints one table with errors and paired differences."""
     from moeslim.study import run as grid
 
     if dry_run:
@@ -336,11 +336,11 @@ def study(
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Run folders, or folders of records; the first is the baseline.")],
-    model: Annotated[str | None, typer.Option(help="Compare this one, e.g. cut. Default: distilled, else cut.")] = None,
-    out_folder: Annotated[Path | None, typer.Option("--out", help="Put compare.html, a page, in this folder.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to compare, e.g. cut. Default: distilled, else cut.")] = None,
+    out_folder: Annotated[Path | None, typer.Option("--out", help="Write compare.html to this folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The figures of several runs side by side, and their differences on the documents that they share."""
+    """Compare the figures of several runs, and their differences on the same documents."""
     from moeslim.study.compare import compare as side_by_side
 
     _show(side_by_side(runs, model=model, out=out_folder), as_json=as_json)
@@ -352,7 +352,7 @@ def demo(
     settings: Settings = None,
     redo: Redo = False,
 ) -> None:
-    """The whole story on the bundled teacher, on two CPU cores in minutes."""
+    """Run the demo recipe on the bundled teacher: minutes on two CPU cores."""
     from moeslim import demo as bundled
     from moeslim import pipeline
 
@@ -361,9 +361,9 @@ def demo(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one message on stderr and a non-zero exit code.
+    """Run the command line. A user's mistake ends with one message on stderr and a non-zero exit code.
 
-    Under torchrun the first process does this, and the others help it where there is work for all.
+    Under torchrun, rank 0 runs the command; the other ranks join where there is work for all of them.
     """
     show_progress()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

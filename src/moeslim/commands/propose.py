@@ -14,13 +14,13 @@ from moeslim.commands.inputs import model_folder, options_recipe
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape
 from moeslim.machine.gpus import GPUS, Gpu
-from moeslim.plan.budget import RULES, Proposal, Wish, proposals, read_number, resized
+from moeslim.plan.budget import RULES, Budget, Proposal, proposals, read_number, resized
 from moeslim.plan.footprint import ROW, Footprint, Footprints
 from moeslim.plan.schedule import AXES, Target, resolve, stages, units
 from moeslim.recipe import Recipe
 
 SHOWN = 10
-"""Proposals that are told, of all that meet the wish."""
+"""Proposals that are told, of all that meet the budget."""
 _CACHE_TOKENS = 1024
 _OPTIONS = {axis: "--" + axis.replace("_", "-") for axis in AXES}
 
@@ -50,14 +50,14 @@ class Machines:
 
 def propose(
     model: str,
-    wish: Wish,
+    budget: Budget,
     *,
     keep: Mapping[str, Any] | None = None,
     stats: Path | str | None = None,
     machines: Machines | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The best SHOWN shapes that meet `wish`, with the counts that `keep` names as they are; RecipeError or PlanError
+    """The best SHOWN shapes that meet `budget`, with the counts that `keep` names as they are; RecipeError or PlanError
     where nothing is asked or nothing meets it.
 
     `proposals[n]["keep"]` is what `plan`, `prune` and recipes take.
@@ -68,13 +68,13 @@ def propose(
     shape = opened.shape
     target = resolve(shape, recipe.keep, methods=recipe.methods)
     pinned = {axis: getattr(target, axis) for axis in AXES if getattr(recipe.keep, axis) is not None}
-    if wish.empty and machines is None:
+    if budget.empty and machines is None:
         raise RecipeError(
             "plan: nothing is asked. Name the PLAN file to write, or say what the smaller model must meet: "
             "--target 23B-A2B, --memory 24GB, --speedup 2x, --cost"
         )
     shares = None if stats is None else _carried(stats, opened, recipe=recipe)
-    found = proposals(shape, wish, pinned=pinned, carried=shares)
+    found = proposals(shape, budget, pinned=pinned, carried=shares)
     before = Footprints().of(shape)
     shown = [_proposal_facts(each, before, shape=shape) for each in found[:SHOWN]]
     if machines is not None:
@@ -121,12 +121,12 @@ def _carried(stats: Path | str, model: Opened, *, recipe: Recipe) -> Any:
 
 
 def _training(recipe: Recipe, shape: Shape, *, proposal: Proposal, machines: Machines) -> dict[str, Any]:
-    from moeslim.plan.training import Course, Gpus, price
+    from moeslim.plan.training import Gpus, TrainingPlan, price
 
     schedule = recipe.schedule if isinstance(recipe.schedule, str) else list(recipe.schedule)
     axes = proposal.counts
     steps = stages(schedule, shape, target=Target(**proposal.counts), unit=units(shape, recipe.methods))
-    course = Course(
+    course = TrainingPlan(
         [
             (resized(shape, {axis: getattr(step, axis) for axis in axes}), machines.tokens * float(step.token_share))
             for step in steps

@@ -59,7 +59,7 @@ class ParameterTarget:
 
 
 @dataclass(frozen=True)
-class Wish:
+class Budget:
     """What a smaller model must meet; None: nothing is asked. `memory` in bytes, for weights in `precision`."""
 
     total: ParameterTarget | None = None
@@ -76,7 +76,7 @@ class Wish:
         memory: str | None = None,
         speedup: str | None = None,
         precision: str | None = None,
-    ) -> "Wish":
+    ) -> "Budget":
         """From an option's words: "23B-A2B" or "23B", "24GB", "2x". RecipeError for other words."""
         if precision not in (None, *PRECISIONS):
             raise RecipeError(f"--precision: {precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
@@ -88,17 +88,17 @@ class Wish:
         total = active = room = faster = None
         if target is not None:
             form = rf"{number}([BM])(?:-A{number}([BM]))?"
-            found = _words("--target", target, form=form, such="23B-A2B, 6.5B-A1.1B or 23B")
+            found = _parsed("--target", target, form=form, such="23B-A2B, 6.5B-A1.1B or 23B")
             total = ParameterTarget.parse(found[1], found[2])
             active = ParameterTarget.parse(found[3], found[4]) if found[3] else None
             if active is not None and active.value > total.value:
                 raise RecipeError(f"--target: {target} has more active parameters than parameters; write TOTAL-ACTIVE")
         if memory is not None:
-            found = _words("--memory", memory, form=rf"{number} ?([GM])(i?)B", such="24GB or 23.5GiB")
+            found = _parsed("--memory", memory, form=rf"{number} ?([GM])(i?)B", such="24GB or 23.5GiB")
             power = {"G": 3, "M": 2}[found[2].upper()]
             room = float(found[1]) * (1024 if found[3] else 1000) ** power
         if speedup is not None:
-            faster = float(_words("--speedup", speedup, form=rf"{number}x", such="2x or 1.5x")[1])
+            faster = float(_parsed("--speedup", speedup, form=rf"{number}x", such="2x or 1.5x")[1])
             if faster < 1:
                 raise RecipeError(f"--speedup: {speedup} is slower than the model itself; ask for 1x at least")
         return cls(total, active, memory=room, speedup=faster, precision=precision or "bf16")
@@ -143,28 +143,30 @@ def held(found: Footprint, precision: str) -> float:
     return found.bytes[precision] + CONTEXT * found.cache + found.state
 
 
-def proposals(shape: Shape, wish: Wish, *, pinned: Mapping[str, int], carried: Carried | None = None) -> list[Proposal]:
-    """All shapes that meet the wish, best first; `pinned` axes have the size that they are given.
+def proposals(
+    shape: Shape, budget: Budget, *, pinned: Mapping[str, int], carried: Carried | None = None
+) -> list[Proposal]:
+    """All shapes that meet the budget, best first; `pinned` axes have the size that they are given.
 
-    With an empty wish the axes that are not pinned stay whole. PlanError where nothing meets it, with the nearest.
+    With an empty budget the axes that are not pinned stay whole. PlanError where nothing meets it, with the nearest.
     """
     weigh = Footprints()
     before, weights = weigh.of(shape), axis_weights(shape)
     axes = axes_of(shape)
-    fixed = {**{axis: shape.count(axis) for axis in axes}, **pinned} if wish.empty else pinned
+    fixed = {**{axis: shape.count(axis) for axis in axes}, **pinned} if budget.empty else pinned
     found: list[Proposal] = []
     nearest: tuple[float, float, Shape] | None = None
     for after in candidates(shape, fixed):
         kept = {axis: _share(shape, after, axis=axis, carried=carried or {}) for axis in axes}
         cost = sum(weights[axis] * math.log(1 / max(share, _LEAST)) ** 2 for axis, share in kept.items())
         footprint = weigh.of(after)
-        missed = wish.miss(footprint, before)
+        missed = budget.miss(footprint, before)
         if missed == 0:
             found.append(Proposal(after, footprint, kept, cost, tuple(engine_warnings(after, before=shape))))
         elif nearest is None or (missed, cost) < nearest[:2]:
             nearest = (missed, cost, after)
     if not found:
-        raise PlanError(_nothing(None if nearest is None else nearest[2], weigh, before=before, wish=wish))
+        raise PlanError(_nothing(None if nearest is None else nearest[2], weigh, before=before, budget=budget))
     return sorted(found, key=lambda each: (len(each.warnings), each.cost, *(-n for n in each.counts.values())))
 
 
@@ -241,28 +243,28 @@ def _share(before: Shape, after: Shape, *, axis: str, carried: Carried) -> float
 
 def read_number(option: str, text: str, *, such: str) -> float:
     """A number with B, M or K behind it, or a plain one; RecipeError for other words."""
-    found = _words(option, text, form=r"(\d+(?:\.\d+)?(?:e\d+)?)([BMK]?)", such=such)
+    found = _parsed(option, text, form=r"(\d+(?:\.\d+)?(?:e\d+)?)([BMK]?)", such=such)
     return float(found[1]) * {"B": 1e9, "M": 1e6, "K": 1e3, "": 1.0}[found[2].upper()]
 
 
-def _words(option: str, text: str, *, form: str, such: str) -> re.Match[str]:
+def _parsed(option: str, text: str, *, form: str, such: str) -> re.Match[str]:
     found = re.fullmatch(form, text.strip(), re.IGNORECASE)
     if not found or not float(found[1]):
         raise RecipeError(f"{option}: {text!r} cannot be read; write it like {such}")
     return found
 
 
-def _nothing(nearest: Shape | None, weigh: Footprints, *, before: Footprint, wish: Wish) -> str:
+def _nothing(nearest: Shape | None, weigh: Footprints, *, before: Footprint, budget: Budget) -> str:
     """Why there is no proposal, with the nearest shape and what it has."""
     if nearest is None:
         return "no servable shape has these counts; give fewer of --layers, --hidden, --experts and --top-k"
     found = weigh.of(nearest)
-    if wish.total and wish.total.value - wish.total.within > before.parameters:
+    if budget.total and budget.total.value - budget.total.within > before.parameters:
         return f"the model has {before.parameters / 1e9:.3f} B parameters and a cut adds none; ask for fewer"
     has = [
         f"{found.parameters / 1e9:.3f} B parameters, {found.active / 1e9:.3f} B active",
-        f"{held(found, wish.precision) / 1e9:.1f} GB in {wish.precision} with a cache of {CONTEXT:,} tokens (at most "
-        f"{FILLED:.0%} of a memory)",
+        f"{held(found, budget.precision) / 1e9:.1f} GB in {budget.precision} with a cache of {CONTEXT:,} tokens "
+        f"(at most {FILLED:.0%} of a memory)",
         f"{before.operations / found.operations:.2f}x fewer operations",
     ]
     axes = axes_of(nearest)

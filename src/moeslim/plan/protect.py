@@ -27,16 +27,16 @@ def check_protected(protect: Protected, shape: Shape) -> None:
             raise PlanError(f"methods.protect.{key}: {wrong[0]} is no expert; they are 0..{shape['experts'] - 1}")
 
 
-def check_room(protect: Protected, experts: int, *, shape: Shape) -> None:
+def check_protected_count(protect: Protected, experts: int, *, shape: Shape) -> None:
     """PlanError where a layer protects more experts than the `experts` that are kept, in any of the router's groups."""
-    room, size = experts // shape.groups, shape["experts"] // shape.groups
+    most, size = experts // shape.groups, shape["experts"] // shape.groups
     for key, ids in protect.items():
         for group in range(shape.groups):
             count = sum(expert // size == group for expert in set(ids))
-            if count > room:
+            if count > most:
                 of = f" of group {group}" if shape.groups > 1 else ""
                 raise PlanError(
-                    f"methods.protect.{key}: {count} experts{of} are protected but only {room} are kept; "
+                    f"methods.protect.{key}: {count} experts{of} are protected but only {most} are kept; "
                     "protect fewer or keep more"
                 )
 

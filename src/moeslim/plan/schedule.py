@@ -12,7 +12,7 @@ from fractions import Fraction
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape
 from moeslim.plan.groups import check_groups
-from moeslim.plan.protect import check_protected, check_room
+from moeslim.plan.protect import check_protected, check_protected_count
 from moeslim.recipe import Keep, Methods, Stage, parse_kept
 
 AXES = ("layers", "hidden", "experts", "expert_size", "shared_size", "top_k")
@@ -144,7 +144,7 @@ def resolve(shape: Shape, keep: Keep, *, methods: Methods) -> Target:
             raise RecipeError(f"keep.{axis}: {problem}") from None
     check_depth(shape.layers, counts["layers"], period=period, methods=methods)
     _check_reachable(shape, counts["experts"], top_k=counts["top_k"], where="keep")
-    check_room(methods.protect, counts["experts"], shape=shape)
+    check_protected_count(methods.protect, counts["experts"], shape=shape)
     return Target(**counts)
 
 

@@ -26,7 +26,7 @@ class Gpus:
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingPlan:
     """A training: per stage the student's shape and its tokens; the teacher; tokens of a row. MTP heads learn too."""
 
     stages: Sequence[tuple[Shape, float]]
@@ -36,7 +36,7 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Price:
+class TrainingCost:
     """Operations in all, hours of one GPU and of all, bytes on each, GPUs that share a copy, whether it fits."""
 
     operations: float
@@ -47,7 +47,7 @@ class Price:
     fits: bool
 
 
-def price(course: Course, gpus: Gpus) -> Price:
+def price(course: TrainingPlan, gpus: Gpus) -> TrainingCost:
     """What the course costs on these GPUs.
 
     Weights and moments are shared out over 8 GPUs, a machine's, or over more, doubled until they fit or all share one.
@@ -62,10 +62,12 @@ def price(course: Course, gpus: Gpus) -> Price:
         shard *= 2
     each = largest_memory(course, gpus, shard=shard)
     hours = seconds / 3600
-    return Price(operations, hours, hours / gpus.number, each, shard_over=shard, fits=each <= _FILLED * gpus.memory)
+    return TrainingCost(
+        operations, hours, hours / gpus.number, each, shard_over=shard, fits=each <= _FILLED * gpus.memory
+    )
 
 
-def largest_memory(course: Course, gpus: Gpus, *, shard: int) -> float:
+def largest_memory(course: TrainingPlan, gpus: Gpus, *, shard: int) -> float:
     """Bytes on one GPU in the stage that takes most, `shard` of them sharing one copy of student and teacher.
 
     16 N / g + 2 N_t / g                    weights, gradients and two moments in fp32; the teacher in bf16

@@ -64,9 +64,9 @@ def _front_matter(source: str | None, *, distilled: bool) -> str:
 
 def _what_was_done(facts: RunFacts, source: str | None) -> str:
     lines = [f"Made from `{source}` with moeslim." if source else "Made by moeslim."]
-    if facts.cut and facts.cut.words():
+    if facts.cut and facts.cut.changes():
         lines.append("What was cut:\n")
-        lines[-1] += "".join(f"\n- {_text(text)}" for text in facts.cut.words())
+        lines[-1] += "".join(f"\n- {_text(text)}" for text in facts.cut.changes())
     kept = share_kept(facts)
     if kept:
         lines.append(f"{_text(kept)} of the parameters are kept.")

@@ -46,7 +46,7 @@ class CutFacts:
         """Sizes after the last stage."""
         return self.sizes[-1]
 
-    def words(self) -> list[str]:
+    def changes(self) -> list[str]:
         """`32 → 16 experts per layer`, `8 → 6 layers`, ... for every size that changed."""
         return [
             f"{self.before[name]}{NBSP}→{NBSP}{self.after[name]} {word}"

@@ -31,14 +31,14 @@ def title(facts: RunFacts) -> str:
     both = pair(facts)
     if both and (before := both[0].get("parameters")) and (after := both[1].get("parameters")):
         return f"{count_text(before.value)} → {count_text(after.value)} parameters"
-    if facts.cut and facts.cut.words():
-        return ", ".join(facts.cut.words()[:2])
+    if facts.cut and facts.cut.changes():
+        return ", ".join(facts.cut.changes()[:2])
     return facts.name
 
 
 def subtitle(facts: RunFacts) -> str:
     """One HTML sentence: what was cut, and the share of the parameters that is left."""
-    changes = facts.cut.words() if facts.cut else []
+    changes = facts.cut.changes() if facts.cut else []
     sentence = f"<strong>{escape(', '.join(changes))}.</strong>" if changes else ""
     kept = share_kept(facts)
     if kept is not None:

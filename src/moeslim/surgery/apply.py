@@ -24,7 +24,7 @@ from moeslim.plan.fold import config_after
 from moeslim.plan.outputs import Output
 from moeslim.surgery.functions import FUNCTIONS
 from moeslim.surgery.read import outputs_of, parts, whole
-from moeslim.surgery.routers import Beside
+from moeslim.surgery.routers import PlanFiles
 
 
 def cut(
@@ -52,14 +52,14 @@ def cut(
     if plan.model not in (None, parent):
         logger.warning("plan: it was decided for model %s, this one is %s of the same shape", plan.model, parent)
     wanted = {output.name: output for output in outputs_of(plan, reader, after=after)}
-    files = Beside(beside, plan)
+    files = PlanFiles(beside, plan)
     files.check(wanted.values())
     planned = [(output.name, output.shape, output.dtype) for output in wanted.values()]
     with committed_folder(out_folder) as folder:
         writer = ShardWriter(folder, planned, shard_bytes=shard_bytes)
         with progress("cut", writer.total_bytes, unit="B") as advance:
             for name in writer.order:
-                writer.add(name, _told(made(wanted[name], reader, files=files), advance, name=name))
+                writer.add(name, _reported(made(wanted[name], reader, files=files), advance, name=name))
         weights = writer.finish()
         write_config(folder, config_after(plan, reader.config, after=after))
         copy_side_files(reader.folder, folder)
@@ -73,7 +73,7 @@ def cut(
     return receipt
 
 
-def made(output: Output, reader: Reader, *, files: Beside) -> Iterator[torch.Tensor]:
+def made(output: Output, reader: Reader, *, files: PlanFiles) -> Iterator[torch.Tensor]:
     """The tensor of one output in its dtype, in parts along its first axis: an expert, or some rows, each."""
     dtype = TORCH_DTYPES[output.dtype]
     for slot in output.slots:
@@ -85,7 +85,7 @@ def made(output: Output, reader: Reader, *, files: Beside) -> Iterator[torch.Ten
             yield FUNCTIONS[slot.function](sources, **slot.arguments).to(dtype)
 
 
-def _told(found: Iterable[torch.Tensor], advance: Callable[..., None], *, name: str) -> Iterator[torch.Tensor]:
+def _reported(found: Iterable[torch.Tensor], advance: Callable[..., None], *, name: str) -> Iterator[torch.Tensor]:
     for part in found:
         yield part
         advance(part.nbytes, name)

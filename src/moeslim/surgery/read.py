@@ -11,7 +11,7 @@ from moeslim.families import Shape
 from moeslim.plan import Plan
 from moeslim.plan.fold import view_of
 from moeslim.plan.outputs import Output, Source, outputs
-from moeslim.surgery.routers import Beside
+from moeslim.surgery.routers import PlanFiles
 
 PART_BYTES = 16 << 20
 """Of a larger tensor, so many bytes of rows are read at a time."""
@@ -23,7 +23,7 @@ def outputs_of(plan: Plan, reader: Reader, *, after: Shape) -> Iterator[Output]:
     return outputs(view_of(plan, reader.shape), after, layouts=reader.layouts, dtypes=dtypes)
 
 
-def parts(source: Source, reader: Reader, *, files: Beside) -> Iterator[torch.Tensor]:
+def parts(source: Source, reader: Reader, *, files: PlanFiles) -> Iterator[torch.Tensor]:
     """The kept part of a source along its first axis, bit by bit; in one part where its rows change places."""
     if source.file is not None:
         yield files.tensor(source.file, source.name)
@@ -47,7 +47,7 @@ def parts(source: Source, reader: Reader, *, files: Beside) -> Iterator[torch.Te
         yield part
 
 
-def whole(source: Source, reader: Reader, *, files: Beside) -> torch.Tensor:
+def whole(source: Source, reader: Reader, *, files: PlanFiles) -> torch.Tensor:
     """All that is kept of a source."""
     found = list(parts(source, reader, files=files))
     return found[0] if len(found) == 1 else torch.cat(found)

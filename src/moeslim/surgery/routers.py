@@ -15,7 +15,7 @@ from moeslim.plan.outputs import Output
 from moeslim.plan.steps import SetRouters
 
 
-class Beside:
+class PlanFiles:
     """The files that a plan's `set_routers` steps name, in the folder where the plan lies.
 
     They may hold more tensors than the steps ask for. Raises PlanError where no folder is given or a file is another
