@@ -142,18 +142,18 @@ def page(findings: Findings, figure: str) -> str:
         "# Which experts to keep, and what to do with the others",
         "Written by `make bench-experts` (`benchmarks/experts.py`); do not edit.",
         f"The bundled teacher (model {folder_fingerprint(teacher_path())}, {bits:.3f} bits per byte on the text below) "
-        f"keeps {listed(ratios)} % of its routed experts, trunk and MTP block alike, by every operation and "
-        "importance. Nothing is trained afterwards. One cell is a really cut checkpoint, loaded again and scored.",
+        f"keeps {listed(ratios)} % of its routed experts, in trunk and MTP head, by every operation and importance. "
+        "There is no training. Each cell is a cut checkpoint, loaded and scored.",
         f"- **Calibration**: {samples} disjoint samples of {rows} rows of 256 tokens ({rows * 256:,} tokens each) of "
-        "the bundled calibration text. `random` draws anew in each.\n"
+        "the bundled calibration text. `random` is drawn again for each.\n"
         f"- **Measured on** {len(documents.tokens)} held-out documents in {len(set(documents.domains))} domains, the "
-        f"first {arguments.tokens} tokens of each ({int(documents.tokens.sum()):,} in all); domains weigh equally. KL "
-        "is KL(teacher || cut) in nats per token.\n"
+        f"first {arguments.tokens} tokens of each ({int(documents.tokens.sum()):,} in total); domains have equal "
+        "weight. KL is KL(teacher || cut) in nats per token.\n"
         "- **Errors** (after ±, one standard error) are of the paired difference to the default, `drop` by `reap`, "
-        "which was fixed before anything was measured: the same documents and samples, so what is hard for all "
-        "cancels. The documents' part (differences averaged over samples, clustered by document within domains) and "
-        "the samples' part (spread of the difference over samples) are squared and added; what the two do together is "
-        f"in both, so the error is rather too large. With {samples} samples the second part is itself rough.",
+        "which was chosen before the measurement. All methods use the same documents and samples, so the difficulty of "
+        "a document cancels. The squares of two parts are added: documents (differences averaged over samples, "
+        "clustered by document within domains) and samples (spread of the difference over samples). Their interaction "
+        f"is in both, so the error is more likely too large. With {samples} samples the second part is uncertain.",
         *_results(findings.table, figure),
         *_probe(findings),
     ]
@@ -168,13 +168,13 @@ def _results(table: Table, figure: str) -> list[str]:
     if strong:
         word = f"More than two standard errors below the default at {needed} ratios or more: {', '.join(strong)}."
     else:
-        word = f"Nothing is more than two standard errors below the default at {needed} ratios or more: it stays."
-    picked = "The least of so many is also the luckiest, so its difference flatters it."
+        word = f"No method is more than two standard errors below the default at {needed} ratios or more: it is kept."
+    picked = "The lowest of so many values is low partly by chance, so its difference is biased."
     return [
         "## Results",
         "\n".join(_table(table)),
         f"![KL by method and share of experts kept]({figure})",
-        f"Least KL, with its difference to the default: {'; '.join(best)}. {picked} {word}",
+        f"Lowest KL, with its difference to the default: {'; '.join(best)}. {picked} {word}",
     ]
 
 
@@ -215,12 +215,12 @@ def _probe(findings: Findings) -> list[str]:
             f"| {mark}{count} ({100 * count / experts:.0f} %){mark} | {kl.value:.4f}{error} | {measured:.4f} |"
         )
     return [
-        "## What `moeslim probe` predicts",
+        "## Prediction of `moeslim probe`",
         f"Predicted by one probe (`drop` by `reap`, {predicted.stats.tokens:,} tokens observed) on {predicted.rows} "
-        f"rows ({predicted.tokens:,} tokens) of calibration text that its statistics have not seen; measured on the "
-        "documents above by really cutting with the same statistics. Rank correlation (Spearman) over "
-        f"{len(findings.measured)} counts: {findings.rank:.3f}; any two falling curves have 1, so see the sizes: on "
-        f"average the prediction is {100 * np.mean(np.abs(off)):.0f} % off, and the texts differ.",
+        f"rows ({predicted.tokens:,} tokens) of calibration text that its statistics do not use; measured on the "
+        "documents above with checkpoints cut by the same statistics. Rank correlation (Spearman) over "
+        f"{len(findings.measured)} counts: {findings.rank:.3f}. Any two decreasing curves have 1, so compare the "
+        f"values: the mean error of the prediction is {100 * np.mean(np.abs(off)):.0f} %, and the texts differ.",
         "\n".join(lines),
     ]
 
