@@ -154,7 +154,7 @@ def test_signals_in_training_save_and_say_so(recipe: Path, whole: Path, tmp_path
     for number, step in ((signal.SIGTERM, 1), (signal.SIGINT, 3), (signal.SIGTERM, 6)):
         assert micro.finish(micro.run_until_signal, recipe, out, said, ("stage-2", step, int(number))) == 130
         text = said.read_text()
-        assert f"{number.name}: stopped after step {step} of 6, saved in {states.parent}; run again to go on" in text
+        assert f"{number.name}: stopped after step {step} of 6, saved in {states.parent}; run again to resume" in text
         assert "Traceback" not in text
         assert (states / f"step-{step:07d}").is_dir()
         assert not (out / "model").exists()

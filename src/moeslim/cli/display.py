@@ -192,5 +192,5 @@ def ended(work: Callable[[], int | None]) -> int:
         return 1
     except SystemExit as ending:
         if ending.code == 130:  # typer turns Ctrl-C into this and says nothing
-            complain("stopped; what is finished stays, and the same command goes on from there")
+            complain("stopped; what is finished stays, and the same command resumes from there")
         return ending.code if isinstance(ending.code, int) else int(ending.code is not None)

@@ -61,7 +61,7 @@ def calibrate(
     max_memory: MaxMemory = None,
     as_json: AsJson = False,
 ) -> None:
-    """Observe the model on calibration text, layer by layer; goes on where it was killed."""
+    """Observe the model on calibration text, layer by layer; resumes where it was interrupted."""
     from moeslim.commands import files
 
     record = files.calibrate(model, out_folder, data=data, overrides=options.bounded(settings, max_memory))
@@ -186,7 +186,7 @@ def cache_teacher(
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write down once what a teacher says on a text, for any number of trainings; goes on where it was killed."""
+    """Store a teacher's output distributions on a text once, for any number of trainings; resumes if interrupted."""
     from moeslim.commands import training
 
     record = training.cache_teacher(model, data, out=out_folder, overrides=settings or [], k=k, samples=samples)
@@ -205,7 +205,7 @@ def distill(
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train with LM + KD + MTP losses; saves, and goes on exactly where it was stopped."""
+    """Train with LM + KD + MTP losses; saves, and resumes exactly where it was stopped."""
     from moeslim.commands import training
 
     record = training.distill(
@@ -315,7 +315,7 @@ def run(
 def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY", help="A study in YAML.")],
     out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="Where runs and table go; resumes if it exists.")],
-    jobs: Annotated[int, typer.Option(help="Runs that go on side by side.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
     settings: Settings = None,
     dry_run: DryRun = False,
     redo: Redo = False,

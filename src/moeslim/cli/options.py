@@ -17,7 +17,7 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a recipe key, e.g. --set distill.tokens=1000000.")
 ]
 MaxMemory = Annotated[
-    str | None, typer.Option(help="Take at most so much memory, e.g. 4GB, or say beforehand why that cannot be.")
+    str | None, typer.Option(help="Memory limit, e.g. 4GB. Fails before starting if it cannot be met.")
 ]
 Redo = Annotated[bool, typer.Option("--redo", help="Make stages anew whose inputs changed.")]
 
@@ -42,7 +42,7 @@ def bounded(settings: list[str] | None, max_memory: str | None) -> list[str]:
 
 
 def kept(**given: str | None) -> dict[str, Any]:
-    """The `keep` section from options: counts as numbers, percentages as they are, a share as what is refused well."""
+    """The `keep` section from options: counts as numbers, percentages as text; the recipe refuses a fraction."""
     return {axis: _number(text) for axis, text in given.items() if text is not None}
 
 

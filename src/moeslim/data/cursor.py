@@ -1,4 +1,4 @@
-"""Which rows come next, as three integers: a run that stops anywhere goes on with just the rows it would have had."""
+"""Which rows come next, as three integers: a run that stops anywhere resumes with the rows it would have had."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Cursor:
 
     @classmethod
     def after(cls, rows: int, *, seed: int, num_rows: int) -> "Cursor":
-        """The place after `rows` rows of a text of `num_rows`, for a stage that goes on where another ended."""
+        """The place after `rows` rows of a text of `num_rows`, for a stage that begins where another ended."""
         epoch, position = divmod(rows, num_rows)
         return cls(seed, epoch, position)
 

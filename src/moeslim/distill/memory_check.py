@@ -188,7 +188,7 @@ def explain_out_of_memory(settings: TrainSettings, step: int) -> Iterator[None]:
         found = f" ({_requested(asked)} more were asked for)" if asked else ""
         raise ResourceError(
             f"step {step}: out of memory on {settings.device}{found}. {_lower(settings)}. What was saved stays, and "
-            "the same command goes on with these settings changed"
+            "the same command resumes with these settings changed"
         ) from None
 
 

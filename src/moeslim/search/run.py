@@ -2,7 +2,7 @@
 
 When a layer's statistics are known it is still in memory with its inputs. Then its cut is decided, aligned, tried on
 rows that were held out, perhaps its router rows are trained, and perhaps the cut layer's outputs go on to the next
-layer in place of its own. What is found stands in the statistics (`Stats.found`), new router rows beside them.
+layer in place of its own. What is found is kept in the statistics (`Stats.found`), new router rows beside them.
 """
 
 from collections.abc import Sequence
