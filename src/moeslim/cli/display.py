@@ -38,7 +38,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Live(Progress):
-    """Bars, and below them what the jobs say of themselves: more than a line's end has room for."""
+    """Bars, and below them the jobs' notes, which are too long for a line's end."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -151,7 +151,7 @@ def show_table(rows: list[list[str]]) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does: what is half-written is removed, and `ended` tells what stays.
+    """SIGTERM ends the block as Ctrl-C does: what is half-written is removed, and `ended` reports what stays.
 
     Python drops what a signal raises while an object is destroyed (garbage collection takes seconds behind a training).
     Neither signal may be lost so: it is sent again.
@@ -180,7 +180,7 @@ def stoppable() -> Iterator[None]:
 
 
 def ended(work: Callable[[], int | None]) -> int:
-    """The exit code of `work`; a user's mistake, a failing machine and Ctrl-C are told in one message."""
+    """The exit code of `work`; a user's mistake, a failing machine and Ctrl-C give one message."""
     try:
         return work() or 0
     except MoeslimError as problem:

@@ -280,7 +280,7 @@ def verify(model: Model, max_memory: MaxMemory = None, as_json: AsJson = False) 
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False
 ) -> None:
-    """Write RUN/report.html again from the records that stand there."""
+    """Write RUN/report.html again from its records."""
     from moeslim.commands import measure
 
     record = measure.report(run_folder)

@@ -33,7 +33,7 @@ class Cursor:
 
 
 def batches(tokens: TokenSet, cursor: Cursor, *, rows_per_batch: int) -> Iterator[Batch]:
-    """Endless batches: rows (B, T+1) int64, mask (B, T) bool, the rows' numbers (B), and the cursor that stands after.
+    """Endless batches: rows (B, T+1) int64, mask (B, T) bool, the rows' numbers (B), and the cursor behind them.
 
     Every epoch uses each row once in its own order; a batch that meets the end of an epoch is filled from the next,
     so all are full. DataError if the cursor cannot belong to these tokens.

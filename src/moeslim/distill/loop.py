@@ -63,7 +63,7 @@ def _precision(settings: TrainSettings, device: torch.device) -> AbstractContext
     return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
-def _nobody() -> str | None:
+def _never() -> str | None:
     return None
 
 
@@ -74,7 +74,7 @@ def accumulate(
     weights: LossWeights,
     settings: TrainSettings,
     teacher: Teacher | None = None,
-    stopped: Callable[[], str | None] = _nobody,
+    stopped: Callable[[], str | None] = _never,
 ) -> Gradient:
     """Add the gradients of one step's loss over its micro-batches: rows (B, T+1), mask (B, T), the rows' numbers (B).
 

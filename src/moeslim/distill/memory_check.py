@@ -140,7 +140,7 @@ def check_memory(shape: Shape, settings: TrainSettings, *, length: int, teacher:
 
 
 def _remedy(case: MemoryCase, settings: TrainSettings, *, free: int) -> str:
-    """The mildest change of settings that makes room, as a sentence."""
+    """The mildest change of settings that frees enough memory, as a sentence."""
     here = world()
     shard = min(settings.distill.shard_over or here.local_size, here.size)
     now = (settings.distill.micro_rows, settings.distill.activation_checkpointing)
