@@ -236,7 +236,7 @@ def run_until_signal(recipe: Path, out: Path, said: Path, moment: tuple[str, int
     from moeslim.distill import loop
 
     folder, step, number = moment
-    begin, rate, leave = loop.begin, loop.learning_rate_at, calibration._leave
+    begin, rate, leave = loop.begin, loop.learning_rate_at, calibration._save_visit
     training = ""
 
     def beginning(student: Any, tokens: Any, *, folder: Path, **more: Any) -> Any:
@@ -257,7 +257,7 @@ def run_until_signal(recipe: Path, out: Path, said: Path, moment: tuple[str, int
     # A shell that starts the tests in the background has them ignore Ctrl-C, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     loop.begin, loop.learning_rate_at = beginning, in_step
-    calibration._leave = leaving
+    calibration._save_visit = leaving
     with said.open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     command_line("run", str(recipe), str(out))

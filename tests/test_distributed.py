@@ -136,7 +136,7 @@ def test_two_processes_in_bf16_with_checkpointed_activations(home: Path) -> None
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(home: Path, two: Records) -> None:
     said = ranks.run(stop_in_step, home, "signal", world=2, rank=1, step=3)
-    wanted = f"Interrupted: SIGTERM: stopped after step 3 of 30, saved in {home / 'signal'}; run again to go on"
+    wanted = f"Interrupted: SIGTERM: stopped after step 3 of 30, saved in {home / 'signal'}; run again to resume"
     assert said == [wanted, wanted]
     assert [path.name for path in (home / "signal" / "states").iterdir()] == ["step-0000003"]
     assert curve(home, "signal") == two[:3]  # to the bit, with as many processes
@@ -219,13 +219,13 @@ def test_ctrl_c_and_a_killed_process_under_torchrun(home: Path, tmp_path: Path) 
     os.kill(worker(process, 1), signal.SIGKILL)
     assert process.wait(120) != 0
     text = said.read_text()
-    assert f"going on after step {step}" in text
+    assert f"resuming after step {step}" in text
     assert text.count("error: another process of this run has ended") == 1
     saved = max(int(path.name[-7:]) for path in states.iterdir() if path.name.startswith("step"))
     assert read_log(home / "run.work" / "curve.jsonl")[-1]["step"] - saved <= 5
     process = start(home, said)
     assert process.wait(300) == 0, said.read_text()
-    assert f"going on after step {saved}" in said.read_text()
+    assert f"resuming after step {saved}" in said.read_text()
     api.distill(str(home / "student"), home / "alone", **options(home, micro_rows=4))
     found, wanted = (read_log(home / f"{name}.work" / "curve.jsonl") for name in ("run", "alone"))
     assert_close([{**record, "seconds": 0} for record in found], [{**record, "seconds": 0} for record in wanted])

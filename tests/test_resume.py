@@ -154,7 +154,7 @@ def test_signals_in_training_save_and_say_so(recipe: Path, whole: Path, tmp_path
     for number, step in ((signal.SIGTERM, 1), (signal.SIGINT, 3), (signal.SIGTERM, 6)):
         assert micro.finish(micro.run_until_signal, recipe, out, said, ("stage-2", step, int(number))) == 130
         text = said.read_text()
-        assert f"{number.name}: stopped after step {step} of 6, saved in {states.parent}; run again to go on" in text
+        assert f"{number.name}: stopped after step {step} of 6, saved in {states.parent}; run again to resume" in text
         assert "Traceback" not in text
         assert (states / f"step-{step:07d}").is_dir()
         assert not (out / "model").exists()
@@ -199,13 +199,13 @@ def test_a_signal_while_an_object_is_destroyed_is_not_lost(number: signal.Signal
     assert "Traceback" not in done.stderr
 
 
-def test_run_again_says_what_stands_and_does_nothing(recipe: Path, whole: Path, tmp_path: Path) -> None:
+def test_run_again_says_what_exists_and_does_nothing(recipe: Path, whole: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
     assert micro.finish(micro.carry_out_without_models, recipe, whole, tmp_path / "again") == 0
     again = json.loads((tmp_path / "again").read_text())
     assert again["table"] == json.loads((whole.parent / "table").read_text())
     for stage in ("tokens", "stage-1-calibrate", "stage-2-cut", "stage-2-distill", "random-init", "evaluate teacher"):
-        assert any(stage in line and "stand" in line for line in again["said"]), stage
+        assert any(stage in line and "already" in line for line in again["said"]), stage
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")} == before
 
 

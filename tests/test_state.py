@@ -273,7 +273,7 @@ def test_another_models_or_a_broken_state_is_refused(folder: Path, tmp_path: Pat
         load_weights(here, deeper)
     data = here / "tensors" / "__0_0.distcp"
     data.write_bytes(data.read_bytes()[: 4 << 10])
-    with pytest.raises(RunError, match="cannot be read .*; remove it to go on from the one before"):
+    with pytest.raises(RunError, match="cannot be read .*; remove it to resume from the one before"):
         states(tmp_path / "s").resume(*fresh(folder))
     (here / "tensors" / ".metadata").unlink()
     with pytest.raises(RunError, match="cannot be read"):

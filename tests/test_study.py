@@ -432,7 +432,7 @@ def test_a_stopped_study_leaves_no_run_behind(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate()  # as long as a busy machine takes; pytest's own limit ends a hang
     assert process.returncode == 130, said
-    assert "the same command goes on from there" in said
+    assert "the same command resumes from there" in said
     holder = json.loads((out / "runs" / "kd-seed-0" / ".lock").read_text())["pid"]
     with pytest.raises(ProcessLookupError):
         os.kill(holder, 0)

@@ -6,7 +6,7 @@ and exits with `exit_code`.
 
 
 class MoeslimError(Exception):
-    """An input that cannot be used, or a run that cannot go on."""
+    """An input that cannot be used, or a run that cannot continue."""
 
     exit_code = 1
 

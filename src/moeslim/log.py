@@ -1,4 +1,4 @@
-"""One logger and one progress sink; both silent until somebody (the CLI) makes them visible."""
+"""One logger and one progress sink; both silent until the CLI makes them visible."""
 
 import logging
 from collections.abc import Callable, Iterator

@@ -108,7 +108,7 @@ def named(path: Path | str) -> Iterator[None]:
 def unwritten(path: Path, problem: OSError) -> ResourceError:
     """What to say when `path` could not be written: where, why, how much is free, what to do."""
     name = Path(*(_WORKING.sub(r"\1", part) for part in path.parts))  # as it is called when committed
-    after = "run the same again: it goes on from what is finished"
+    after = "run the same again: it resumes from what is finished"
     if not _is_full(problem):
         return ResourceError(
             f"{name}: could not be written ({problem.strerror or problem}); nothing half-written stays. Look at the "
@@ -128,7 +128,7 @@ def is_working(path: Path) -> bool:
 
 
 def _is_full(problem: OSError) -> bool:
-    short = problem.errno is None and str(problem).endswith(" written")  # numpy's word for a short write
+    short = problem.errno is None and str(problem).endswith(" written")  # numpy's message for a short write
     return problem.errno in _FULL or short
 
 
@@ -164,9 +164,9 @@ def read_text(path: Path | str, *, error: type[MoeslimError] = RunError) -> str:
 
 
 def check_vacant(final: Path | str, *, hidden: bool = False) -> None:
-    """Raise RunError unless nothing, or an empty folder, stands at `final`; ask before expensive work begins.
+    """Raise RunError unless nothing, or an empty folder, exists at `final`; ask before expensive work begins.
 
-    With `hidden`, files whose names start with a dot (locks, what a killed process left) may stand in it.
+    With `hidden`, files whose names start with a dot (locks, what a killed process left) may be in it.
     """
     final = Path(final)
     if final.is_dir() and all(hidden and path.name.startswith(".") for path in final.iterdir()):

@@ -26,7 +26,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 def run_lock(folder: Path | str) -> Iterator[None]:
     """Hold `folder` (made if missing) for this process until the block ends, or until the process dies.
 
-    Raises RunError where somebody else holds it, and says who. The file `.lock` stays: the lock is the kernel's, so a
+    Raises RunError where another process holds it, with its id. The file `.lock` stays: the lock is the kernel's, so a
     file left by a killed run locks nothing.
     """
     folder = Path(folder)
@@ -41,7 +41,7 @@ def run_lock(folder: Path | str) -> Iterator[None]:
 def hold(path: Path, *, place: Path, wait: bool = False) -> int:
     """A descriptor of the file `path` (made if missing) that holds its lock until it is closed.
 
-    While somebody else holds it, RunError says who keeps `place`; with `wait` this waits instead, for what takes
+    While another process holds it, RunError says which keeps `place`; with `wait` this waits instead, for what takes
     milliseconds. FileNotFoundError where the folder of `path` is gone.
     """
     while True:

@@ -1,6 +1,6 @@
 """A run folder: which stages are finished, from which inputs, and whether their outputs are current.
 
-RUN/run.json              schema and code version of whoever made the folder
+RUN/run.json              schema and version of the code that made the folder
 RUN/stages/<name>.json    inputs (as given, and their fingerprint), outputs (path -> content fingerprint)
 RUN/<output>              what the stage wrote: a folder or a file, committed before its record
 """
@@ -56,7 +56,7 @@ class Run:
         """Yield whether stage `name` is to be done (see `is_current`); if so, record its outputs when the block ends.
 
         A block that raises is not recorded. `optional`: outputs that it may leave out. `resumes`: what an earlier block
-        left without a record is not removed (unless with `redo`), since this one knows whether to go on from it.
+        left without a record is not removed (unless with `redo`), since this one knows whether to resume from it.
         """
         cleared = [*outputs, *optional] if self.redo or not resumes else []
         due = not self.is_current(name, inputs, outputs=cleared)

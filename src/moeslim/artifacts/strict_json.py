@@ -1,4 +1,4 @@
-"""JSON out of files that nobody vouches for: its value within a memory bound, or ValueError with the reason.
+"""Strict, bounded JSON for untrusted files: its value within a memory bound, or ValueError with the reason.
 
 Python's reader takes what others refuse or read otherwise: NaN, a key given twice, UTF-16, halves of surrogate pairs
 that no file can be written with. It also turns 100 MB into gigabytes of objects, and waits for ever on a named pipe.

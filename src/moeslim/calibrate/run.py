@@ -1,7 +1,8 @@
 """Calibration: one walk through the model, layer by layer, that leaves a folder of statistics.
 
-There is no other path, for small models either. Hidden states and finished layers stand in a hidden folder next to the
-output until all is done, so a killed calibration goes on at its layer and ends with the same bits (on as many threads).
+There is no other path, for small models either. Hidden states and finished layers are kept in a hidden folder next to
+the output until all is done, so an interrupted calibration resumes at its layer and ends with the same bits (on as many
+threads).
 
 Several processes walk side by side, each over batches of its own: batch b is rank b mod R's, so every row runs in the
 batch in which one process runs it, and the sums are added when all have arrived. They exchange no messages on

@@ -11,7 +11,7 @@ _AT_ONCE = 1 << 17  # at a time, so that what is made of them stays in the proce
 def not_finite(block: bytes | memoryview, dtype: str) -> int:
     """How many values of a block are NaN or Inf; `dtype` as safetensors spells it.
 
-    0 for other dtypes than floats, and for a block that ends within a value: its file is cut short, which others tell.
+    0 for dtypes that are no floats, and for a block that ends within a value: other checks find a file cut short.
     """
     if dtype not in _EXPONENT or len(block) % _WIDTH[dtype]:
         return 0

@@ -1,7 +1,7 @@
 """A weight file in the making: written by one thread, read back, hashed and looked through by another.
 
-A third has the disk take what stands while more comes. What is given is copied to one of a few blocks, and whoever
-gives more waits until one is free, so the memory is the blocks' whatever passes through.
+A third flushes what is written while more comes. Data is copied to one of a few blocks, and the caller waits until one
+is free, so the memory is that of the blocks, however large the file.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from moeslim.errors import CheckpointError
 _BLOCK, _BLOCKS = 1 << 22, 8
 AHEAD_BYTES = (_BLOCKS + 1) * _BLOCK
 """Memory of a writer: the blocks on their way, and one that is read back."""
-_FLUSH_BYTES = 1 << 28  # after so many the disk is told to begin; by itself the system may wait for gigabytes
+_FLUSH_BYTES = 1 << 28  # flush after so many; by itself the system may wait for gigabytes
 
 
 class WriterThreads:

@@ -24,7 +24,7 @@ _BLOCK = 1 << 24  # bytes; a multiple of every item size
 
 @dataclass(frozen=True)
 class VerifyRecord:
-    """What was found. `hashed` tells whether there was a receipt to compare file hashes with."""
+    """What was found. `hashed`: whether there was a receipt to compare file hashes with."""
 
     ok: bool
     problems: list[str]
@@ -69,7 +69,7 @@ def verify(
 
 
 def check_receipt(folder: Path) -> None:
-    """CheckpointError where a receipt stands beside weights that are not the ones it was written for.
+    """CheckpointError where a receipt lies beside weights that are not the ones it was written for.
 
     Every weight file is hashed, so that no copy that a disk or a transfer has spoilt is worked on unseen. Config and
     tokenizer may have been edited since.
@@ -144,7 +144,7 @@ def _tokenizer_problems(folder: Path, tokenizer: dict[str, Any]) -> Iterator[str
         if largest >= size:
             yield f"tokenizer.json has token {largest}, but the embedding has {size} rows (vocab_size)"
     except CheckpointError:
-        return  # told already
+        return  # reported already
     except (KeyError, TypeError, AttributeError) as problem:
         yield f"tokenizer.json and config.json cannot be compared ({type(problem).__name__}: {problem})"
 

@@ -1,6 +1,6 @@
 """Writing a checkpoint tensor by tensor, and the receipt that names every file of it.
 
-The safetensors header stands before the data, so the writer is told all names, shapes and dtypes first; then no more
+The safetensors header comes before the data, so the writer needs all names, shapes and dtypes first; then no more
 than a part of a tensor need be in memory. Files appear under their final names, so write into
 `artifacts.commit.committed_folder`.
 """

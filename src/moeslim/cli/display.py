@@ -191,6 +191,6 @@ def ended(work: Callable[[], int | None]) -> int:
         complain(f"{place}{problem.strerror or problem}; nothing half-written stays, so set it right and run again")
         return 1
     except SystemExit as ending:
-        if ending.code == 130:  # typer turns Ctrl-C into this without a message
-            complain("stopped; what is finished stays, and the same command goes on from there")
+        if ending.code == 130:  # typer turns Ctrl-C into this and says nothing
+            complain("stopped; what is finished stays, and the same command resumes from there")
         return ending.code if isinstance(ending.code, int) else int(ending.code is not None)

@@ -13,7 +13,7 @@ from moeslim.recipe import Recipe
 
 
 def find_models(recipe: Recipe) -> tuple[Structure, Structure]:
-    """Source and teacher, both whole as far as headers tell."""
+    """Source and teacher, both complete as far as headers show."""
     source = teacher = read_structure(model_folder(recipe.model, revision=recipe.revision))
     check_structure(source)
     if recipe.teacher is not None:

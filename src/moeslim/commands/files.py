@@ -20,7 +20,7 @@ from moeslim.recipe import Keep
 def calibrate(
     model: str, out: Path | str, *, data: Sequence[str] | None = None, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Statistics of `model` over calibration text, in `out`; a killed calibration goes on at its layer."""
+    """Statistics of `model` over calibration text, in `out`; an interrupted calibration resumes at its layer."""
     from moeslim.calibrate.run import calibrate as observe
     from moeslim.data.tokens import pack
     from moeslim.stats import coverage_lines

@@ -112,7 +112,7 @@ def _calibration_teraflops(recipe: Recipe, shape: Shape) -> float:
 
 
 def _states(recipe: Recipe, tokens: int) -> tuple[int, int]:
-    """How many saved states a training leaves, and how many stand while another one is written."""
+    """How many saved states a training leaves, and how many exist while another one is written."""
     section = recipe.distill
     steps = -(-tokens // (section.rows_per_step * recipe.data.sequence_length))
     made = -(-steps // section.save_every)

@@ -23,7 +23,7 @@ def model_folder(model: str, *, revision: str | None = None, config_only: bool =
 
 
 def labels(models: Sequence[str]) -> dict[str, str]:
-    """What each model is called in records and tables: the last part of its name, which must tell them apart."""
+    """What each model is called in records and tables: the last part of its name, which must be unique."""
     found: dict[str, str] = {}
     for model in models:
         label = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]

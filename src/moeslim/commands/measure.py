@@ -1,4 +1,4 @@
-"""Commands that measure, and what their records tell."""
+"""Commands that measure, and tables of their records."""
 
 from collections.abc import Sequence
 from pathlib import Path

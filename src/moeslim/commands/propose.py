@@ -20,7 +20,7 @@ from moeslim.plan.schedule import AXES, Target, resolve, stages, units
 from moeslim.recipe import Recipe
 
 SHOWN = 10
-"""Proposals that are told, of all that meet the budget."""
+"""Proposals that are shown, of all that meet the budget."""
 _CACHE_TOKENS = 1024
 _OPTIONS = {axis: "--" + axis.replace("_", "-") for axis in AXES}
 

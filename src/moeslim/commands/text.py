@@ -50,7 +50,7 @@ def _corpus(sources: Sequence[Source | str], part: str) -> Corpus:
 
 
 def advice(data: Sequence[str] | None) -> list[str]:
-    """What to tell somebody who brought no text."""
+    """Advice for a user who gave no text."""
     if data:
         return []
     return ["the text is the bundled mix (speeches, documentation, code); bring text like yours with --data"]

@@ -63,7 +63,7 @@ def distill(
 ) -> dict[str, Any]:
     """Train `student` on text, from `teacher`, a cache of it, or by language modelling alone.
 
-    Without `data` a cached teacher's own text is read. States and curve stand in `out`.work. Where bits per byte are
+    Without `data` a cached teacher's own text is read. States and curve are in `out`.work. Where bits per byte are
     measured on the way (distill.measure_every), some of the text is held out for that, or data.heldout is read.
     """
     from moeslim.data.tokens import TokenSet, pack

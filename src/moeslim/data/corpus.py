@@ -87,7 +87,7 @@ def read_corpus(sources: Sequence[tuple[Path | str, str | None]], *, text_key: s
 
 
 def check_disjoint(parts: Mapping[str, Corpus]) -> None:
-    """Raise DataError naming both documents if any text stands in two parts (white space aside)."""
+    """Raise DataError naming both documents if any text is in two parts (white space aside)."""
     owners: dict[str, tuple[str, str]] = {}
     for part, corpus in parts.items():
         for document in corpus.documents:

@@ -1,4 +1,4 @@
-"""Which rows come next, as three integers: a run that stops anywhere goes on with just the rows it would have had."""
+"""Which rows come next, as three integers: a run that stops anywhere resumes with the rows it would have had."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Cursor:
 
     @classmethod
     def after(cls, rows: int, *, seed: int, num_rows: int) -> "Cursor":
-        """The place after `rows` rows of a text of `num_rows`, for a stage that goes on where another ended."""
+        """The place after `rows` rows of a text of `num_rows`, for a stage that begins where another ended."""
         epoch, position = divmod(rows, num_rows)
         return cls(seed, epoch, position)
 
@@ -33,7 +33,7 @@ class Cursor:
 
 
 def batches(tokens: TokenSet, cursor: Cursor, *, rows_per_batch: int) -> Iterator[Batch]:
-    """Endless batches: rows (B, T+1) int64, mask (B, T) bool, the rows' numbers (B), and the cursor that stands after.
+    """Endless batches: rows (B, T+1) int64, mask (B, T) bool, the rows' numbers (B), and the cursor behind them.
 
     Every epoch uses each row once in its own order; a batch that meets the end of an epoch is filled from the next,
     so all are full. DataError if the cursor cannot belong to these tokens.

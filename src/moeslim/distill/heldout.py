@@ -70,8 +70,8 @@ class HeldOut:
         bits = float(parallel.total(torch.tensor(nats, dtype=torch.float64))) * BITS_PER_NAT / self.num_bytes
         if not math.isfinite(bits):
             raise TrainingError(
-                f"held-out text: bits per byte is {bits}; the weights are no longer of use. Go on from a state before, "
-                "with a lower learning rate"
+                f"held-out text: bits per byte is {bits}; the weights are no longer of use. Resume from a state "
+                "before, with a lower learning rate"
             )
         return bits
 

@@ -63,7 +63,7 @@ def _precision(settings: TrainSettings, device: torch.device) -> AbstractContext
     return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
-def _nobody() -> str | None:
+def _never() -> str | None:
     return None
 
 
@@ -74,7 +74,7 @@ def accumulate(
     weights: LossWeights,
     settings: TrainSettings,
     teacher: Teacher | None = None,
-    stopped: Callable[[], str | None] = _nobody,
+    stopped: Callable[[], str | None] = _never,
 ) -> Gradient:
     """Add the gradients of one step's loss over its micro-batches: rows (B, T+1), mask (B, T), the rows' numbers (B).
 
@@ -180,7 +180,7 @@ def train(
         asked = next(filter(None, parallel.gather(stopped())), None)  # one that came after the last sums, too
     if asked:
         done = f"after step {step} of {steps}"
-        raise Interrupted(f"{asked}: stopped {done}, saved in {folder}; run again to go on")
+        raise Interrupted(f"{asked}: stopped {done}, saved in {folder}; run again to resume")
     if section.final == "best" and (best := states.best()) is not None:
         logger.info("the model is that of %s, of the fewest bits per byte", best.name)
         load_weights(best, student)
@@ -204,7 +204,7 @@ def begin(
     states = States(folder / "states", settings=settings, fingerprint=stage.fingerprint)
     position = states.resume(student, optimizer)
     if position is not None:
-        logger.info("going on after step %d", position.step)
+        logger.info("resuming after step %d", position.step)
         return optimizer, states, position
     torch.manual_seed(settings.seed)
     if stage.moments is not None:

@@ -140,7 +140,7 @@ def check_memory(shape: Shape, settings: TrainSettings, *, length: int, teacher:
 
 
 def _remedy(case: MemoryCase, settings: TrainSettings, *, free: int) -> str:
-    """The mildest change of settings that makes room, as a sentence."""
+    """The mildest change of settings that frees enough memory, as a sentence."""
     here = world()
     shard = min(settings.distill.shard_over or here.local_size, here.size)
     now = (settings.distill.micro_rows, settings.distill.activation_checkpointing)
@@ -188,7 +188,7 @@ def explain_out_of_memory(settings: TrainSettings, step: int) -> Iterator[None]:
         found = f" ({_requested(asked)} more were asked for)" if asked else ""
         raise ResourceError(
             f"step {step}: out of memory on {settings.device}{found}. {_lower(settings)}. What was saved stays, and "
-            "the same command goes on with these settings changed"
+            "the same command resumes with these settings changed"
         ) from None
 
 

@@ -190,7 +190,7 @@ def distill(
 def train_job(job: Job) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Load, train and write: what all ranks do together. The records of the steps and the receipt, on rank 0."""
     done = _train_job(job)
-    gc.collect()  # checkpointed and shared-out blocks are in cycles; a GPU's memory would not be free for what comes
+    gc.collect()  # checkpointed and sharded blocks are in cycles; a GPU's memory would not be free for what comes
     return done
 
 

@@ -14,7 +14,7 @@ FREE = (
     *("save_every", "keep_last", "keep_best", "async_save", "measure_every", "measure_rows", "watch", "spike"),
     *("micro_rows", "activation_checkpointing", "shard_over", "device"),
 )
-"""Settings that may change when a training goes on: how it runs and what is kept and logged, but not what is learnt."""
+"""Settings that may change when a training resumes: how it runs and what is kept and logged, but not what is learnt."""
 ELSEWHERE = ("optimizer_state", "teacher_cache")
 """Settings of the section that decide which moments and which teacher a training is given, whose fingerprints count."""
 
@@ -89,7 +89,7 @@ def _format_value(value: object) -> str:
 
 
 MAY_CHANGE = f"free to change are {', '.join(FREE[:-1])}, {FREE[-1]} and the number of processes"
-"""Half a sentence for the message that refuses to go on with other settings."""
+"""Half a sentence for the message that refuses to resume with other settings."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Everything an interrupted training needs to go on bit-identically, as a folder committed by rename.
+"""Everything an interrupted training needs to resume bit-identically, as a folder committed by rename.
 
     step-0000123/state.json     step, cursor, random state, Adam's step counts, bits per byte, settings, fingerprint
     step-0000123/tensors/       weights/NAME, exp_avg/NAME and exp_avg_sq/NAME, each process's parts of them, fp32
 
-NAME is a tensor's name on disk, experts stacked. A state of any number of processes can be gone on from by any other
+NAME is a tensor's name on disk, experts stacked. A state of any number of processes can be resumed by any other
 (distill/stored.py).
 """
 
@@ -75,7 +75,7 @@ def forget_others(root: Path, fingerprint: str) -> None:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What state.json of a state says; RunError where it is no such file, or of another version."""
+    """The contents of a state's state.json; RunError where it is no such file, or of another version."""
     facts = read_json(folder / FACTS)
     schema = facts.get("schema") if isinstance(facts, dict) else None
     if schema != SCHEMA:
@@ -95,7 +95,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         sound = False
     if not sound:
         raise RunError(
-            f"{folder / FACTS}: not the facts of a training state; remove {folder} to go on from the one before"
+            f"{folder / FACTS}: not the facts of a training state; remove {folder} to resume from the one before"
         )
     return facts
 
@@ -152,7 +152,7 @@ class States:
             if self._leads:
                 temporary = place.enter_context(committed_folder(folder))
                 write_json(temporary / FACTS, self._facts(position, student, steps=steps, bits=bits))
-            temporary = parallel.gather(temporary)[0]  # nobody writes there before it is cleared
+            temporary = parallel.gather(temporary)[0]  # no process writes there before it is cleared
             assert temporary is not None
             writing = write(tensors, temporary / TENSORS, group=self._group, background=self._background)
             self._open = place.pop_all(), temporary / TENSORS, writing
@@ -231,7 +231,7 @@ class States:
         changed = differences(facts["settings"], self.settings.facts())
         others = f"other settings ({'; '.join(changed)})" if changed else "other models, data or place in the run"
         rule = f" ({MAY_CHANGE})" if changed else ""
-        raise RunError(f"{folder}: this training state was made with {others}; restore them to go on{rule}, {again}")
+        raise RunError(f"{folder}: this training state was made with {others}; restore them to resume{rule}, {again}")
 
     def _bits(self) -> dict[Path, float | None]:
         return {folder: read_facts(folder)["bits_per_byte"] for folder in step_folders(self.root)}
@@ -331,7 +331,7 @@ def _give_moments(
 
 
 def _part_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """This process's own copy of a tensor in a file, shared out and placed as `parameter` is."""
+    """This process's own copy of a tensor in a file, sharded and placed as `parameter` is."""
     if not isinstance(parameter, DTensor):
         return tensor.to(parameter.device, copy=True)
     own = tensor[rows_here(parameter)].to(parameter.device, copy=True)

@@ -116,7 +116,7 @@ class Stored:
 
     def _unreadable(self, reason: str) -> RunError:
         return RunError(
-            f"{self.folder.parent}: this training state cannot be read ({reason}); remove it to go on from the one "
+            f"{self.folder.parent}: this training state cannot be read ({reason}); remove it to resume from the one "
             "before it"
         )
 

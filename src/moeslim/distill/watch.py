@@ -58,7 +58,7 @@ def spike(loss: float, before: Sequence[float], *, deviations: float) -> float |
 class Watch:
     """A training's log, from `with` to its end; only rank 0 writes one.
 
-    `curve.jsonl` in `folder` goes on after `step`: lines after it are dropped. `flops_per_token` (of
+    `curve.jsonl` in `folder` is continued after `step`: lines after it are dropped. `flops_per_token` (of
     `families.training_operations`) is for the share of the device's peak. Raises RecipeError for a tracker that is not
     installed.
     """
@@ -181,7 +181,7 @@ def format_step(
 def _warn(record: Mapping[str, Any], above: float, *, before: Sequence[float]) -> None:
     logger.warning(
         "step %d: the loss is %.4g, %.1f standard deviations above the mean of the %d steps before (%.4g); if it does "
-        "not come down again, go on from an older state, or train with a lower distill.learning_rate",
+        "not come down again, resume from an older state, or train with a lower distill.learning_rate",
         *(record["step"], record["total"], above, len(before), statistics.fmean(before)),
     )
 

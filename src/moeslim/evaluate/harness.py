@@ -52,7 +52,7 @@ def load_tasks(wanted: Sequence[str]) -> Tasks:
     """The tasks that `wanted` names: of lm-eval (a task, group or tag), or YAML task files (paths ending in .yaml).
 
     Paths inside a task file are relative to it. Each task's data are read and its first question is built, so what is
-    wrong with it is told here. Names are looked up only where there are any: lm-eval reads all its 15 thousand.
+    wrong with it is reported here. Names are looked up only where there are any: lm-eval reads all its 15 thousand.
     RecipeError for what is unknown or cannot work, DataError for data that cannot be had.
     """
     if not wanted:
@@ -83,7 +83,7 @@ def evaluate_tasks(
 ) -> dict[str, TaskRecord]:
     """What every model scores on every task, also written as `out/<label>.json` after each task.
 
-    Scores that stand there with the same model, questions and way of running are read, not made again; a model with
+    Scores that exist there with the same model, questions and way of running are read, not made again; a model with
     nothing left to do is not loaded.
     """
     asked = {name: _asked(task, running.limit) for name, task in tasks.tasks.items()}
@@ -196,7 +196,7 @@ def _run(lm: Any, tasks: Tasks, *, name: str, running: Running) -> TaskScore:
 
 
 def _metrics(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """`metric,filter` -> value and standard error, of what lm-eval tells in one flat dictionary."""
+    """`metric,filter` -> value and standard error, of lm-eval's flat dictionary of results."""
     found: dict[str, dict[str, float | None]] = {}
     for key, value in results.items():
         measure, comma, kind = key.partition(",")

@@ -63,7 +63,7 @@ def choose(
 def shorten(document: TokenDocument, *, max_tokens: int, decode: Decode) -> TokenDocument:
     """The document's first tokens, at most `max_tokens`, ending with a whole character; its bytes are those decoded.
 
-    A byte-level token may end inside a character: the bytes of such a cut could not be told, so it moves back.
+    A byte-level token may end inside a character: the bytes of such a cut are not known, so it moves back.
     """
     if len(document.tokens) <= max_tokens + 1:
         return document

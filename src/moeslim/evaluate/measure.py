@@ -93,7 +93,7 @@ class Job:
     walk: bool
 
     def walked(self, settings: Settings, out: Path) -> Walked:
-        """How the model is walked; the work stands hidden in `out`."""
+        """How the model is walked; the work is in a hidden folder of `out`."""
         how = WalkSettings(
             _WINDOWS_AT_ONCE,
             dtype=getattr(torch, settings.dtype),
@@ -123,7 +123,7 @@ def _check_finite(folder: Path, scores: Scores) -> None:
 def measure_all(jobs: Sequence[Job], data: EvalData, *, silent: Job | None, out: Path) -> dict[str, Record]:
     """The records of `jobs` by label, each written to `out` when it is made.
 
-    Whoever the others are compared with comes first, or is `silent`: a teacher that gets no record.
+    The model that the others are compared with comes first, or is `silent`: a teacher that gets no record.
     """
     records, states = {}, None
     if silent is not None:
@@ -161,7 +161,7 @@ def measure(
         restart_peak(device)
         student = load(job.folder, settings)
         if settings.evaluate.speed_repeats:
-            parallel.barrier()  # nobody is busy while times are taken
+            parallel.barrier()  # all processes idle while times are taken
             figures |= _speed(student, data) | peak_figure(device) if first else {}
             parallel.barrier()
     compared = teacher if job.teacher is not None else None
@@ -263,7 +263,7 @@ def _drafting(student: Student, data: EvalData) -> Figures:
 def _kept(
     data: EvalData, per_domain: int, *, kept: Callable[[torch.Tensor, int], dict[str, torch.Tensor]]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """What `kept` says of some prompts (B, P) and how many come before them, for all prompts; and their domains."""
+    """What `kept` returns for some prompts (B, P) and how many come before them, for all prompts; and their domains."""
     rows, owners = data.prompts(per_domain)
     parts = rows.split(_PROMPTS_AT_ONCE)
     mine, done = own([len(part) for part in parts]), {}

@@ -64,7 +64,7 @@ class Estimate:
     """A figure over S seeds, `per_seed` their values in `unit`, the estimate being their mean.
 
     `items_se` is the error that the measured items (documents or prompts) would leave with no end of seeds, `dof` its
-    degrees of freedom; None where a single item tells nothing of it.
+    degrees of freedom; None where a single item gives no estimate.
     """
 
     per_seed: tuple[float, ...]
@@ -84,7 +84,7 @@ class Estimate:
 
     @property
     def se(self) -> float | None:
-        """Of seeds and items together; None where either cannot be told."""
+        """Of seeds and items together; None where either cannot be estimated."""
         if self.seeds_se is None or self.items_se is None:
             return None
         return math.hypot(self.seeds_se, self.items_se)

@@ -42,7 +42,7 @@ class Record:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], *, where: str) -> "Record":
-        """The record that `to_json` told; RunError, naming `where`, if it is none of this schema."""
+        """The record that `to_json` wrote; RunError, naming `where`, if it is none of this schema."""
         if not isinstance(value, Mapping) or value.get("schema") != SCHEMA:
             raise RunError(f"{where}: not a record of schema {SCHEMA}; evaluate again")
         try:

@@ -25,7 +25,7 @@ _SURE = float(norm.ppf(1 - _LEVEL / 2))
 
 @dataclass(frozen=True)
 class Paired:
-    """Questions that the student answers better or worse than the teacher; `p` that an even coin gives such a split.
+    """Questions that the student answers better or worse than the teacher; `p`: two-sided sign test.
 
     The exact two-sided sign test over the questions whose scores differ; for right and wrong it is McNemar's exact
     test. p = 1 where no question differs.

@@ -1,4 +1,4 @@
-"""What an evaluation is told, and what is checked before the first model is loaded."""
+"""The settings of an evaluation, and what is checked before the first model is loaded."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass

@@ -6,7 +6,7 @@ from moeslim.machine import parallel
 
 
 def owners(sizes: Sequence[int], processes: int) -> list[int]:
-    """Per piece of work the process that does it: the largest piece first, to whoever has least so far."""
+    """Per piece of work the process that does it: the largest piece first, to the process with least so far."""
     loads = [0] * processes
     found = [0] * len(sizes)
     for piece in sorted(range(len(sizes)), key=lambda piece: -sizes[piece]):

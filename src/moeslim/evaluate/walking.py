@@ -1,6 +1,6 @@
 """The scores of a model that does not fit into memory: its layers run one after the other over files.
 
-What the walk (model/walk.py) commits per layer stands until the evaluation ends, so one that was killed goes on at its
+What the walk (model/walk.py) commits per layer is kept until the evaluation ends, so an interrupted one resumes at its
 layer. Windows run in the batches in which a whole model runs them: states and router choices are bit by bit those of a
 whole model with "eager" experts, and so are the sums, where the vocabulary fits one slice of the head.
 
@@ -44,7 +44,7 @@ _LOGIT_BYTES = 48  # both sides' logits and their logarithms, the terms of the K
 
 @dataclass(frozen=True)
 class Walked:
-    """A model to walk: its folder, a fingerprint of its weights, where its work stands, how layers are run."""
+    """A model to walk: its folder, a fingerprint of its weights, the folder of its work, how layers are run."""
 
     folder: Path
     model: str
@@ -94,8 +94,8 @@ def score_walking(
 ) -> Scores:
     """Every document's sums, as `score` gives them, with what a later student is compared with.
 
-    The files stay in `walked.place` for whoever reads these states. A half-finished walk of something else that stands
-    there is removed. Done by all processes together, each over its own windows in a folder of its own.
+    The files stay in `walked.place`, since the states are read from there. A half-finished walk of something else in
+    it is removed. Done by all processes together, each over its own windows in a folder of its own.
     """
     reading, settings, world = Reading.of(documents, layout), walked.settings, parallel.world()
     place = walked.place if world.size == 1 else walked.place / f"rank-{world.rank}-of-{world.size}"
@@ -123,7 +123,7 @@ def score_walking(
 
 
 def _logits_at_once(bound: int | None) -> int:
-    """How many logits have room beside the process as it stands, both sides' with all that is made of them."""
+    """How many logits fit into memory beside the process, both sides' with all that is made of them."""
     give_back()
     return LOGITS_AT_ONCE if bound is None else min(LOGITS_AT_ONCE, max(0, bound - memory_used()) // _LOGIT_BYTES)
 

@@ -21,7 +21,7 @@ class Count:
 def count(shape: Shape) -> Count:
     """Parameters of a shape. Active ones count embedding and head whole and k of E routed experts (method section 7).
 
-    The size of the MTP head stands apart, since a config does not say whether files have one.
+    The size of the MTP head is counted apart, since a config does not say whether files have one.
     """
     components: dict[str, int] = {}
     sums = {"trunk": [0, 0], "mtp": [0, 0]}

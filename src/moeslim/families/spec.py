@@ -3,7 +3,7 @@
 An axis expression is a small language. `hidden` is a named axis, `4` a fixed number, `a|b` puts parts one behind the
 other, `a*b` repeats b for every unit of a (a is the outer index), brackets group. So the rows of Qwen3-Next's query
 projection, [query | gate] for every head, are `heads*(head_dim|head_dim)`, and keeping heads 0 and 2 keeps two whole
-blocks. Cutting a named axis cuts it everywhere that its name stands; nothing else knows where a channel lives.
+blocks. Cutting a named axis cuts it everywhere that its name appears; nothing else knows where a channel lives.
 """
 
 import re

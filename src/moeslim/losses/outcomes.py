@@ -47,7 +47,7 @@ def lm_and_outcomes_kd(
     """Nats (R, 1) of LM and of KD; `logits_RV` becomes their gradient over `rows.scale`.
 
     With coefficients (a, b) the gradient of `a LM + b KD` is `(a + b) q - a onehot - b p`, where p is the teacher's on
-    the kept tokens; the rest's mass lies on the samples, or without any is shared out as the student shares it. The
+    the kept tokens; the rest's mass lies on the samples, or without any is spread as the student spreads it. The
     student's rest is summed from its own tokens and not as `1 - sum q`, so nothing cancels where the top k has it all.
     """
     target_R1, top_RK, drawn_RM = (logits_RV.gather(-1, ids) for ids in (targets_R1, teacher.ids, teacher.sampled))

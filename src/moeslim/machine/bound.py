@@ -1,6 +1,6 @@
 """A stated bound of memory (`--max-memory`), held against a count that is made beforehand.
 
-What counts is anonymous memory, with the process as it stands; pages of mapped files are not in it, since the system
+What counts is anonymous memory, the process's own included; pages of mapped files are not in it, since the system
 may drop them at any time.
 """
 
@@ -26,7 +26,7 @@ def check_bound(bound: int | None, needed: int, *, what: str) -> None:
     usage = f"{what} takes up to {whole / 1e9:.2f} GB (the process as it stands {memory_used() / 1e9:.2f} GB)"
     if whole > bound:
         raise ResourceError(
-            f"max_memory is {bound / 1e9:.2f} GB, and {usage}; allow that much: it works on parts of tensors "
-            "already, so there is nothing to lower"
+            f"max_memory is {bound / 1e9:.2f} GB, and {usage}; allow that much: this "
+            "step streams in small blocks already, so there is nothing to lower"
         )
     logger.info("memory: %s of %.2f GB", usage, bound / 1e9)

@@ -16,7 +16,7 @@ def tune_cpu() -> None:
     glibc hands tensors of some MB back to the kernel after every use, and the kernel clears the pages again: keeping
     them made a training step 30 % faster on two cores. Denormals, which decays and moments are full of, cost another
     10 %. MKL takes fewer threads as it sees fit until someone has set their number: a run whose calibration did would
-    train to other bits than one that goes on behind it in a new process. Bit-identical reruns need all three, so every
+    train to other bits than one resumed in a new process. Bit-identical reruns need all three, so every
     verb that runs a model calls this.
     """
     torch.set_num_threads(torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""How much memory a process may still take, as the system and whoever limits it say."""
+"""How much memory a process may still take, by the system and its limits (cgroups)."""
 
 import re
 import resource

@@ -71,7 +71,7 @@ def world() -> World:
 def join() -> None:
     """Meet the other processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE).
 
-    Tensors travel by gloo between CPUs and by nccl between GPUs. One process joins nobody. Raises RunError where
+    Tensors travel by gloo between CPUs and by nccl between GPUs. One process joins no group. Raises RunError where
     torchrun's settings are not whole, or a machine has more processes than GPUs.
     """
     global _world, _run
@@ -198,7 +198,7 @@ def serve() -> int:
             function(*args, **kwargs)
         except (MoeslimError, RuntimeError) as problem:
             lost = is_loss(problem)
-            patience = 0.0 if lost else PATIENCE_SECONDS  # others may have to hear of a loss through this one
+            patience = 0.0 if lost else PATIENCE_SECONDS  # others may learn of a loss through this one
             reported = isinstance(problem, ALIKE) or _soon(partial(run.store.check, [sign]), seconds=patience)
             run.broken = lost or not reported
             if lost and reported:

@@ -11,7 +11,7 @@ from moeslim.errors import Interrupted, RunError
 
 GONE = (
     "another process of this run has ended (what it said stands above, if it could say anything); what was saved "
-    "stays, and the same command goes on from there"
+    "stays, and the same command resumes from there"
 )
 
 SIGNS = ("closed by peer", "reset by peer", "broken pipe", "gloo/transport", "timed out waiting")
@@ -30,7 +30,7 @@ def is_loss(problem: BaseException) -> bool:
 
 
 def gone(problem: BaseException) -> RunError:
-    """The user's message for such an exception, with what it says first."""
+    """The user's message for such an exception, with the exception's own text first."""
     first = str(problem).splitlines()[0].partition(". ")[0]
     return RunError(f"{GONE} ({first.rpartition('.cc:')[2].partition('] ')[2] or first})")
 
@@ -40,7 +40,7 @@ def terminated(_number: int, _frame: object) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Interrupted(
         "SIGTERM: stopped, because it was asked for or because another process of this run has ended; what is "
-        "finished stays, and the same command goes on from there"
+        "finished stays, and the same command resumes from there"
     )
 
 

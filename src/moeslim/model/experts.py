@@ -45,7 +45,7 @@ class ExpertFile:
     The first group-1 stay in memory from batch to batch, the others pass through one at a time. `group` None means as
     many as fit 2 GiB on a CPU or an eighth of a GPU. Of those that are expected the next one is read, as it lies in the
     file, by a thread while the current one computes, unless it is so small that handing it over takes longer.
-    `whole`: nobody has bounded the memory, and there is room for all of them. Several threads may ask.
+    `whole`: no bound on the memory, and all of them fit. Several threads may ask.
     """
 
     def __init__(

@@ -89,7 +89,7 @@ def live_state(
     for key in reader.shape.layer_keys:
         if reader.shape.is_moe(key):
             prefix = expert_prefix(reader.shape, key)
-            part = rows(f"{prefix}.down_proj")  # both stacks are shared out alike: by expert
+            part = rows(f"{prefix}.down_proj")  # both stacks are sharded alike: by expert
             stacked = stacked_experts(reader, key, start=part.start or 0, stop=part.stop, dtype=dtype, device=device)
             for name, tensor in stacked.items():
                 yield f"{prefix}.{name}", tensor

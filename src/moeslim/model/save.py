@@ -32,7 +32,7 @@ def save_student(
     """Write the student as a checkpoint like `source` (config, layouts, dtype per tensor, tokenizer); its receipt.
 
     `source` is the folder that the student was loaded from. One tensor at a time is cast and written; `out` appears
-    when all is done. `facts` (parents, recipe and more) go into the receipt. A student that is shared out is saved by
+    when all is done. `facts` (parents, recipe and more) go into the receipt. A sharded student is saved by
     all ranks: each tensor is gathered, rank 0 writes, and the others get {}. Raises CheckpointError for a broken source
     and RunError where `out` is not empty.
     """

@@ -1,4 +1,4 @@
-"""A model shared out over the run's ranks: FSDP2 shares weights, gradients and moments; tensors go to and fro."""
+"""A model sharded over the run's ranks: FSDP2 for weights, gradients and moments; tensors to and from shards."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from moeslim.model.student import Student
 
 
 class Sharding(NamedTuple):
-    """How a model is shared out: over which ranks, and in what precision its weights are gathered and multiplied.
+    """How a model is sharded: over which ranks, and in what precision its weights are gathered and multiplied.
 
     A mesh of one dimension ("shard"), or of two: whole copies ("replicate") that several ranks share ("shard").
     """
@@ -82,7 +82,7 @@ def shard(student: Student, sharding: Sharding) -> None:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor on all ranks, who must all ask for it; one that is not shared out is given as it is."""
+    """The full tensor on all ranks, who must all ask for it; one that is not sharded is given as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -101,7 +101,7 @@ def rows_here(tensor: torch.Tensor) -> slice:
 
 
 def as_shared(own: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A tensor shared out like `like`, of which this rank brings its own rows."""
+    """A tensor sharded like `like`, of which this rank brings its own rows."""
     if not isinstance(like, DTensor):
         return own
     layout: dict[str, Any] = {"shape": like.shape, "stride": like.stride()}

@@ -122,7 +122,7 @@ class Student(nn.Module):
         return self.parts.body(input_ids=tokens, use_cache=False).last_hidden_state
 
     def states_and_head(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`hidden` and the head, as a teacher gives them; where the model is shared out, the head is gathered here.
+        """`hidden` and the head, as a teacher gives them; where the model is sharded, the head is gathered here.
 
         It stays gathered on every rank, with embedding and last norm: a teacher's weights do not change.
         """

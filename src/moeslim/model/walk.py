@@ -3,7 +3,7 @@
 `walk` is a generator. It yields a visit per decoder layer ("0".."L-1"), for the final norm ("norm") and for the MTP
 block ("mtp.0"). A visit runs its layer over all rows, batch by batch; the caller hangs hooks on the live
 modules, and leaves files of its own in `visit.folder`. Advancing the generator commits both, the layer's outputs and
-that folder, by renaming one file; `send` may hand over a replacement for the layer, whose outputs then go on instead.
+that folder, by renaming one file; `send` may pass a replacement for the layer, whose outputs are then used instead.
 
 An interrupted walk resumes at its layer, from the same inputs: the outputs of a layer are written beside its
 inputs and never over them. The hidden states equal the whole model's bit by bit (same rows per batch, same number of
@@ -120,7 +120,7 @@ class LayerVisit:
         end: int | None = None,
         split: tuple[int, int] = (0, 1),
     ) -> Iterator[BatchOutput]:
-        """Run the layer (or `root` in its place) over rows [first, end), all unless told, writing its outputs.
+        """Run the layer (or `root` in its place) over rows [first, end), by default all, writing its outputs.
 
         Rows go in whole sequences, `rows_per_batch` at a time from `first` on; ranges must be
         run in order. A `split` (i, n) is every n-th batch, from the i-th one on.

@@ -81,7 +81,7 @@ class Distill(Section):
     keep_last: Count = 2
     """Newest saved states that stay."""
     async_save: bool | None = None
-    """Write a state while the training goes on; left out means on a GPU."""
+    """Write a state while the training continues; left out means on a GPU."""
     measure_every: Annotated[int, Field(ge=0)] = 0
     """Steps between measurements of bits per byte on held-out text; 0 never measures."""
     measure_rows: Count = 32
@@ -91,7 +91,7 @@ class Distill(Section):
     final: Literal["last", "best"] = "last"
     """Which state becomes the model: the last, or the one of fewest bits per byte."""
     watch: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
-    """Trackers that are told every step, beside curve.jsonl; each has to be installed."""
+    """Trackers that get every step, beside curve.jsonl; each has to be installed."""
     spike: Annotated[float, Field(ge=0)] = 6.0
     """A loss this many standard deviations above the mean of the last 50 steps is reported; 0 never."""
     lm_only: bool = False

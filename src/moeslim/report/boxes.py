@@ -16,7 +16,7 @@ def card(title: str, body: str, *, unit: str = "") -> str:
 
 
 def cards(charts: Sequence[str]) -> str:
-    """Three to a row on a wide screen; two or four charts stand two to a row."""
+    """Three to a row on a wide screen; two or four charts are two to a row."""
     kind = "cards two" if len(charts) in (2, 4) else "cards"
     return f'<div class="{kind}">{"".join(charts)}</div>'
 
@@ -27,7 +27,7 @@ def paragraph(text: str) -> str:
 
 
 def tile(value: str, unit: str, *, label: str, beside: str) -> str:
-    """One key figure: `value` large, what it is, and what it stands beside."""
+    """One key figure: `value` large, what it is, and what it is compared with."""
     small = f" <small>{escape(unit)}</small>" if unit else ""
     after = f"<em>{escape(beside)}</em>" if beside else ""
     return f'<div class="tile"><b>{escape(value)}{small}</b><span>{escape(label)}</span>{after}</div>'

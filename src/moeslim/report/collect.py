@@ -1,4 +1,4 @@
-"""Everything that a run folder tells, read once into frozen facts; what is not there is left out, never guessed.
+"""Everything in a run folder, read once into frozen facts; what is not there is left out, never guessed.
 
 RUN/recipe.yaml, stages/*.json, stage-N/{plan.json, stats/stats.json, cut/{config,receipt}.json, curve.jsonl},
 random-init/curve.jsonl, records/<label>.json, records/tasks/{<label>,retention/<teacher>}.json, samples.json. A file
@@ -25,7 +25,7 @@ _STEPS = ("calibrate", "plan", "cut", "moments", "distill")
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and how each model goes on."""
+    """One prompt and each model's continuation."""
 
     prompt: str
     domain: str
@@ -148,7 +148,7 @@ def _stages(folder: Path) -> tuple[StageRecord, ...]:
 
 
 def _place(record: Path) -> tuple[bool, int, int, str]:
-    """Where a stage's record stands in the story: by its name, since times change when a folder is copied."""
+    """The order of a stage's record in the run: by its name, since times change when a folder is copied."""
     found = re.fullmatch(r"stage-(\d+)-(\w+)", record.stem)
     if found is None:
         return True, 0, 0, record.stem

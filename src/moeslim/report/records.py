@@ -41,7 +41,7 @@ class ModelRecord:
 
 
 def place(label: str) -> int:
-    """Where a model stands among the columns."""
+    """The position of a model among the columns."""
     return ORDER.index(label) if label in ORDER else len(ORDER)
 
 

@@ -1,7 +1,7 @@
 """Task scores of a run folder, as `evaluate --tasks ... --out RUN/records` leaves them, and what is kept of them.
 
 A column is a model's record of scores, so what is deleted is gone from the page. The comparison with a teacher lies in
-a file of its own; it is told only of scores that the models' records still hold as they were when it was made.
+a file of its own; it is shown only for scores that the models' records still hold as they were when it was made.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ def _table(records: Mapping[str, _Scores]) -> dict[str, Any]:
 
 
 def _with_teacher(records: Mapping[str, _Scores], path: Path) -> TaskTable:
-    """The scores with what the retention record at `path` says of them."""
+    """The scores with their retention in the record at `path`."""
     table, record = _table(records), read_json(path)
     try:
         teacher, tasks, mean = record["teacher"], record["tasks"], record.get("mean")
@@ -100,7 +100,7 @@ def _with_teacher(records: Mapping[str, _Scores], path: Path) -> TaskTable:
 
 
 def _sound(facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`facts` of one model against its teacher, unless what they tell is no figure and no paired test."""
+    """`facts` of one model against its teacher, if they are figures and paired tests; else ValueError."""
     for name, value in facts.items():
         if value is not None:
             wanted = {"better", "worse", "p"} if name == "paired" else {"value", "se", "n", "unit", "per"}

@@ -16,7 +16,7 @@ from moeslim.report.training import Training, read_trainings
 
 @dataclass(frozen=True)
 class StageFacts:
-    """One stage: what its model is and what it took; None where the file that tells it is not there.
+    """One stage: what its model is and what it took; None where its file is not there.
 
     `sizes` after the plan, and whether it says that there is an `mtp` head; `counted` and `bytes` of the cut model; the
     `tokens` of the calibration, and the fingerprint of the model that was `observed` there.
@@ -39,7 +39,7 @@ def stage_folders(folder: Path) -> dict[int, Path]:
 
 
 def read_stages(folders: Mapping[int, Path], cut: CutFacts | None) -> tuple[StageFacts, ...]:
-    """Every stage of a run; `cut` is the replay of the plans that stand. RunError or CheckpointError name a file."""
+    """Every stage of a run; `cut` is the replay of the existing plans. RunError or CheckpointError name a file."""
     planned = [number for number, path in folders.items() if (path / "plan.json").is_file()]
     after = dict(zip(planned, cut.sizes[1:], strict=True)) if cut else {}
     mtp = cut is not None and any(is_mtp(layer.key) for layer in cut.layers)
@@ -51,7 +51,7 @@ def read_stages(folders: Mapping[int, Path], cut: CutFacts | None) -> tuple[Stag
 
 
 def _stage(number: int, path: Path) -> StageFacts:
-    """What statistics and cut tell."""
+    """What statistics and cut hold."""
     cut = path / "cut"
     receipt, seen = cut / "receipt.json", _values_in(path / "stats" / "stats.json", "tokens", "model")
     return StageFacts(

@@ -1,7 +1,7 @@
 """What fewer experts would cost, for many expert counts at once: one calibration, and a stream of rows per count.
 
 The calibration holds some rows out. When a layer's statistics are known, and the layer is still live, these rows go
-through it once per count, cut to that count by these statistics, each stream going on from its own outputs of the layer
+through it once per count, cut to that count by these statistics, each stream starting from its own outputs of the layer
 before. After the final norm (and the MTP block) every stream is compared with the uncut model, token by token. So what
 is measured is what a cut by these statistics gives, on rows that they have not seen.
 

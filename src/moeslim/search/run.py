@@ -2,7 +2,7 @@
 
 When a layer's statistics are known it is still in memory with its inputs. Then its cut is decided, aligned, tried on
 rows that were held out, perhaps its router rows are trained, and perhaps the cut layer's outputs go on to the next
-layer in place of its own. What is found stands in the statistics (`Stats.found`), new router rows beside them.
+layer in place of its own. What is found is kept in the statistics (`Stats.found`), new router rows beside them.
 """
 
 from collections.abc import Sequence
@@ -136,10 +136,10 @@ class _Trial:
 
     def __init__(self, search: ExpertSearch, visit: LayerVisit, *, observed: int, held_out: int) -> None:
         self.search, self.visit, self.methods = search, visit, search.methods
-        self.goes = visit.key.isdecimal() and int(visit.key) >= search.layers
+        self.dropped = visit.key.isdecimal() and int(visit.key) >= search.layers
         self.align = alignment(search.methods)
         self.observed = self.held_out = None
-        if visit.experts is None or self.goes:
+        if visit.experts is None or self.dropped:
             return
         if search.methods.calibrate_router:
             self.observed = BlockSample(visit, spread(observed, SAMPLE_TOKENS))
@@ -158,7 +158,7 @@ class _Trial:
 
     def decide(self, stats: LayerStats | None) -> tuple[dict[str, Any] | None, nn.Module | None]:
         """The layer's cut with facts on how it was found, and in sequence what runs from here on."""
-        if self.goes:
+        if self.dropped:
             return None, _Passing() if self.search.sequential else None
         if self.visit.experts is None or stats is None:
             return None, None

@@ -1,7 +1,7 @@
 """Sample rows as each expert count has left them, layer by layer, and their comparison with the uncut model.
 
-A stream is a file of hidden states in the visit's folder, so it is committed with the layer, and a killed probe goes on
-at its layer. Shapes: B rows, T positions, d hidden size, V vocabulary, N positions of one chunk.
+A stream is a file of hidden states in the visit's folder, so it is committed with the layer, and an interrupted probe
+resumes at its layer. Shapes: B rows, T positions, d hidden size, V vocabulary, N positions of one chunk.
 """
 
 import shutil

@@ -27,12 +27,12 @@ Process = subprocess.Popen[bytes]
 def study(
     file: Path | str, out: Path | str, *, overrides: Sequence[str] = (), jobs: int = 1, redo: bool = False
 ) -> dict[str, Any]:
-    """Make every cell that does not stand, `jobs` at a time, then the table of all that do; the study's record.
+    """Make every cell that is not current, `jobs` at a time, then the table of all that are; the study's record.
 
-    A cell that fails is named in the record (`failed`) and in the table's notes, and the others go on.
+    A cell that fails is named in the record (`failed`) and in the table's notes, and the others continue.
     """
     if jobs < 1:
-        raise RecipeError(f"--jobs {jobs}: at least one run goes on at a time")
+        raise RecipeError(f"--jobs {jobs}: at least one run at a time")
     grid, out = Grid.of(file, overrides), Path(out)
     with open_run(out, redo=redo) as folder:
         missing = []
@@ -89,7 +89,7 @@ def _run_cells(grid: Grid, cells: Sequence[Cell], *, folder: Run, jobs: int) -> 
                     continue
                 del running[slot]
                 if code == Interrupted.exit_code:
-                    raise Interrupted(f"{cell.name} was stopped; the same command goes on from there")
+                    raise Interrupted(f"{cell.name} was stopped; the same command resumes from there")
                 if code:
                     grid.failed[cell.name] = _reason(_log(folder, cell), code)
                     logger.warning("%s failed: %s", cell.name, grid.failed[cell.name])
@@ -100,10 +100,10 @@ def _run_cells(grid: Grid, cells: Sequence[Cell], *, folder: Run, jobs: int) -> 
 
 @contextmanager
 def _ended(running: Mapping[int, tuple[Cell, Process]]) -> Iterator[None]:
-    """However the block ends, no run goes on behind it: each is asked once to save and stop, and waited for."""
+    """However the block ends, no run continues after it: each is asked once to save and stop, and waited for."""
 
     def stop(_number: int, _frame: object) -> None:
-        raise Interrupted("stopped; what is finished stays, and the same command goes on from there")
+        raise Interrupted("stopped; what is finished stays, and the same command resumes from there")
 
     main = threading.current_thread() is threading.main_thread()  # Python allows signal handlers only there
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}

@@ -70,7 +70,7 @@ class CacheFolder:
         if not cache.complete:
             raise DataError(
                 f"{folder}: the cache is not finished, {len(cache.shards)} of {cache.num_shards} shards stand; run the "
-                "same `moeslim cache-teacher` again, it goes on from there"
+                "same `moeslim cache-teacher` again, it resumes from there"
             )
         return cache
 
