@@ -285,8 +285,13 @@ def test_a_signal_ends_both_parts_after_their_batch(
         return original(self, *inputs)
 
     monkeypatch.setattr(FileExperts, "forward", forward)
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(folder, np.concatenate([ROWS] * 20), out=tmp_path / "out", settings=SETTINGS)
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and workers inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(folder, np.concatenate([ROWS] * 20), out=tmp_path / "out", settings=SETTINGS)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert calls[0] < 60  # of 90 in the first layer
     assert torch.get_num_threads() == 2
 
