@@ -173,7 +173,7 @@ OTHERS = {
 
 def test_the_page_on_distillation_says_what_may_change() -> None:
     page = (Path(__file__).parents[1] / "docs" / "distillation.md").read_text(encoding="utf-8")
-    (sentence,) = re.findall(r"These may change when a training goes on: (.+?)\.", page, re.DOTALL)
+    (sentence,) = re.findall(r"These may change when a training resumes: (.+?)\.", page, re.DOTALL)
     assert set(re.findall("`(.+?)`", sentence)) == set(FREE)
     assert sentence.replace("\n", " ").endswith("and the number of processes")
 
