@@ -3,12 +3,14 @@
 What runs is compared with transformers' own float64 model (stock.py), which knows nothing of moeslim.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from command import MEASURE, SMALL, TOKENIZER, TRAIN, Command, moeslim, settings, write_text
 from moeslim.calibrate.observe import Observe
@@ -16,8 +18,10 @@ from moeslim.calibrate.run import calibrate
 from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.verify import verify
 from moeslim.errors import CheckpointError, FamilyError
+from moeslim.families import FAMILIES as PAGES
 from moeslim.losses import LossWeights, coefficients, term_counts
 from moeslim.model.load import load_student
+from moeslim.model.save import save_student
 from moeslim.model.student import Student
 from moeslim.model.walk import WalkSettings
 from moeslim.stats import Stats
@@ -210,10 +214,6 @@ def test_searches_at_live_layers(moeslim: Command, tmp_path: Path, family: str) 
 
 def test_a_heads_copies_of_embedding_and_head_are_one_with_the_trunks(tmp_path: Path) -> None:
     """GLM's files may hold both a second time: equal ones are written as what they copy, others are refused."""
-    from safetensors.torch import load_file, save_file
-
-    from moeslim.model.save import save_student
-
     folder = write_tiny(tmp_path / "model", family="glm4_moe")
     file = folder / "model.safetensors"
     tensors = load_file(file)
@@ -238,10 +238,6 @@ def test_a_heads_copies_of_embedding_and_head_are_one_with_the_trunks(tmp_path: 
 
 def test_a_page_that_is_wrong_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a class holds beyond the page, or in another size, must not be trained and forgotten."""
-    from dataclasses import replace
-
-    from moeslim.families import FAMILIES as PAGES
-
     page = PAGES["qwen3_moe"]
     parts = {**page.parts, "full_attention": page.parts["full_attention"][:-1]}  # without k_norm
     monkeypatch.setitem(PAGES, "qwen3_moe", replace(page, parts=parts))
