@@ -232,7 +232,7 @@ def test_a_heads_copies_of_embedding_and_head_are_one_with_the_trunks(tmp_path: 
     assert all(torch.equal(saved[copy], saved[name]) for copy, name in copies.items())
     assert torch.equal(saved["lm_head.weight"], tensors["lm_head.weight"] * 0.25)
     save_file({**load_file(file), "model.layers.4.embed_tokens.weight": tensors["model.embed_tokens.weight"] + 1}, file)
-    with pytest.raises(CheckpointError, match=r"model.layers.4.embed_tokens.weight differs from model.embed_tokens"):
+    with pytest.raises(CheckpointError, match="embed_tokens.weight differs from model.embed_tokens.weight in dtype"):
         load_student(folder)
 
 
@@ -245,3 +245,40 @@ def test_a_page_that_is_wrong_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         FamilyError, match=r"families/qwen3_moe.py and Qwen3MoeForCausalLM disagree on 4 tensors.*k_norm"
     ):
         Student.from_config(tiny_config("qwen3_moe"))
+
+
+def test_a_router_with_a_bias_computes_in_float32_under_autocast(tmp_path: Path) -> None:
+    """As its class asks for, and as evaluation does: autocast's bf16 product would send some tokens elsewhere."""
+    student = load_student(write_tiny(tmp_path / "model", family="glm4_moe"))
+    router, x = student.moe["1"].router, torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+    plain = router(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = router(x)
+    assert mixed[0].dtype == torch.float32
+    assert all(torch.equal(one, other) for one, other in zip(plain, mixed, strict=True))
+
+
+def test_a_student_in_bfloat16_keeps_its_buffers(tmp_path: Path) -> None:
+    """A correction bias is compared with values near 1 and moves in small steps: bf16 has 3 digits there."""
+    built = Student.from_config(tiny_config("glm4_moe"), dtype=torch.bfloat16)
+    loaded = load_student(write_tiny(tmp_path / "model", family="glm4_moe"), dtype=torch.bfloat16)
+    for student in (built, loaded):
+        assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+        assert {buffer.dtype for buffer in student.buffers()} == {torch.float32}
+    assert built.mtp is not None  # transformers takes GLM without the key for a model with a head
+
+
+def test_copies_in_another_dtype_are_refused(tmp_path: Path) -> None:
+    """Equal values now, but each would be rounded by its own dtype when they are saved."""
+    folder = write_tiny(tmp_path / "model", family="glm4_moe", form={"dtype": "bfloat16"})
+    tensors = load_file(folder / "model.safetensors")
+    more = {"model.layers.4.embed_tokens.weight": tensors["model.embed_tokens.weight"].float()}
+    save_file({**tensors, **more}, folder / "model.safetensors")
+    (folder / "receipt.json").unlink()
+    with pytest.raises(CheckpointError, match="in dtype or values"):
+        load_student(folder)
+
+
+def test_a_group_needs_as_many_experts_as_rank_it() -> None:
+    with pytest.raises(FamilyError, match="ranks a group by its 2 best; there must be at least 4"):
+        Student.from_config(tiny_config("glm4_moe", n_routed_experts=2, num_experts_per_tok=1))

@@ -102,7 +102,7 @@ class LayerStats(_Sums):
     gate_sum: Array = field(default_factory=_nothing)  # (E) sum over all tokens of g_e / sum of the token's k gates
     gate_norm_sum: Array = field(default_factory=_nothing)  # (E) sum over X_e of g_e(x) ||E_e(x)||
     norm_sum: Array = field(default_factory=_nothing)  # (E) sum over X_e of ||E_e(x)||
-    softmax_norm_sum: Array = field(default_factory=_nothing)  # (E) sum over X_e of p_e(x) ||E_e(x)||, p the softmax
+    softmax_norm_sum: Array = field(default_factory=_nothing)  # (E) sum over X_e of p_e(x) ||E_e(x)||, p: shares
     removal_sum: Array = field(default_factory=_nothing)  # (E) sum over X_e of the output's change without e, if asked
     logit_gram: Array = field(default_factory=_nothing)  # (E, E) sum of z z^T, z the raw uncentred router logits
     router_gram: Array = field(default_factory=_nothing)  # (E, E) W W^T of the router's rows

@@ -168,14 +168,14 @@ class _ExpertSums:
     def route(self, x_Td: torch.Tensor, indices_TK: torch.Tensor, *, gates_TK: torch.Tensor) -> torch.Tensor | None:
         """Take this batch's part of the shared sample; the next expert in line is wanted for `removal` alone."""
         logits_TE = self._batch.pop("logits")
-        softmax_TE = self.moe.probabilities(wide(logits_TE))
+        share_TE = self.moe.probabilities(wide(logits_TE))
         _add(self.sums, {"logit_gram": gram(logits_TE)})
         inside = self._positions - self._seen
         inside = inside[(inside >= 0) & (inside < x_Td.shape[0])]
         picked = torch.from_numpy(inside).to(x_Td.device)
-        self._sampled.append((x_Td[picked], softmax_TE[picked]))  # empty ones too: a rank may have no other
+        self._sampled.append((x_Td[picked], share_TE[picked]))  # empty ones too: a rank may have no other
         self._seen += x_Td.shape[0]
-        self._batch = {"gates": gates_TK, "softmax": softmax_TE.gather(1, indices_TK)}
+        self._batch = {"gates": gates_TK, "softmax": share_TE.gather(1, indices_TK)}
         if not self.removal:
             return None
         self._removal = RemovalBatch(self.moe, logits_TE, indices_NK=indices_TK, gates_NK=gates_TK)
@@ -209,9 +209,9 @@ class _ExpertSums:
         self._norms, self._neurons, self._removal, self._batch = [], [], None, {}
 
     def over_sample(self, experts: FileExperts) -> Sums:
-        """Every expert's mean outputs, plain and weighted by the softmax over all experts, as sums over the sample."""
-        sample_Sd, softmax_SE = (torch.cat(parts) for parts in zip(*self._sampled, strict=True))
-        weights_E2S = torch.stack([torch.ones_like(softmax_SE), softmax_SE]).permute(2, 0, 1).double()
+        """Every expert's mean outputs, plain and weighted by its router's share of it, as sums over the sample."""
+        sample_Sd, share_SE = (torch.cat(parts) for parts in zip(*self._sampled, strict=True))
+        weights_E2S = torch.stack([torch.ones_like(share_SE), share_SE]).permute(2, 0, 1).double()
         sums, downs = [], []
         with torch.no_grad():
             for weights_2S, (out_Sd, down_dI) in zip(weights_E2S, experts.every_output(sample_Sd), strict=True):

@@ -62,10 +62,11 @@ def check_copies(reader: Reader) -> None:
     for row in reader.rows.values():
         if is_copy(row):
             shared = reader.shape.outer(row.component)
-            if not torch.equal(reader.tensor(row.name), reader.tensor(shared)):
+            same = reader.dtype(row.name) == reader.dtype(shared)  # another dtype would round to another value
+            if not same or not torch.equal(reader.tensor(row.name), reader.tensor(shared)):
                 raise CheckpointError(
-                    f"{reader.folder}: {row.name} differs from {shared}, and a model is run with one of them only; "
-                    "what works on files does: inspect, plan, cut and verify"
+                    f"{reader.folder}: {row.name} differs from {shared} in dtype or values, and a model is run with "
+                    "one of them only; what works on files does: inspect, plan, cut and verify"
                 )
 
 

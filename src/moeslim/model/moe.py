@@ -7,9 +7,10 @@ Legend: N tokens, E experts, K of them per token, E' kept experts, d hidden size
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +73,16 @@ class MoeBlock:
     @experts.setter
     def experts(self, experts: nn.Module) -> None:
         self.block.set_submodule(self.experts_name, experts)
+
+    def keep_precision(self) -> None:
+        """Let a router with a correction bias compute in float32 under autocast too, as its class asks for.
+
+        Autocast would turn its float32 product into one of bf16, whose scores have 8 bits: some tokens would get other
+        experts in training than in evaluation, which runs without autocast.
+        """
+        if self.correction_bias is not None:
+            router = self.router
+            router.forward = partial(_without_autocast, type(router).forward, router)
 
     @property
     def correction_bias(self) -> torch.Tensor | None:
@@ -138,6 +149,11 @@ class MoeBlock:
 
     def _rows(self) -> Iterator[Tensor]:
         return (tensor for tensor in self.shape.family.parts["moe"] if tensor.component == "router")
+
+
+def _without_autocast(forward: Callable[..., Any], router: nn.Module, x: torch.Tensor) -> Any:
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(router, x)
 
 
 class RouterWatch:

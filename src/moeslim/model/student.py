@@ -45,6 +45,8 @@ class Student(nn.Module):
         )
         found = {key: MoeBlock.find(self.shape, key, layer=layer) for key, layer in layers.items()}
         self.moe = {key: block for key, block in found.items() if block is not None}
+        for block in self.moe.values():
+            block.keep_precision()
         self.routers = RouterWatch(self.moe)
 
     @classmethod
@@ -59,18 +61,21 @@ class Student(nn.Module):
     ) -> "Student":
         """A freshly initialised student of the shape in `config` (std `initializer_range`, torch's global generator).
 
-        `shape` knows whether there is an MTP head; None: as `num_nextn_predict_layers` says. Built on the current
-        default device, so that `with torch.device("meta")` makes an empty one to load into. FamilyError where the
-        family's page and transformers' class disagree.
+        `shape` knows whether there is an MTP head; None: as `num_nextn_predict_layers` and its default say. Built on
+        the current default device, so that `with torch.device("meta")` makes an empty one to load into. FamilyError
+        where the family's page and transformers' class disagree.
         """
         if shape is None:
             shape = Shape.from_config(config)
-            shape = shape if config.get("num_nextn_predict_layers", 0) else shape.trunk
+            shape = shape if config.get("num_nextn_predict_layers", shape.family.mtp_default) else shape.trunk
         parts = Trunk(build_trunk(config, attn=attn, experts=experts), shape)
         block = MtpBlock(parts) if shape.mtp_layers else None
         if block is not None:
             block.apply(parts.model._init_weights)
-        return cls(parts, block, config=config).to(dtype)
+        student = cls(parts, block, config=config)
+        for parameter in student.parameters():  # buffers keep their precision: frequencies, correction biases
+            parameter.data = parameter.data.to(dtype)
+        return student
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -7,10 +7,7 @@ sum of the two best experts of each (DeepSeek-V3). A router without groups is on
 from collections.abc import Sequence
 
 from moeslim.errors import PlanError
-from moeslim.families import Shape
-
-RANKED_BY = 2
-"""Experts whose scores rank a group."""
+from moeslim.families.shape import RANKED_BY, Shape
 
 
 def check_groups(shape: Shape, experts: int, *, top_k: int, where: str) -> None:

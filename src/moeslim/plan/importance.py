@@ -47,7 +47,10 @@ def removal(stats: LayerStats) -> np.ndarray:
 
 
 def ream_saliency(stats: LayerStats) -> np.ndarray:
-    """Mean over X_e of `p ||E_e(x)||`, p the softmax over all experts (arXiv 2604.04356); the operation ream's own."""
+    """Mean over X_e of `p ||E_e(x)||`, p the router's share of e among all experts (arXiv 2604.04356: a softmax).
+
+    The operation `ream`'s own.
+    """
     return _mean(stats.softmax_norm_sum, _routed(stats))
 
 

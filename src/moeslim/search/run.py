@@ -231,7 +231,7 @@ class _Trial:
 class _Passing(nn.Module):
     """In the place of a layer that the plan drops: its input is its output."""
 
-    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
 
 
