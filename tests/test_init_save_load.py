@@ -12,7 +12,7 @@ from moeslim.artifacts import commit
 from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.verify import verify
 from moeslim.errors import FamilyError, RunError
-from moeslim.families import layer_prefix, table
+from moeslim.families import table
 from moeslim.model.init import write_random
 from moeslim.model.load import load_student, stacked_experts
 from moeslim.model.save import save_student
@@ -125,7 +125,7 @@ def test_some_experts_of_a_layer_are_those_of_the_live_one(tmp_path: Path, layou
     reader, student = Reader(folder), load_student(folder)
     layers = [*student.trunk.model.layers, student.mtp.layers[0]]
     for key, layer in zip(reader.shape.layer_keys, layers, strict=True):
-        prefix = layer_prefix(reader.shape, key)
+        prefix = reader.shape.prefix(key)
         live = layer.state_dict()
         plain = {row.name: reader.tensor(row.name) for row in reader.rows.values() if row.component != "experts"}
         own = {name.removeprefix(prefix): tensor for name, tensor in plain.items() if name.startswith(prefix)}

@@ -4,9 +4,9 @@ from moeslim.families.count import Count, count
 from moeslim.families.layouts import EXPERT_LAYOUTS, Layouts, Piece, detect, pieces
 from moeslim.families.operations import Forward, forward_operations, training_operations
 from moeslim.families.registry import FAMILIES, family_of
-from moeslim.families.shape import Shape, is_mtp, mtp_keys
+from moeslim.families.shape import Shape, is_mtp
 from moeslim.families.spec import Family, Tensor, names, positions, size
-from moeslim.families.table import PER_EXPERT, STACKED, Row, expert_prefix, layer_prefix, table
+from moeslim.families.table import PER_EXPERT, STACKED, Row, expert_prefix, table
 
 __all__ = [
     "EXPERT_LAYOUTS",
@@ -27,8 +27,6 @@ __all__ = [
     "family_of",
     "forward_operations",
     "is_mtp",
-    "layer_prefix",
-    "mtp_keys",
     "names",
     "pieces",
     "positions",

@@ -122,7 +122,7 @@ class Shape:
     @property
     def mtp_keys(self) -> tuple[str, ...]:
         """The MTP head's layers: "mtp.0", or none."""
-        return mtp_keys(self.mtp_layers)
+        return tuple(f"mtp.{layer}" for layer in range(self.mtp_layers))
 
     @property
     def layer_keys(self) -> tuple[str, ...]:
@@ -198,11 +198,6 @@ class Shape:
 def is_mtp(key: str) -> bool:
     """Whether a layer's key is one of the MTP head's."""
     return key.startswith("mtp.")
-
-
-def mtp_keys(layers: int) -> tuple[str, ...]:
-    """The keys of an MTP head of `layers` layers."""
-    return tuple(f"mtp.{layer}" for layer in range(layers))
 
 
 def _one_spelling(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:

@@ -53,12 +53,7 @@ def table(shape: Shape, layouts: Layouts = PER_EXPERT) -> dict[str, Row]:
 
 def expert_prefix(shape: Shape, key: str) -> str:
     """Where the routed experts of a layer lie, for example `model.layers.3.mlp.experts`."""
-    return layer_prefix(shape, key) + shape.family.expert_prefix
-
-
-def layer_prefix(shape: Shape, key: str) -> str:
-    """What the names of a layer's tensors begin with, the dot included."""
-    return shape.prefix(key)
+    return shape.prefix(key) + shape.family.expert_prefix
 
 
 def _rows(shape: Shape, layouts: Layouts) -> Iterator[Row]:
@@ -72,7 +67,7 @@ def _rows(shape: Shape, layouts: Layouts) -> Iterator[Row]:
         return Row(prefix + shape.named(tensor.name), lengths, layer, None, subtree, tensor)
 
     def layer_rows(key: str, subtree: str) -> Iterator[Row]:
-        prefix = layer_prefix(shape, key)
+        prefix = shape.prefix(key)
         parts = ("every", shape.mixer(key), "moe" if shape.is_moe(key) else "dense")
         yield from (row(tensor, prefix, key, subtree) for name in parts for tensor in part(name))
         if shape.is_moe(key):

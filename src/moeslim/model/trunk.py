@@ -5,7 +5,6 @@ is as long as the config says, what comes before them is asked for by transforme
 them is what is called there. Names are needed for files alone, and those stand on the family's page.
 """
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,8 +17,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moeslim.errors import FamilyError
 from moeslim.families import Shape
-
-_ROTARY = re.compile(r"Rotary")
 
 
 def build_trunk(config: Mapping[str, Any], *, attn: str, experts: str) -> PreTrainedModel:
@@ -55,7 +52,7 @@ class Trunk:
         self.embed: nn.Module = model.get_input_embeddings()
         self.head: nn.Module = model.get_output_embeddings()
         self.layers_name = self._layers_name()
-        self.rotary_name = self._child(_ROTARY, "rotary embedding")
+        self.rotary_name = self._rotary_name()
         self.norm_name = self._norm_name()
         wanted = (shape["vocab"], shape["hidden"])
         for what, weight in (("embedding", self.embed.weight), ("head", self.head.weight)):
@@ -101,10 +98,10 @@ class Trunk:
             raise FamilyError(f"{self._page}: {len(found)} lists of {self.shape.layers} layers were found, not one")
         return found[0]
 
-    def _child(self, kind: re.Pattern[str], what: str) -> str:
-        found = [name for name, module in self.body.named_children() if kind.search(type(module).__name__)]
+    def _rotary_name(self) -> str:
+        found = [name for name, module in self.body.named_children() if "Rotary" in type(module).__name__]
         if len(found) != 1:
-            raise FamilyError(f"{self._page}: {len(found)} modules look like its {what}, not one")
+            raise FamilyError(f"{self._page}: {len(found)} modules look like its rotary embedding, not one")
         return found[0]
 
     def _norm_name(self) -> str:

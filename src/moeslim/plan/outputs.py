@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moeslim.families import Row, Shape, expert_prefix, layer_prefix, names, positions, table
+from moeslim.families import Row, Shape, expert_prefix, names, positions, table
 from moeslim.plan.view import Part, Parts, View
 
 Index = tuple[np.ndarray | None, ...]
@@ -73,7 +73,7 @@ def outputs(view: View, after: Shape, *, layouts: Mapping[str, str], dtypes: Map
 
 def _plain(view: View, row: Row, *, key: str | None) -> tuple[str, tuple[Slot, ...]]:
     """A tensor that is no routed expert's, the router among them."""
-    prefix = "" if key is None else layer_prefix(view.shape, key)
+    prefix = "" if key is None else view.shape.prefix(key)
     name = prefix + (view.shape.named(row.tensor.name) if key is None else row.tensor.name)
     source = Source(name, None, _index(view, row.axes, key=key))
     if name in view.scale:

@@ -1,5 +1,6 @@
 """What every kind of step has, and the checks that several of them share."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self
 
@@ -42,17 +43,17 @@ class PlanStep(Strict):
 
     step: str
 
+    @abstractmethod
     def check(self, shape: Shape, *, top_k: int) -> None:
         """PlanError unless it can work on a model of `shape`; `top_k` is what the plan ends with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def after(self, shape: Shape) -> Shape:
         """The shape that it leaves of `shape`, once checked."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, view: View) -> View:
         """What it leaves of the source, of which earlier steps have left `view`."""
-        raise NotImplementedError
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The cut model's config.json with what no shape says; the sizes stand in it already."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, FiniteFloat
 
 from moeslim.errors import PlanError
-from moeslim.families import STACKED, Row, Shape, layer_prefix, table
+from moeslim.families import STACKED, Row, Shape, table
 from moeslim.plan.steps.base import Ids, PlanStep, in_range, span
 from moeslim.plan.view import View
 
@@ -59,7 +59,7 @@ def _source_name(view: View, name: str) -> str:
     """The source's name of a tensor of a layer, or of an outer one, after the layers dropped so far."""
     here = view.here
     for new in here.layer_keys:
-        prefix = layer_prefix(here, new)
+        prefix = here.prefix(new)
         if prefix and name.startswith(prefix):
-            return layer_prefix(view.shape, view.source_key(new)) + name.removeprefix(prefix)
+            return view.shape.prefix(view.source_key(new)) + name.removeprefix(prefix)
     return name

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moeslim.errors import PlanError
-from moeslim.families import Shape, layer_prefix
+from moeslim.families import Shape
 from moeslim.plan.steps.base import PlanStep, span
 from moeslim.plan.view import NewRouter, View
 
@@ -36,7 +36,7 @@ class SetRouters(PlanStep):
 
     def apply(self, view: View) -> View:
         """The layers listed take their router rows from the file, under the names that they have by then."""
-        new = {view.source_key(key): NewRouter(self.file, layer_prefix(view.here, key)) for key in self.layers}
+        new = {view.source_key(key): NewRouter(self.file, view.here.prefix(key)) for key in self.layers}
         return view.changed(routers={**view.routers, **new})
 
     def for_moments(self) -> None:
