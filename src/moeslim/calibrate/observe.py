@@ -153,7 +153,7 @@ class _ExpertSums:
 
     def __init__(self, moe: MoeBlock, positions: np.ndarray, *, removal: bool) -> None:
         self.moe, self.removal = moe, removal
-        self.sums: Sums = {"router_gram": gram(moe.router.weight.T)}
+        self.sums: Sums = {"router_gram": gram(moe.rows.T)}
         self._positions, self._seen = positions, 0
         self._sampled: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._batch: dict[str, torch.Tensor] = {}

@@ -21,6 +21,7 @@ Legend: N tokens, E experts, K per token, C = K + 1 candidates (K if all experts
 import torch
 
 from moeslim.calibrate.sums import per_expert, wide
+from moeslim.errors import FamilyError
 from moeslim.model.experts import Routing
 from moeslim.model.moe import MoeBlock
 
@@ -92,6 +93,11 @@ class RemovalBatch:
         self, moe: MoeBlock, logits_NE: torch.Tensor, *, indices_NK: torch.Tensor, gates_NK: torch.Tensor
     ) -> None:
         shape = moe.shape
+        if not moe.gates_follow:
+            raise FamilyError(
+                f"families/{shape.family.model_type}.py: gate values of a router of kind {shape.family.router!r}, or with "
+                "a factor per expert, are not its scores, so removal cannot be followed; set another methods.experts"
+            )
         self.next = next_in_line(moe.choice(logits_NE), indices_NK, groups=shape.groups)
         candidates_NC = indices_NK if self.next is None else torch.cat([indices_NK, self.next[:, None]], dim=1)
         self._changes = gate_changes(
@@ -99,7 +105,7 @@ class RemovalBatch:
             candidates_NC,
             gates_NK=gates_NK,
             renormalise=shape.renormalise,
-            softmax=shape.family.router == "softmax",
+            softmax=moe.by_softmax,
         )
         self._chosen: list[torch.Tensor] = []
         self._beside: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -3,7 +3,7 @@
 from moeslim.families.count import Count, count
 from moeslim.families.layouts import EXPERT_LAYOUTS, Layouts, Piece, detect, pieces
 from moeslim.families.operations import Forward, forward_operations, training_operations
-from moeslim.families.registry import FAMILIES, family_of
+from moeslim.families.registry import FAMILIES, family_of, text_config
 from moeslim.families.shape import Shape, is_mtp
 from moeslim.families.spec import Family, Tensor, names, positions, size
 from moeslim.families.table import PER_EXPERT, STACKED, Row, expert_prefix, table
@@ -32,5 +32,6 @@ __all__ = [
     "positions",
     "size",
     "table",
+    "text_config",
     "training_operations",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeslim.errors import PlanError
-from moeslim.families.registry import family_of
+from moeslim.families.registry import family_of, text_config, with_text_config
 from moeslim.families.shape import Shape
 
 
@@ -23,7 +23,7 @@ def edit_config(config: Mapping[str, Any], after: Shape) -> dict[str, Any]:
     """
     check_first_layer(after)
     before = Shape.from_config(config)
-    edited = dict(config)
+    edited = dict(text_config(config))
     for axis, where in before.family.sizes.items():
         key, follows = before.family.key(axis), isinstance(where, tuple) and isinstance(where[1], str)
         if key in edited or follows or after[axis] != before[axis]:
@@ -33,9 +33,9 @@ def edit_config(config: Mapping[str, Any], after: Shape) -> dict[str, Any]:
     }
     _write_layers(edited, after, before=before)
     _write_ropes(edited, before.family.rope_defaults)
-    edited = with_mtp(edited, bool(after.mtp_layers))
-    Shape.from_config(edited)
-    return edited
+    whole = with_mtp(with_text_config(config, edited), bool(after.mtp_layers))
+    Shape.from_config(whole)
+    return whole
 
 
 def check_first_layer(after: Shape) -> None:
@@ -49,9 +49,17 @@ def check_first_layer(after: Shape) -> None:
 
 def with_mtp(config: Mapping[str, Any], mtp: bool) -> dict[str, Any]:
     """The config that says whether there is an MTP head; without one the key is only there where silence means one."""
-    family, key = family_of(config), "num_nextn_predict_layers"
+    family = family_of(config)
+    key = family.mtp_key
     said = {key: 1} if mtp and family.mtp is not None else {key: 0} if family.mtp_default else {}
-    return {**{name: value for name, value in config.items() if name != key or key in said}, **said}
+    kept = {name: value for name, value in text_config(config).items() if name != key or key in said}
+    return with_text_config(config, {**kept, **said})
+
+
+def says_mtp(config: Mapping[str, Any]) -> bool:
+    """Whether a raw config says that there is an MTP head."""
+    family = family_of(config)
+    return bool(text_config(config).get(family.mtp_key, family.mtp_default))
 
 
 def _write_layers(edited: dict[str, Any], after: Shape, *, before: Shape) -> None:

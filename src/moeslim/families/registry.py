@@ -11,13 +11,32 @@ FAMILIES: dict[str, Family] = {spec.model_type: spec for spec in (qwen3_next.SPE
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The page of facts for a raw config.json; FamilyError when there is none."""
+    """The page of facts for a raw config.json, with a wrapper's names where it is one's; FamilyError if there is none."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise FamilyError("config.json has no model_type; it must name the architecture, for example 'qwen3_next'")
-    if model_type not in FAMILIES:
+    found = next((page for page in FAMILIES.values() if model_type in (page.model_type, *page.more_types)), None)
+    if found is None:
         raise FamilyError(
             f"config.json: model_type {model_type!r} is not a family that moeslim knows "
             f"({', '.join(sorted(FAMILIES))}); a family is one page of facts in families/ (see CONTRIBUTING.md)"
         )
-    return FAMILIES[model_type]
+    if not isinstance(config.get("text_config"), Mapping):
+        return found
+    if found.wrapper is None:
+        raise FamilyError(
+            f"config.json has a text_config, and families/{found.model_type}.py knows no wrapper of {model_type!r}; "
+            "use the text model's own release, or add the wrapper to the page"
+        )
+    return found.wrapped
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What holds a text model's sizes: a wrapper's `text_config`, the raw config itself otherwise."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
+def with_text_config(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """The raw config with another `text_config`."""
+    return dict(text) if text_config(config) is config else {**config, "text_config": dict(text)}

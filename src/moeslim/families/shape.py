@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moeslim.errors import FamilyError
-from moeslim.families.registry import family_of
+from moeslim.families.registry import family_of, text_config
 from moeslim.families.spec import Family
 
 RANKED_BY = 2
@@ -42,7 +42,8 @@ class Shape:
         taken to be there: see `with_present`.
         """
         family = family_of(config)
-        config = _one_spelling(config, family)
+        tied = bool(config.get("tie_word_embeddings", False))
+        config = _one_spelling(text_config(config), family)
         sizes, layers = _sizes(config, family), _integer(config, "num_hidden_layers")
         if layers > _MOST_LAYERS or layers * sizes["experts"] > _MOST_EXPERTS:
             raise FamilyError(
@@ -54,7 +55,7 @@ class Shape:
             sizes=sizes,
             layer_types=_layer_types(config, family, layers=layers),
             dense_layers=_dense_layers(config, family, layers=layers),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=tied,
             mtp_layers=int(family.mtp is not None),
             renormalise=_renormalise(config, family),
             flags=frozenset(key for key in family.conditions if config.get(key) is True),

@@ -8,8 +8,8 @@ blocks. Cutting a named axis cuts it everywhere that its name appears; nothing e
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class Tensor:
     init: str = "normal"  # normal | zeros | ones | dt_bias | a_log | conv: how a random one begins
     norm: str | None = None  # zero_centred: the layer multiplies by 1 + w; plain: by w
     matrix: str | None = None  # of an expert: gate | up | gate_up | down
-    role: str | None = None  # shared_gate | correction_bias: what live code asks for; see `Family`
+    role: str | None = None  # shared_gate | correction_bias | expert_scale: what live code asks for; see `Family`
     when: str | None = None  # only there where this is one of the shape's `flags`
 
 
@@ -37,6 +37,7 @@ _MARKS = {  # what the last column of a page may say, as (init, norm, matrix, ro
     "plain_norm": ("ones", "plain", None, None),
     "bias": ("zeros", None, None, None),
     "correction_bias": ("zeros", None, None, "correction_bias"),
+    "expert_scale": ("ones", None, None, "expert_scale"),
     "conv": ("conv", None, None, None),
     "a_log": ("a_log", None, None, None),
     "dt_bias": ("dt_bias", None, None, None),
@@ -109,6 +110,26 @@ class Mtp:
 
 
 @dataclass(frozen=True)
+class Wrapper:
+    """How a checkpoint of a wrapper class (text and vision) differs from one of the text class alone.
+
+    The sizes lie in the config's `text_config`, `tie_word_embeddings` on top. `prefixes`: what a name on the page
+    begins with -> what it begins with in the wrapper's files. `untouched`: what the names of tensors begin with that
+    are no text model's: they are copied, bit by bit, and never run.
+    """
+
+    prefixes: Mapping[str, str]
+    untouched: tuple[str, ...] = ()
+
+    def named(self, name: str) -> str:
+        """A name of the page in the wrapper's files."""
+        for ours, theirs in self.prefixes.items():
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
+
+
+@dataclass(frozen=True)
 class Family:
     """The facts of one architecture. `sizes` maps an axis to its config key, or to (key, default).
 
@@ -118,7 +139,9 @@ class Family:
     words of `layer_types`), "moe" and "dense"; "mtp" in the MTP head outside its layer. `expert_prefix` is where
     `layouts.py` puts the routed experts. `{L}` in a name of the MTP head is the trunk's number of layers.
 
-    `router` is how a router makes scores of its logits: "softmax" over all experts, "sigmoid" of each. A
+    `router` is how a router makes scores of its logits: "softmax" over all experts, "sigmoid" or "sqrtsoftplus" of each,
+    "softmax_topk" over the chosen ones (the same as "softmax" and renormalised), "sparsemixer"; or "probabilities", where
+    the softmax is what it puts out. An `expert_scale` multiplies an expert's gate value. A
     `correction_bias` is added to the scores for choosing and not for weighing. `renormalise`: whether the chosen ones'
     are divided by their sum; or (key, default) of the config.
     """
@@ -138,6 +161,10 @@ class Family:
     mtp_default: int = 0  # MTP layers that a config without num_nextn_predict_layers is taken to have
     rope_defaults: Mapping[str, float] = field(default_factory=dict)  # what a config without these keys means
     spellings: Mapping[str, str] = field(default_factory=dict)  # another name of a key -> the key of `sizes`
+    more_types: tuple[str, ...] = ()  # other model_types that the page is of, a wrapper's text part among them
+    wrapper: Wrapper | None = None  # None: no model of the family is wrapped
+    untouched: tuple[str, ...] = ()  # see `Wrapper`
+    mtp_key: str = "num_nextn_predict_layers"  # says how many layers the MTP head has
 
     @property
     def mixers(self) -> tuple[str, ...]:
@@ -148,6 +175,24 @@ class Family:
     def conditions(self) -> frozenset[str]:
         """What the presence of tensors depends on: config keys, and names of tensors that files may hold or not."""
         return frozenset(tensor.when for part in self.parts.values() for tensor in part if tensor.when)
+
+    @cached_property
+    def wrapped(self) -> "Family":
+        """The same page with the names that the wrapper's files have."""
+        assert self.wrapper is not None, self.model_type
+        named = self.wrapper.named
+        outside = {
+            part: tuple(replace(tensor, name=named(tensor.name), when=tensor.when and named(tensor.when)) for tensor in t)
+            for part, t in self.parts.items()
+            if part in ("outer", "mtp")
+        }
+        return replace(
+            self,
+            layer_prefix=named(self.layer_prefix),
+            parts={**self.parts, **outside},
+            mtp=self.mtp and replace(self.mtp, prefix=named(self.mtp.prefix)),
+            untouched=self.wrapper.untouched,
+        )
 
     def key(self, axis: str) -> str:
         """The config key of an axis."""

@@ -9,7 +9,7 @@ import torch
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import CheckpointError
 from moeslim.families import expert_prefix
-from moeslim.model.names import is_copy, live_dtype, live_name
+from moeslim.model.names import is_copy, live_dtype
 from moeslim.model.sharding import Sharding, as_shared, rows_here, shard
 from moeslim.model.student import Student
 
@@ -41,15 +41,14 @@ def load_student(
         like = student.disk_state()
         read = live_state(reader, dtype=dtype, device=device, rows=lambda name: rows_here(like[name]))
         own = ((name, as_shared(tensor, like[name])) for name, tensor in read)
-    state = {live_name(reader.shape, name): tensor for name, tensor in own}
-    parts = student.parts
+    names, parts = student.names, student.parts
+    state = {names.live[name]: tensor for name, tensor in own}
     if reader.shape.tied:
-        head = next(name for name, module in student.named_modules() if module is parts.head)
-        state[f"{head}.weight"] = state[live_name(reader.shape, reader.shape.outer("embedding"))]
+        state[names.head] = state[names.live[reader.shape.outer("embedding")]]
     student.load_state_dict(state, strict=True, assign=True)
     if reader.shape.tied:
         parts.head.weight = parts.embed.weight
-    parts.renew_rotary(device)
+    parts.renew_buffers(device)
     reader.release()
     return student
 

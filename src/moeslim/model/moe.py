@@ -6,6 +6,7 @@ class says so. What they hold is checked against the family's page, which names 
 Legend: N tokens, E experts, K of them per token, E' kept experts, d hidden size.
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,23 +16,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 from moeslim.errors import FamilyError
 from moeslim.families import Shape, Tensor
 from moeslim.losses import balance
 from moeslim.machine import parallel
+from moeslim.model.names import expert_places
 
-_ROUTER = re.compile(r"Top[kK]Router|Router|Gate")
-_COUNTS = ("num_experts", "n_routed_experts")
-"""Where a router may keep the number of its experts; each class has one of them."""
+_ROUTER = re.compile(r"Top[kK]Router|Router|Gat(e|ing)")
+_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
+_TOP_K = ("top_k", "num_experts_per_tok")
+"""Where router or block may keep the number of experts, and how many a token is sent to."""
+_SHARES = ("softmax", "softmax_topk", "sparsemixer", "probabilities")
+"""The routers whose scores of all experts are a softmax of their logits; "probabilities" put out that softmax itself. Of
+"sparsemixer" these are shares alone, and its gate values are others (`gates_follow`)."""
 
 
 @dataclass
 class MoeBlock:
     """The live mixture of layer `key` inside `layer`: `block` holds router, routed experts and shared expert.
 
-    `experts_name` and `router_name` are those of the block's children.
+    `experts_name` and `router_name` are those of the block's children, `rows_name` that of the router's rows (E, d);
+    `tensors` are the router's, where they are in the block -> how the page has them.
     """
 
     shape: Shape
@@ -39,31 +46,49 @@ class MoeBlock:
     block: nn.Module
     router_name: str
     experts_name: str
+    rows_name: str
+    tensors: Mapping[str, Tensor]
 
     @classmethod
-    def find(cls, shape: Shape, key: str, *, layer: nn.Module) -> "MoeBlock | None":
-        """The mixture of a decoder layer; None for a dense one. FamilyError where page and class disagree."""
-        places = [name for name, module in layer.named_modules() if hasattr(module, "_is_expert_parallel")]
+    def find(cls, shape: Shape, key: str, *, layer: nn.Module, places: Mapping[str, str]) -> "MoeBlock | None":
+        """The mixture of a decoder layer; None for a dense one. FamilyError where page and class disagree.
+
+        `places` says where in the layer the tensors of the page are.
+        """
+        found = expert_places(layer)
         page = f"families/{shape.family.model_type}.py and {type(layer).__name__} disagree on layer {key}"
-        if len(places) != int(shape.is_moe(key)):
-            raise FamilyError(f"{page}: the page says {int(shape.is_moe(key))} mixtures, the class has {len(places)}")
-        if not places:
+        if len(found) != int(shape.is_moe(key)):
+            raise FamilyError(f"{page}: the page says {int(shape.is_moe(key))} mixtures, the class has {len(found)}")
+        if not found:
             return None
-        parent, _, experts = places[0].rpartition(".")
+        parent, _, experts = found[0].rpartition(".")
         block = layer.get_submodule(parent)
         routers = [name for name, child in block.named_children() if _ROUTER.search(type(child).__name__)]
         if len(routers) != 1:
             raise FamilyError(f"{page}: {len(routers)} modules beside the experts look like a router, not one")
-        found = cls(shape, key, block, routers[0], experts)
-        wanted = (shape["experts"], shape["hidden"])
-        if tuple(found.router.weight.shape) != wanted:
-            raise FamilyError(f"{page}: the router should be {wanted}, and is {tuple(found.router.weight.shape)}")
-        return found
+        inside = f"{parent}." if parent else ""
+        tensors = {
+            places[tensor.name].removeprefix(inside): tensor
+            for tensor in shape.family.parts["moe"]
+            if tensor.component == "router" and tensor.name in places
+        }
+        router = block.get_submodule(routers[0])
+        if not any(hasattr(router, name) for name in _TOP_K) and hasattr(router, "config"):
+            router.config = copy.copy(router.config)  # it reads its counts there, and `cut` sets them
+        rows = [name for name, tensor in tensors.items() if tensor.axes == ("experts", "hidden")]
+        if len(rows) != 1:
+            raise FamilyError(f"{page}: the page gives a router {len(rows)} tensors of experts, hidden; it has one")
+        return cls(shape, key, block, routers[0], experts, rows[0], tensors)
 
     @property
     def router(self) -> Any:
-        """The router; its `weight` are its rows (E, d), its output begins with the logits (N, E)."""
+        """The router; its output begins with the logits (N, E)."""
         return self.block.get_submodule(self.router_name)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The router's rows (E, d)."""
+        return self._tensor(self.rows_name)
 
     @property
     def experts(self) -> Any:
@@ -87,12 +112,38 @@ class MoeBlock:
     @property
     def correction_bias(self) -> torch.Tensor | None:
         """What the router adds to the scores (E) for choosing alone; None in a family without."""
-        name = next((tensor.name for tensor in self._rows() if tensor.role == "correction_bias"), None)
-        return None if name is None else getattr(self.router, name.rpartition(".")[2])
+        name = next((name for name, tensor in self.tensors.items() if tensor.role == "correction_bias"), None)
+        return None if name is None else self._tensor(name).squeeze()
+
+    @property
+    def by_softmax(self) -> bool:
+        """Whether the scores of all experts are shares of one softmax."""
+        return self.shape.family.router in _SHARES
+
+    @property
+    def gates_follow(self) -> bool:
+        """Whether gate values are the chosen experts' scores up to one factor, so that other choices can be followed."""
+        own = any(tensor.axes == ("experts",) and tensor.role == "expert_scale" for tensor in self.tensors.values())
+        return self.shape.family.router != "sparsemixer" and not own
 
     def log_scores(self, logits_NE: torch.Tensor) -> torch.Tensor:
-        """The logarithm of the router's scores of all experts, for softmax up to one number per token."""
-        return logsigmoid(logits_NE) if self.shape.family.router == "sigmoid" else logits_NE
+        """The logarithm of the router's scores of all experts, for a softmax up to one number per token.
+
+        `logits` are what the router puts out first. FamilyError for a kind that is not known.
+        """
+        kind = self.shape.family.router
+        if kind == "probabilities":
+            return logits_NE.log()
+        if kind in _SHARES:
+            return logits_NE
+        if kind == "sigmoid":
+            return logsigmoid(logits_NE)
+        if kind == "sqrtsoftplus":
+            return softplus(logits_NE).log() / 2
+        raise FamilyError(
+            f"families/{self.shape.family.model_type}.py: no router of kind {kind!r} is known; known are sigmoid, "
+            f"sqrtsoftplus, {', '.join(_SHARES)}"
+        )
 
     def probabilities(self, logits_NE: torch.Tensor) -> torch.Tensor:
         """The scores of all experts as shares (they add up to 1): softmax, or sigmoids over their sum."""
@@ -101,7 +152,9 @@ class MoeBlock:
     def choice(self, logits_NE: torch.Tensor) -> torch.Tensor:
         """What the router chooses by: scores plus the correction bias; their order is what counts."""
         bias = self.correction_bias
-        return logits_NE if bias is None else self.log_scores(logits_NE).exp() + bias
+        if bias is None:
+            return logits_NE
+        return (self.probabilities(logits_NE) if self.by_softmax else self.log_scores(logits_NE).exp()) + bias
 
     @contextmanager
     def cut_to(
@@ -121,45 +174,73 @@ class MoeBlock:
         Every tensor of the router with an entry per expert keeps those of `kept`; `rows` (E', d) replace its weight's.
         """
         ids = list(kept)
-        # Indexing copies, into memory of their own: a product's last bits may depend on where an operand begins.
-        tensors = {name: tensor[ids] for name, tensor in self._router_tensors().items()}
+        # Selecting copies, into memory of their own: a product's last bits may depend on where an operand begins.
+        tensors = {
+            name: tensor.index_select(self.tensors[name].axes.index("experts"), torch.tensor(ids, device=tensor.device))
+            for name, tensor in self._router_tensors().items()
+        }
         if rows is not None:
-            weight = tensors["weight"]
-            tensors["weight"] = rows.to(weight.device, weight.dtype, copy=True)
-        counts = {name: top_k if name == "top_k" else len(ids) for name in self._counts()}
+            old = tensors[self.rows_name]
+            tensors[self.rows_name] = rows.to(old.device, old.dtype, copy=True)
+        chosen = (*_TOP_K, self.shape.family.key("top_k"))
+        counts = {place: top_k if place[1] in chosen else len(ids) for place in self._counts()}
         self._replace(experts, tensors, counts=counts)
 
-    def _replace(self, experts: nn.Module, tensors: Mapping[str, torch.Tensor], *, counts: Mapping[str, int]) -> None:
+    def _replace(
+        self,
+        experts: nn.Module,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        counts: Mapping[tuple[str, str], int],
+    ) -> None:
         for name, tensor in tensors.items():
-            if name in self.router._parameters:
-                self.router._parameters[name] = nn.Parameter(tensor.detach(), requires_grad=False)
+            path, _, own = name.rpartition(".")
+            module = self.block.get_submodule(path)
+            if own in module._parameters:
+                module._parameters[own] = nn.Parameter(tensor.detach(), requires_grad=False)
             else:
-                self.router._buffers[name] = tensor.detach()
-        for name, count in counts.items():
-            setattr(self.router, name, count)
+                module._buffers[own] = tensor.detach()
+        for (owner, name), count in counts.items():
+            setattr(self._owner(owner), name, count)
         self.experts = experts
 
+    def _tensor(self, name: str) -> torch.Tensor:
+        path, _, own = name.rpartition(".")
+        found: torch.Tensor = getattr(self.block.get_submodule(path), own)
+        return found
+
     def _router_tensors(self) -> dict[str, torch.Tensor]:
-        """The router's tensors with an entry per expert, by their names in it."""
-        names = (t.name.rpartition(".")[2] for t in self._rows() if t.axes[0] == "experts")
-        return {name: getattr(self.router, name) for name in names}
+        """The router's tensors with an entry per expert, by their names in the block."""
+        return {name: self._tensor(name) for name, tensor in self.tensors.items() if "experts" in tensor.axes}
 
-    def _counts(self) -> dict[str, int]:
-        return {name: getattr(self.router, name) for name in (*_COUNTS, "top_k") if hasattr(self.router, name)}
+    def _counts(self) -> dict[tuple[str, str], int]:
+        """How many experts there are and are chosen, wherever it is kept: (owner, name) -> number."""
+        keys = (self.shape.family.key("experts"), self.shape.family.key("top_k"))
+        found = {}
+        for owner, names in (("block", (*_COUNTS, *_TOP_K)), ("router", (*_COUNTS, *_TOP_K)), ("config", keys)):
+            for name in names:
+                number = getattr(self._owner(owner), name, None)
+                if isinstance(number, int):
+                    found[owner, name] = number
+        return found
 
-    def _rows(self) -> Iterator[Tensor]:
-        return (tensor for tensor in self.shape.family.parts["moe"] if tensor.component == "router")
+    def _owner(self, owner: str) -> Any:
+        """Block, router, or the config that is the router's own, where it reads its counts from there."""
+        if owner != "config":
+            return self.block if owner == "block" else self.router
+        return None if any(hasattr(self.router, name) for name in _TOP_K) else getattr(self.router, "config", None)
 
 
-def _without_autocast(forward: Callable[..., Any], router: nn.Module, x: torch.Tensor) -> Any:
+def _without_autocast(forward: Callable[..., Any], router: nn.Module, x: torch.Tensor, *more: Any) -> Any:
     with torch.autocast(x.device.type, enabled=False):
-        return forward(router, x)
+        return forward(router, x, *more)
 
 
 class RouterWatch:
     """Records what every router decides while a forward is watched, and the step's assignment counts per layer.
 
-    `blocks` by layer key. A hook on the router module, so nothing is derived a second time. The counts grow over the
+    `blocks` by layer key. Logits come from the router, choices from what the experts are called with: hooks on both, so
+    nothing is derived a second time. The counts grow over the
     micro-batches of a step and restart with `start_step`. A forward repeated by activation checkpointing is outside
     `watching`: not counted. A student that is sharded counts over all ranks (`over_ranks`), who must ask for the loss
     together.
@@ -168,16 +249,25 @@ class RouterWatch:
     def __init__(self, blocks: Mapping[str, MoeBlock]) -> None:
         self.blocks = blocks
         self.seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._logits: dict[str, torch.Tensor] = {}
         self.assigned: dict[str, torch.Tensor] = {}
         self.active = False
         self.over_ranks = False
         for key, block in blocks.items():
-            block.router.register_forward_hook(self._hook(key))
+            block.router.register_forward_hook(self._on_router(key))
+            block.experts.register_forward_pre_hook(self._on_experts(key))
 
-    def _hook(self, key: str) -> Any:
+    def _on_router(self, key: str) -> Any:
         def record(_module: nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
             if self.active:
-                self.seen.setdefault(key, []).append((output[0], output[2]))
+                self._logits[key] = output[0]
+
+        return record
+
+    def _on_experts(self, key: str) -> Any:
+        def record(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if self.active:
+                self.seen.setdefault(key, []).append((self._logits.pop(key), inputs[1]))
 
         return record
 

@@ -48,7 +48,7 @@ class MtpBlock(nn.Module):
 
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()
-        self.config = mtp_config(trunk.model.config, trunk.shape.family)
+        self.config = mtp_config(trunk.config, trunk.shape.family)
         d = trunk.shape["hidden"]
         self.fc = nn.Linear(2 * d, d, bias=False)
         self.norm_embedding = copy.deepcopy(trunk.norm)
@@ -65,7 +65,7 @@ class MtpBlock(nn.Module):
         hidden: torch.Tensor,
         embeddings: torch.Tensor,
         *,
-        rotary: nn.Module,
+        rotary: nn.Module | None,
         chain: Chain | None = None,
         first: int = 0,
     ) -> torch.Tensor | tuple[torch.Tensor, Chain]:
@@ -83,7 +83,8 @@ class MtpBlock(nn.Module):
             mask = create_causal_mask(
                 config=self.config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=positions
             )
-        arguments = {"position_embeddings": rotary(x, positions), "attention_mask": mask, "position_ids": positions}
+        embedded = None if rotary is None else rotary(x, positions)
+        arguments = {"position_embeddings": embedded, "attention_mask": mask, "position_ids": positions}
         if chain is None:
             return self.norm(self.layers[0](x, **arguments))
         call = ChainCall(chain, first=first, base=self.config._attn_implementation)

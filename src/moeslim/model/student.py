@@ -15,12 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from moeslim.errors import FamilyError
-from moeslim.families import STACKED, Shape, table
+from moeslim.families import Shape
+from moeslim.families.config import says_mtp
 from moeslim.losses import Coefficients, Outcomes, Signal, StepTerms, fused_loss
 from moeslim.model.chain import Chain
 from moeslim.model.moe import MoeBlock, RouterWatch
 from moeslim.model.mtp import MtpBlock
-from moeslim.model.names import is_copy, live_name
+from moeslim.model.names import Names
 from moeslim.model.trunk import Trunk, build_trunk
 
 
@@ -39,11 +40,15 @@ class Student(nn.Module):
         self.shape = parts.shape
         self.detach_trunk = False
         self.serving = False
-        self._disk_names = self._checked_names()
+        self.names = Names(parts, mtp)
+        self._check_names()
         layers = dict(
             zip(self.shape.layer_keys, [*parts.layers, *(mtp.layers if mtp is not None else ())], strict=True)
         )
-        found = {key: MoeBlock.find(self.shape, key, layer=layer) for key, layer in layers.items()}
+        found = {
+            key: MoeBlock.find(self.shape, key, layer=layer, places=self.names.within(key))
+            for key, layer in layers.items()
+        }
         self.moe = {key: block for key, block in found.items() if block is not None}
         for block in self.moe.values():
             block.keep_precision()
@@ -61,13 +66,13 @@ class Student(nn.Module):
     ) -> "Student":
         """A freshly initialised student of the shape in `config` (std `initializer_range`, torch's global generator).
 
-        `shape` knows whether there is an MTP head; None: as `num_nextn_predict_layers` and its default say. Built on
+        `shape` knows whether there is an MTP head; None: as the config and its default say. Built on
         the current default device, so that `with torch.device("meta")` makes an empty one to load into. FamilyError
         where the family's page and transformers' class disagree.
         """
         if shape is None:
             shape = Shape.from_config(config)
-            shape = shape if config.get("num_nextn_predict_layers", shape.family.mtp_default) else shape.trunk
+            shape = shape if says_mtp(config) else shape.trunk
         parts = Trunk(build_trunk(config, attn=attn, experts=experts), shape)
         block = MtpBlock(parts) if shape.mtp_layers else None
         if block is not None:
@@ -102,17 +107,14 @@ class Student(nn.Module):
         Parameters, and the buffers that files hold (a router's correction bias).
         """
         state = self.state_dict(keep_vars=True)
-        return {self._disk_names[name]: tensor for name, tensor in state.items() if name in self._disk_names}
+        return {self.names.disk[name]: tensor for name, tensor in state.items() if name in self.names.disk}
 
-    def _checked_names(self) -> dict[str, str]:
-        """Live name -> name on disk of every tensor; FamilyError unless the page names just what the class holds."""
-        rows = {
-            live_name(self.shape, name): row for name, row in table(self.shape, STACKED).items() if not is_copy(row)
-        }
+    def _check_names(self) -> None:
+        """FamilyError unless the page names just what the class holds, in its shapes."""
         live = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         if self.shape.tied:
-            live.pop(next(name for name, module in self.named_modules() if module is self.parts.head) + ".weight")
-        named = {name: row.shape for name, row in rows.items()}
+            live.pop(self.names.head)
+        named = {name: row.shape for name, row in self.names.rows.items()}
         wrong = sorted(name for name in {*live, *named} if live.get(name) != named.get(name))
         if wrong:
             listed = "; ".join(f"{name}: page {named.get(name)}, class {live.get(name)}" for name in wrong[:3])
@@ -120,7 +122,6 @@ class Student(nn.Module):
                 f"families/{self.shape.family.model_type}.py and {type(self.trunk).__name__} disagree on {len(wrong)} "
                 f"tensors ({listed}); mend the page"
             )
-        return {name: row.name for name, row in rows.items()}
 
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
         """The trunk's states (B, T, d) after its last norm."""

@@ -5,50 +5,84 @@ is as long as the config says, what comes before them is asked for by transforme
 them is what is called there. Names are needed for files alone, and those stand on the family's page.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from moeslim.errors import FamilyError
-from moeslim.families import Shape
+from moeslim.families import Shape, family_of, text_config
 
 
 def build_trunk(config: Mapping[str, Any], *, attn: str, experts: str) -> PreTrainedModel:
-    """transformers' causal language model of a raw config, freshly initialised on the current default device.
+    """transformers' class for a raw config, freshly initialised on the current default device, its text model alone.
 
-    `attn` and `experts` name the back ends. FamilyError where transformers has no such class.
+    The class is the one that `architectures` names, of those that give logits for text, wrappers with a vision part
+    among them: what files call a tensor depends on it. `attn` and `experts` name the back ends; a class without sdpa
+    gets "eager". FamilyError where transformers has no such class.
     """
-    kind = config["model_type"]
-    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise FamilyError(
-            f"config.json: this transformers has no causal language model of model_type {kind!r}, so it cannot be run "
-            "here; what works on files does: inspect, plan, cut and verify"
-        )
-    # `architectures` would be kept in the config and says nothing that the mapping does not
-    live = CONFIG_MAPPING[kind].from_dict({key: value for key, value in config.items() if key != "architectures"})
-    live._attn_implementation = attn
+    kind = config["model_type"] if config["model_type"] in CONFIG_MAPPING else family_of(config).model_type
+    if kind not in CONFIG_MAPPING:
+        raise _no_class(kind)
+    # `architectures` would be kept in the config and says nothing that the class does not
+    raw = {key: value for key, value in config.items() if key != "architectures"}
+    live = CONFIG_MAPPING[kind].from_dict({**raw, "model_type": kind})
+    found = _class_of(live, config)
+    live._attn_implementation = "eager" if attn == "sdpa" and not found._supports_sdpa else attn
     live._experts_implementation = experts
-    live.use_cache = False
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(live)](live)
+    live.get_text_config().use_cache = False
+    model = found(live)
+    _drop_all_but(model, (model.get_decoder(), model.get_output_embeddings()))
+    return model
+
+
+def _class_of(live: PreTrainedConfig, config: Mapping[str, Any]) -> type[PreTrainedModel]:
+    """The class named by `architectures`, or else the usual one, of those that are built from such a config."""
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    classes = [mapping[type(live)] for mapping in mappings if type(live) in mapping]
+    classes = [found for found in classes if isinstance(live, found.config_class)]  # not a wrapper's text class
+    if not classes:
+        raise _no_class(config["model_type"])
+    named = config.get("architectures") or ()
+    wrapped = text_config(config) is not config
+    return next((found for found in classes if found.__name__ in named), classes[-1 if wrapped else 0])
+
+
+def _no_class(kind: str) -> FamilyError:
+    return FamilyError(
+        f"config.json: this transformers has no causal language model of model_type {kind!r}, so it cannot be run "
+        "here; what works on files does: inspect, plan, cut and verify"
+    )
+
+
+def _drop_all_but(model: nn.Module, kept: Sequence[nn.Module]) -> None:
+    """Take every module out that none of the `kept` ones is in or beneath: a wrapper's towers and projectors."""
+    for name, child in list(model.named_children()):
+        if any(child is one for one in kept):
+            continue
+        if any(one is module for module in child.modules() for one in kept):
+            _drop_all_but(child, kept)
+        else:
+            delattr(model, name)
 
 
 class Trunk:
     """The parts of a causal language model `model` that was built for `shape`.
 
-    `body`: what gives hidden states; `embed`; `layers`, the decoder layers in their order; `norm`, what is called after
-    the last of them; `rotary`, what makes position embeddings; `head`. FamilyError where a part is not found, or not of
-    the sizes that the family's page names.
+    `body`: what gives hidden states, `config` being its own; `embed`; `layers`, the decoder layers in their order;
+    `norm`, what is called after the last of them; `rotary`, what makes position embeddings, None in a class without;
+    `head`. FamilyError where a part is not found, or not of the sizes that the family's page names.
     """
 
     def __init__(self, model: PreTrainedModel, shape: Shape) -> None:
         self.model, self.shape = model, shape
-        self.body: nn.Module = model.base_model
+        self.body: nn.Module = model.get_decoder()
+        self.body_name = next(name for name, module in model.named_modules() if module is self.body)
         self.embed: nn.Module = model.get_input_embeddings()
         self.head: nn.Module = model.get_output_embeddings()
         self.layers_name = self._layers_name()
@@ -76,13 +110,31 @@ class Trunk:
         setattr(self.body, self.norm_name, norm)
 
     @property
-    def rotary(self) -> nn.Module:
-        return getattr(self.body, self.rotary_name)
+    def rotary(self) -> nn.Module | None:
+        return None if self.rotary_name is None else getattr(self.body, self.rotary_name)
 
-    def renew_rotary(self, device: torch.device | str) -> None:
-        """A new rotary module on `device`: its frequencies are in no file, and a model on meta has none."""
-        with torch.device(device):
-            setattr(self.body, self.rotary_name, type(self.rotary)(config=self.model.config))
+    @property
+    def config(self) -> Any:
+        """The config of the text model."""
+        return self.body.config
+
+    def layer_name(self, index: int) -> str:
+        """Where a decoder layer is in the model."""
+        return f"{self.body_name}.{self.layers_name}.{index}"
+
+    def renew_buffers(self, device: torch.device | str) -> None:
+        """Make anew, on `device`, the buffers outside the layers that are in no file; a model on meta has none.
+
+        A rotary module's frequencies, by a module of its class; any other (an embedding's factor) as the class's own
+        initialisation of weights sets it, its weights left alone.
+        """
+        for name, child in self.body.named_children():
+            if name == self.rotary_name:
+                with torch.device(device):
+                    setattr(self.body, name, type(child)(config=self.config))
+            elif name != self.layers_name:
+                for module in child.modules():
+                    _renew(self.model, module, device=device)
 
     @property
     def _page(self) -> str:
@@ -98,11 +150,11 @@ class Trunk:
             raise FamilyError(f"{self._page}: {len(found)} lists of {self.shape.layers} layers were found, not one")
         return found[0]
 
-    def _rotary_name(self) -> str:
+    def _rotary_name(self) -> str | None:
         found = [name for name, module in self.body.named_children() if "Rotary" in type(module).__name__]
-        if len(found) != 1:
-            raise FamilyError(f"{self._page}: {len(found)} modules look like its rotary embedding, not one")
-        return found[0]
+        if len(found) > 1:
+            raise FamilyError(f"{self._page}: {len(found)} modules look like its rotary embedding, at most one may")
+        return found[0] if found else None
 
     def _norm_name(self) -> str:
         """The one child of the body that is called behind the layers, seen in a forward pass that computes nothing."""
@@ -111,7 +163,7 @@ class Trunk:
         recorders = nn.ModuleList(Recorder(layer) for layer in layers)
         try:
             self.layers = recorders
-            self.renew_rotary("cpu")  # the only part that is not stood in for: masks and positions come with it
+            self.renew_buffers("cpu")  # a rotary is not stood in for: masks and positions come with it
             for name, child in self.body.named_children():
                 if name not in (self.layers_name, self.rotary_name):
                     others.append(child)
@@ -122,12 +174,30 @@ class Trunk:
             for child in others:
                 del child.forward  # the class's own shows again
             self.layers = layers
-            setattr(self.body, self.rotary_name, rotary)
+            if self.rotary_name is not None:
+                setattr(self.body, self.rotary_name, rotary)
         if len(called) != 1:
             raise FamilyError(
                 f"{self._page}: behind the layers {', '.join(called) or 'nothing'} is called, and one norm is expected"
             )
         return called[0]
+
+
+def _renew(model: PreTrainedModel, module: nn.Module, *, device: torch.device | str) -> None:
+    """Set the buffers that a module keeps out of files as the class of `model` does when it starts one."""
+    if not module._non_persistent_buffers_set:
+        return
+    own = module._parameters.copy()
+    for name, parameter in own.items():
+        if parameter is not None:
+            stand_in = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            stand_in._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark: leave it alone
+            module._parameters[name] = stand_in
+    for name in module._non_persistent_buffers_set:
+        module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+    with torch.no_grad():
+        model._init_weights(module)
+    module._parameters.update(own)
 
 
 class Recorder(nn.Module):

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from moeslim.artifacts.commit import flush, read_json, write_json
 from moeslim.checkpoint.reader import Reader
@@ -38,7 +39,7 @@ from moeslim.model.experts import ExpertFile, FileExperts
 from moeslim.model.hidden import HiddenFiles
 from moeslim.model.load import check_copies
 from moeslim.model.moe import MoeBlock
-from moeslim.model.names import live_dtype, live_name
+from moeslim.model.names import live_dtype, live_rows
 from moeslim.model.student import Student
 from moeslim.model.trunk import Recorder
 
@@ -201,13 +202,15 @@ class _Skeleton:
         self.reader, self.rows, self.settings = reader, rows, settings
         with torch.device("meta"):
             student = Student.from_config(reader.config, shape=reader.shape, attn=settings.attn, experts="eager")
-        self.parts, self.mtp, self.moe = student.parts, student.mtp, student.moe
+        self.parts, self.mtp, self.moe, self.names = student.parts, student.mtp, student.moe, student.names
         self.layers = dict(zip(reader.shape.trunk_keys, self.parts.layers, strict=True))
         self.norm = self.parts.norm
         self.recorders = [Recorder(layer) for layer in self.parts.layers]
         self.parts.layers = nn.ModuleList(self.recorders)
         self.parts.norm = nn.Identity()
-        self.parts.renew_rotary(settings.device)
+        self.parts.renew_buffers(settings.device)
+        if hasattr(self.parts.embed, "padding_idx"):
+            self.parts.embed.padding_idx = None  # it means nothing here, and may lie outside the few rows in memory
         self._recorded: tuple[int, ...] = ()
         self._recording = threading.Lock()
 
@@ -216,7 +219,9 @@ class _Skeleton:
         found, places = np.unique(tokens_BT.astype(np.int64), return_inverse=True)
         table = self.reader.read_rows(self.reader.shape.outer("embedding"), found.tolist())
         table = table.to(self.settings.device, self.settings.dtype)
-        return table[torch.from_numpy(places.reshape(tokens_BT.shape)).to(table.device)]
+        places_BT = torch.from_numpy(places.reshape(tokens_BT.shape)).to(table.device)
+        embedded: torch.Tensor = functional_call(self.parts.embed, {"weight": table}, (places_BT,))
+        return embedded
 
     def enter(self, tokens_BT: np.ndarray) -> torch.Tensor:
         """What the first layer gets (B, T, d) of token ids: the embeddings as the model's own forward hands them on."""
@@ -234,7 +239,7 @@ class _Skeleton:
             settings = self.settings
             file = ExpertFile(self.reader, key, dtype=settings.dtype, device=settings.device, group=settings.group)
             moe.experts = FileExperts(file, moe.experts._apply_gate)
-        own = self._rows(key)
+        own = list(live_rows(self.reader.rows, self.names, key=key))
         self._fill(root, own)
         rows, places = tuple(row for row, _ in own), {row.name: place for row, place in own}
         return LayerVisit(
@@ -250,18 +255,6 @@ class _Skeleton:
             return self.mtp, self.mtp.layers[0], self._run_mtp
         layer = self.layers.pop(key)
         return layer, layer, self._trunk_run(int(key))
-
-    def _rows(self, key: str) -> list[tuple[Row, str]]:
-        """The tensors of what runs at `key`, routed experts left out, each with its name inside."""
-        shape = self.reader.shape
-        if is_mtp(key):
-            prefix = "mtp."
-        elif key == "norm":
-            prefix = live_name(shape, shape.outer("norm")).rpartition(".")[0] + "."
-        else:
-            prefix = live_name(shape, shape.prefix(key))
-        named = ((row, live_name(shape, name)) for name, row in self.reader.rows.items() if row.component != "experts")
-        return [(row, name.removeprefix(prefix)) for row, name in named if name.startswith(prefix)]
 
     def _fill(self, module: nn.Module, rows: Sequence[tuple[Row, str]]) -> None:
         dtype, device = self.settings.dtype, self.settings.device

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from moeslim.errors import FamilyError
 from moeslim.model.walk import LayerVisit
 
 CHUNK = 1024
@@ -45,6 +46,11 @@ class BlockSample:
     def watching(self) -> Iterator[None]:
         """Take the sample while the layer runs inside the block."""
         assert self.visit.moe is not None
+        if self.visit.moe.block is self.visit.decoder:
+            raise FamilyError(
+                f"layer {self.visit.key}: router and experts are no module of their own there, so no block can be tried "
+                "alone; leave out methods that need it (sequential, align=activations, rho=auto, calibrate_router)"
+            )
         handle = self.visit.moe.block.register_forward_hook(self._see)
         try:
             yield

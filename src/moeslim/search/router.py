@@ -22,14 +22,13 @@ the layers' held-out error further down (by 7 % instead of 4) but the model's KL
 """
 
 
-def trained_rows(block: nn.Module, router: nn.Module, *, x_Nd: torch.Tensor, y_Nd: torch.Tensor) -> torch.Tensor:
-    """New rows (E', d) in float32 or wider for `router`, a part of `block`, so that block(x) comes near y.
+def trained_rows(block: nn.Module, name: str, *, x_Nd: torch.Tensor, y_Nd: torch.Tensor) -> torch.Tensor:
+    """New rows (E', d) in float32 or wider for the router's, `name` in `block`, so that block(x) comes near y.
 
     Masters are float32 even where the block runs in bfloat16. The order of the tokens is fixed by their number, so
     equal inputs give equal rows. The block is left as it was.
     """
-    name = next(name for name, module in block.named_modules() if module is router) + ".weight"
-    weight = router.get_parameter("weight")
+    weight = block.get_parameter(name)
     rows = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).clone().requires_grad_()
     size = STEP_SIZE * float(rows.detach().square().mean().sqrt())
     adam = torch.optim.Adam([rows], lr=size, betas=(0.9, 0.95))

@@ -216,7 +216,7 @@ class _Trial:
         assert self.observed is not None
         name = router_name(self.visit)
         with cut_as(self.visit, cut, top_k=self.search.top_k):
-            rows = trained_rows(self.moe.block, self.moe.router, x_Nd=self.observed.x, y_Nd=self.observed.y)
+            rows = trained_rows(self.moe.block, self.moe.rows_name, x_Nd=self.observed.x, y_Nd=self.observed.y)
         rows = rows.to(self.moe.experts.file.reader.tensor(name).dtype)
         before, after = self._error(cut), self._error(cut, rows)
         better = after < before
