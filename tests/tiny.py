@@ -106,12 +106,22 @@ _GLM4_MOE: dict[str, Any] = {
     "partial_rotary_factor": 0.5,
 }
 
+_QWEN3_5_MOE: dict[str, Any] = {
+    **{
+        k: v for k, v in _QWEN3_NEXT.items() if k not in ("intermediate_size", "decoder_sparse_step", "mlp_only_layers")
+    },
+    "architectures": ["Qwen3_5MoeForCausalLM"],
+    "model_type": "qwen3_5_moe_text",
+}
+
+OTHERS: dict[str, dict[str, Any]] = {"qwen3_5_moe": _QWEN3_5_MOE}
+"""Families whose laws are tested in files of their own."""
 FAMILIES: dict[str, dict[str, Any]] = {"qwen3_next": _QWEN3_NEXT, "qwen3_moe": _QWEN3_MOE, "glm4_moe": _GLM4_MOE}
 
 
 def tiny_config(family: str = "qwen3_next", **changes: Any) -> dict[str, Any]:
     """A raw config.json of a few thousand parameters; a changed depth or interval gets its `layer_types`."""
-    config = {**FAMILIES[family], **changes}
+    config = {**{**FAMILIES, **OTHERS}[family], **changes}
     hybrid = "full_attention_interval" in config
     if hybrid and "layer_types" not in changes and {"num_hidden_layers", "full_attention_interval"} & changes.keys():
         interval = config["full_attention_interval"]

@@ -29,6 +29,7 @@ from moeslim.commands import checks, describe, files, inputs, measure, settings
 from moeslim.commands.forecast import left_out
 from moeslim.commands.text import advice, text_parts
 from moeslim.errors import RecipeError
+from moeslim.families import text_config, with_text_config
 from moeslim.log import logger
 from moeslim.machine.disk import check_disk
 from moeslim.plan.check import check_plan
@@ -329,7 +330,8 @@ def random_init(state: RunState, last: Stage, *, student: Path) -> Path:
     from moeslim.model.init import write_random
 
     structure = read_structure(student)
-    config = {**structure.config, "initializer_range": read_config(state.source).get("initializer_range", 0.02)}
+    spread = text_config(read_config(state.source)).get("initializer_range", 0.02)
+    config = with_text_config(structure.config, {**text_config(structure.config), "initializer_range": spread})
     made_from = {"config": config, "seed": state.recipe.seed, "layouts": dict(structure.layouts)}
     output = "random-init/start"
     with state.run.stage("random-init", made_from, outputs=[output]) as due:

@@ -95,8 +95,8 @@ class RemovalBatch:
         shape = moe.shape
         if not moe.gates_follow:
             raise FamilyError(
-                f"families/{shape.family.model_type}.py: gate values of a router of kind {shape.family.router!r}, or with "
-                "a factor per expert, are not its scores, so removal cannot be followed; set another methods.experts"
+                f"families/{shape.family.model_type}.py: gate values of a {shape.family.router!r} router, or with "
+                "a factor per expert, are not its scores, and removal cannot be followed; set another methods.experts"
             )
         self.next = next_in_line(moe.choice(logits_NE), indices_NK, groups=shape.groups)
         candidates_NC = indices_NK if self.next is None else torch.cat([indices_NK, self.next[:, None]], dim=1)

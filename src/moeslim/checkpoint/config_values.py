@@ -32,9 +32,13 @@ def _token(value: Any) -> bool:
     return all(_whole(one) and -1 <= one < 1 << 31 for one in ids)  # -1 is some releases' "none"
 
 
+def _table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 _FLAG = _Rule("true or false", lambda value: isinstance(value, bool))
 _TOKEN = _Rule("a token's number, or a list of them", _token)
-_TABLE = _Rule("an object", lambda value: isinstance(value, dict))
+_TABLE = _Rule("an object", _table)
 _TEXT = _Rule("a text", lambda value: isinstance(value, str))
 _POSITIVE = _Rule("a number above 0 and at most 1e30", lambda value: _number(value) and 0 < value <= 1e30)
 _SHARE = _Rule("a number from 0 up to 1", lambda value: _number(value) and 0 <= value <= 1)
@@ -63,7 +67,10 @@ _ROPE_RULES: dict[str, _Rule] = {
 
 def check_values(config: Mapping[str, Any], where: Path | str) -> None:
     """CheckpointError for the first value that no model can be built from, or that names code to be fetched."""
-    for place, value, rule in _checked(config):
+    text: Any = config.get("text_config")
+    inside = _checked(text) if _table(text) else ()
+    named = [(f"text_config.{place}", value, rule) for place, value, rule in inside]
+    for place, value, rule in (*_checked(config), *named):
         if value is not None and not rule.holds(value):
             raise CheckpointError(f"{where}: {place} must be {rule.allowed}, found {str(value)[:60]!r}")
     for key, value in config.items():

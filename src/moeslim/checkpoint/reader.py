@@ -9,7 +9,7 @@ whole, and a file that cannot be read is then an error and not the end of the pr
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -63,6 +63,14 @@ class Reader:
         else:
             flat = torch.frombuffer(file, dtype=dtype, count=count, offset=entry.start)
         return flat.view(entry.shape)
+
+    def raw(self, name: str) -> Iterator[torch.Tensor]:
+        """The bytes of a tensor of any dtype, in parts (n) uint8, each in memory of its own."""
+        entry = self.index.tensors[name]
+        for start in range(0, entry.bytes, _READ_WHOLE):
+            part = torch.empty(min(_READ_WHOLE, entry.bytes - start), dtype=torch.uint8)
+            self._read_into(part, name, start=entry.start + start)
+            yield part
 
     def rows_of(self, name: str, rows: slice) -> torch.Tensor:
         """The entries `rows` along the first axis, mapped; nothing else of the tensor is read."""
@@ -141,7 +149,11 @@ class Reader:
     def _fill(self, rows: torch.Tensor, name: str, *, first: int) -> None:
         """Fill contiguous `rows` from the tensor, as from its row `first` on, all axes before the rows' own flat."""
         entry, _ = self._entry(name)
-        start = entry.start + first * (rows.nbytes // max(1, rows.shape[0]))
+        self._read_into(rows, name, start=entry.start + first * (rows.nbytes // max(1, rows.shape[0])))
+
+    def _read_into(self, rows: torch.Tensor, name: str, *, start: int) -> None:
+        """Fill contiguous `rows` with the file's bytes from `start` on."""
+        entry = self.index.tensors[name]
         assert start + rows.nbytes <= entry.end, f"{name}: rows beyond its end"
         free: memoryview = rows.flatten().view(torch.uint8).numpy().data
         while free.nbytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moeslim.checkpoint.config_json import check_side_files, read_config
-from moeslim.checkpoint.index import Index, read_index
+from moeslim.checkpoint.index import Entry, Index, read_index
 from moeslim.errors import CheckpointError
 from moeslim.families import Row, Shape, detect, table
 
@@ -27,12 +27,24 @@ class Structure:
     layouts: Mapping[str, str]
     rows: Mapping[str, Row]
 
+    @cached_property
+    def untouched(self) -> dict[str, Entry]:
+        """The tensors that are copied as they are, of any dtype: a wrapper's vision part."""
+        return {name: entry for name, entry in self.index.tensors.items() if self.shape.is_untouched(name)}
+
+    @property
+    def untouched_bytes(self) -> int:
+        """Bytes of the `untouched` tensors."""
+        return sum(entry.bytes for entry in self.untouched.values())
+
     def problems(self) -> list[str]:
         """Every difference between headers and table: unknown, missing, wrong shape, no float dtype."""
         page = f"families/{self.shape.family.model_type}.py"
         found = []
         for name, entry in self.index.tensors.items():
             row = self.rows.get(name)
+            if name in self.untouched:
+                continue
             if row is None:
                 found.append(
                     f"{entry.file}: {name} is not a tensor of this config; if it should be, {page} must name it"
@@ -58,7 +70,7 @@ def _structure(folder: Path, config: dict[str, Any]) -> Structure:
     refuse_quantised(config, folder)
     check_side_files(folder)
     index = read_index(folder)
-    refuse_quantised_tensors(index)
+    refuse_quantised_tensors(index, shape)
     if not any(shape.is_moe(key) for key in shape.trunk_keys):
         raise CheckpointError(f"{folder}: the config makes every layer dense; there are no experts to work on")
     shape = shape.with_present(index.tensors)
@@ -122,9 +134,11 @@ def refuse_quantised(config: Mapping[str, Any], where: Path | str) -> None:
             raise CheckpointError(f"{where}: config.json has a quantization_config ({method}); {_USE}")
 
 
-def refuse_quantised_tensors(index: Index) -> None:
-    """CheckpointError for headers that hold quantised weights or their scales."""
+def refuse_quantised_tensors(index: Index, shape: Shape) -> None:
+    """CheckpointError for headers that hold quantised weights or their scales, untouched tensors aside."""
     for name, entry in index.tensors.items():
+        if shape.is_untouched(name):
+            continue
         if name.endswith(_SCALES) or entry.dtype.startswith("F8") or entry.dtype in ("I8", "U8"):
             raise CheckpointError(
                 f"{index.folder / entry.file}: {name} ({entry.dtype}) belongs to quantised weights; {_USE}"

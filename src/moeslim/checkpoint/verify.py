@@ -16,6 +16,7 @@ from moeslim.checkpoint.finite import not_finite
 from moeslim.checkpoint.index import INDEX_NAME, TENSOR_BYTES, Entry, Index, path_inside
 from moeslim.checkpoint.structure import read_structure
 from moeslim.errors import CheckpointError, FamilyError
+from moeslim.families import text_config
 from moeslim.log import progress
 from moeslim.machine.bound import check_bound
 
@@ -136,7 +137,7 @@ def _side_problems(folder: Path) -> Iterator[str]:
 
 def _tokenizer_problems(folder: Path, tokenizer: dict[str, Any]) -> Iterator[str]:
     try:
-        size = read_config(folder)["vocab_size"]
+        size = text_config(read_config(folder))["vocab_size"]
         vocab = tokenizer["model"]["vocab"]
         ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
         ids += [token["id"] for token in tokenizer.get("added_tokens") or []]

@@ -18,7 +18,7 @@ from moeslim import __version__
 from moeslim.artifacts.fingerprint import hash_file
 from moeslim.checkpoint.config_json import side_files
 from moeslim.checkpoint.index import INDEX_NAME, ITEM_BYTES, SINGLE_NAME
-from moeslim.checkpoint.reader import TORCH_DTYPES
+from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
 from moeslim.checkpoint.shard import ShardFile, WriterThreads
 from moeslim.errors import ResourceError
 
@@ -76,6 +76,17 @@ class ShardWriter:
         assert file.size == end, f"{name}: its parts have {file.size - end:+} bytes more than {shape} takes"
         self._next += 1
 
+    def copy(self, name: str, parts: Iterable[torch.Tensor]) -> None:
+        """Append the next tensor of `order` as its bytes, in parts (n) uint8, whatever its dtype is."""
+        wanted, shape, dtype = planned = self._planned[self._next]
+        assert name == wanted, f"got {name}, the next planned tensor is {wanted}"
+        file = self._enter(self._file_of[name])
+        end = file.size + _bytes(planned)
+        for part in parts:
+            file.append(part.numpy(), tensor=name, dtype=dtype)
+        assert file.size == end, f"{name}: its parts have {file.size - end:+} bytes more than {shape} takes"
+        self._next += 1
+
     def finish(self) -> dict[str, dict[str, Any]]:
         """Close the last file and write the index; returns {file: {"sha256", "bytes"}} of the weights and the index."""
         assert self._next == len(self._planned), f"{len(self._planned) - self._next} planned tensors were not given"
@@ -109,6 +120,11 @@ class ShardWriter:
             self._made.append(ShardFile(self.folder / name, self._threads))
             self._made[-1].append(np.frombuffer(_header(self._shards[name]), dtype=np.uint8))
         return self._made[-1]
+
+
+def untouched(reader: Reader) -> list[Planned]:
+    """What a checkpoint holds beside its text model, to be copied (`ShardWriter.copy`)."""
+    return [(name, entry.shape, entry.dtype) for name, entry in reader.structure.untouched.items()]
 
 
 def write_receipt(

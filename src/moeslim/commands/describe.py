@@ -50,6 +50,7 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
             "layouts": dict(structure.layouts),
             "dtypes": sorted({entry.dtype for entry in structure.index.tensors.values()}),
             "bytes": structure.index.bytes,
+            "untouched_bytes": structure.untouched_bytes,
             "files": len(structure.index.files),
         }
     return {**record, "lines": _inspect_lines(record)}
@@ -87,7 +88,8 @@ def sizes(shape: Shape) -> dict[str, int]:
 def cut_bytes(source: Structure, target: StageTarget) -> int:
     """Bytes of the model that a cut to `target` leaves."""
     before, after = sizes(source.shape), sizes(target_shape(source.shape, target))
-    return source.index.bytes * after["bytes_bf16"] // before["bytes_bf16"]
+    untouched = source.untouched_bytes
+    return untouched + (source.index.bytes - untouched) * after["bytes_bf16"] // before["bytes_bf16"]
 
 
 def amount(parameters: int) -> str:
@@ -178,5 +180,7 @@ def _inspect_lines(record: Mapping[str, Any]) -> list[str]:
             "/".join(record["dtypes"]),
             f"experts {record['layouts']['trunk']}",
         ]
+        if record["untouched_bytes"]:
+            facts.append(f"{storage(record['untouched_bytes'])} of it beside the text model, copied as it is")
         lines.append(f"files: {record['files']}, {', '.join(facts)}")
     return [*lines, *record["warnings"]]

@@ -59,7 +59,7 @@ def _forecast(
 ) -> dict[str, Any]:
     """`structure` is the source's files, None where there is a bare config."""
     before = sizes(source)
-    scale = 1.0 if structure is None else structure.index.bytes / before["bytes_bf16"]
+    scale = 1.0 if structure is None else (structure.index.bytes - structure.untouched_bytes) / before["bytes_bf16"]
     found: list[dict[str, Any]] = []
     now = source
     for target in targets:

@@ -11,7 +11,7 @@ from moeslim.checkpoint.structure import check_structure, read_structure
 from moeslim.commands.inputs import BUNDLED, labels, model_folder, options_recipe
 from moeslim.commands.settings import device, evaluate_settings, prepare
 from moeslim.errors import RunError
-from moeslim.families import FAMILIES
+from moeslim.families import is_known
 
 
 def evaluate(
@@ -76,7 +76,7 @@ def evaluate_tasks(
         named = labels([teacher, *models])
     folders = {label: model_folder(model) for label, model in named.items()}
     for folder in folders.values():
-        if read_config(folder).get("model_type") in FAMILIES:
+        if is_known(read_config(folder)):
             check_structure(read_structure(folder))
     loaded = load_tasks([name.strip() for name in tasks if name.strip()])
     rows, where = recipe.calibrate.rows_per_batch, device(recipe.device)

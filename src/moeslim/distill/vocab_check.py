@@ -8,6 +8,7 @@ from moeslim.artifacts.fingerprint import fingerprint
 from moeslim.checkpoint.config_json import read_config
 from moeslim.data.tokens import TokenSet
 from moeslim.errors import CheckpointError, DataError
+from moeslim.families import text_config
 from moeslim.log import logger
 
 
@@ -47,7 +48,7 @@ def check_same_vocab(student: Path, teacher: Path) -> None:
 
     Raises CheckpointError. Where a folder does not list its tokens, `vocab_size` alone is compared, with a warning.
     """
-    sizes = [read_config(folder)["vocab_size"] for folder in (student, teacher)]
+    sizes = [text_config(read_config(folder))["vocab_size"] for folder in (student, teacher)]
     advice = (
         "distillation compares distributions over the same tokens, so choose a teacher with the student's tokenizer"
     )

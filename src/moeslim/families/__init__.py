@@ -3,7 +3,7 @@
 from moeslim.families.count import Count, count
 from moeslim.families.layouts import EXPERT_LAYOUTS, Layouts, Piece, detect, pieces
 from moeslim.families.operations import Forward, forward_operations, training_operations
-from moeslim.families.registry import FAMILIES, family_of, text_config
+from moeslim.families.registry import FAMILIES, family_of, is_known, text_config, with_text_config
 from moeslim.families.shape import Shape, is_mtp
 from moeslim.families.spec import Family, Tensor, names, positions, size
 from moeslim.families.table import PER_EXPERT, STACKED, Row, expert_prefix, table
@@ -26,6 +26,7 @@ __all__ = [
     "expert_prefix",
     "family_of",
     "forward_operations",
+    "is_known",
     "is_mtp",
     "names",
     "pieces",
@@ -34,4 +35,5 @@ __all__ = [
     "table",
     "text_config",
     "training_operations",
+    "with_text_config",
 ]

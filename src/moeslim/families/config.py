@@ -56,7 +56,7 @@ def with_mtp(config: Mapping[str, Any], mtp: bool) -> dict[str, Any]:
     return with_text_config(config, {**kept, **said})
 
 
-def says_mtp(config: Mapping[str, Any]) -> bool:
+def has_mtp(config: Mapping[str, Any]) -> bool:
     """Whether a raw config says that there is an MTP head."""
     family = family_of(config)
     return bool(text_config(config).get(family.mtp_key, family.mtp_default))

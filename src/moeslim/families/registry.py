@@ -4,18 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeslim.errors import FamilyError
-from moeslim.families import glm4_moe, qwen3_moe, qwen3_next
+from moeslim.families import glm4_moe, qwen3_5_moe, qwen3_moe, qwen3_next
 from moeslim.families.spec import Family
 
-FAMILIES: dict[str, Family] = {spec.model_type: spec for spec in (qwen3_next.SPEC, qwen3_moe.SPEC, glm4_moe.SPEC)}
+_PAGES = (qwen3_next, qwen3_moe, glm4_moe, qwen3_5_moe)
+FAMILIES: dict[str, Family] = {page.SPEC.model_type: page.SPEC for page in _PAGES}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The page of facts for a raw config.json, with a wrapper's names where it is one's; FamilyError if there is none."""
+    """The page of facts for a raw config.json, by a wrapper's names where it is one; FamilyError if there is none."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise FamilyError("config.json has no model_type; it must name the architecture, for example 'qwen3_next'")
-    found = next((page for page in FAMILIES.values() if model_type in (page.model_type, *page.more_types)), None)
+    found = _page_of(model_type)
     if found is None:
         raise FamilyError(
             f"config.json: model_type {model_type!r} is not a family that moeslim knows "
@@ -29,6 +30,15 @@ def family_of(config: Mapping[str, Any]) -> Family:
             "use the text model's own release, or add the wrapper to the page"
         )
     return found.wrapped
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether a raw config.json is of a family that has a page."""
+    return _page_of(config.get("model_type")) is not None
+
+
+def _page_of(model_type: Any) -> Family | None:
+    return next((page for page in FAMILIES.values() if model_type in (page.model_type, *page.more_types)), None)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

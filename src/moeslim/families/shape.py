@@ -100,6 +100,10 @@ class Shape:
         has_mtp = head is not None and any(name.startswith(self.named(head.prefix)) for name in names)
         return replace(self, flags=self.flags | found, mtp_layers=int(has_mtp))
 
+    def is_untouched(self, name: str) -> bool:
+        """Whether a tensor of a checkpoint is none of the text model's: copied as it is, and never run."""
+        return name.startswith(self.family.untouched) if self.family.untouched else False
+
     def named(self, pattern: str) -> str:
         """A tensor's full name outside the trunk's layers, from the page's: `{L}` becomes the number of layers."""
         return pattern.replace("{L}", str(self.layers))

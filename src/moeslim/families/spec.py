@@ -139,9 +139,9 @@ class Family:
     words of `layer_types`), "moe" and "dense"; "mtp" in the MTP head outside its layer. `expert_prefix` is where
     `layouts.py` puts the routed experts. `{L}` in a name of the MTP head is the trunk's number of layers.
 
-    `router` is how a router makes scores of its logits: "softmax" over all experts, "sigmoid" or "sqrtsoftplus" of each,
-    "softmax_topk" over the chosen ones (the same as "softmax" and renormalised), "sparsemixer"; or "probabilities", where
-    the softmax is what it puts out. An `expert_scale` multiplies an expert's gate value. A
+    `router` is how a router makes scores of its logits: "softmax" over all experts, "sigmoid" or "sqrtsoftplus" of
+    each, "softmax_topk" over the chosen ones (the same as "softmax" and renormalised), "sparsemixer"; or
+    "probabilities", where the softmax is what it puts out. An `expert_scale` multiplies an expert's gate value. A
     `correction_bias` is added to the scores for choosing and not for weighing. `renormalise`: whether the chosen ones'
     are divided by their sum; or (key, default) of the config.
     """
@@ -181,11 +181,7 @@ class Family:
         """The same page with the names that the wrapper's files have."""
         assert self.wrapper is not None, self.model_type
         named = self.wrapper.named
-        outside = {
-            part: tuple(replace(tensor, name=named(tensor.name), when=tensor.when and named(tensor.when)) for tensor in t)
-            for part, t in self.parts.items()
-            if part in ("outer", "mtp")
-        }
+        outside = {part: tuple(map(self._renamed, self.parts[part])) for part in ("outer", "mtp") if part in self.parts}
         return replace(
             self,
             layer_prefix=named(self.layer_prefix),
@@ -193,6 +189,11 @@ class Family:
             mtp=self.mtp and replace(self.mtp, prefix=named(self.mtp.prefix)),
             untouched=self.wrapper.untouched,
         )
+
+    def _renamed(self, tensor: Tensor) -> Tensor:
+        assert self.wrapper is not None
+        named = self.wrapper.named
+        return replace(tensor, name=named(tensor.name), when=tensor.when and named(tensor.when))
 
     def key(self, axis: str) -> str:
         """The config key of an axis."""

@@ -12,7 +12,7 @@ from moeslim.artifacts.commit import committed_folder
 from moeslim.checkpoint.config_json import copy_side_files, write_config
 from moeslim.checkpoint.reader import TORCH_DTYPES
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, write_receipt
-from moeslim.families import PER_EXPERT, Layouts, Row, expert_prefix, pieces, table
+from moeslim.families import PER_EXPERT, Layouts, Row, expert_prefix, pieces, table, text_config
 from moeslim.families.config import with_mtp
 from moeslim.families.shape import Shape
 
@@ -73,7 +73,7 @@ def write_random(
     shape = shape if how.mtp else shape.trunk
     rows = table(shape, how.layouts)
     written = with_mtp(config, how.mtp)
-    fill = _Fill(shape, seed=seed, std=float(config.get("initializer_range", 0.02)), spread=how.spread)
+    fill = _Fill(shape, seed=seed, std=float(text_config(config).get("initializer_range", 0.02)), spread=how.spread)
     with committed_folder(folder) as temporary:
         write_config(temporary, written)
         if tokenizer_from is not None:

@@ -29,8 +29,8 @@ _COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 _TOP_K = ("top_k", "num_experts_per_tok")
 """Where router or block may keep the number of experts, and how many a token is sent to."""
 _SHARES = ("softmax", "softmax_topk", "sparsemixer", "probabilities")
-"""The routers whose scores of all experts are a softmax of their logits; "probabilities" put out that softmax itself. Of
-"sparsemixer" these are shares alone, and its gate values are others (`gates_follow`)."""
+"""The routers whose scores of all experts are a softmax of their logits; "probabilities" put out that softmax itself.
+Of "sparsemixer" these are shares alone, and its gate values are others (`gates_follow`)."""
 
 
 @dataclass
@@ -122,7 +122,7 @@ class MoeBlock:
 
     @property
     def gates_follow(self) -> bool:
-        """Whether gate values are the chosen experts' scores up to one factor, so that other choices can be followed."""
+        """Whether gate values are the chosen ones' scores times one factor, so that other choices can be followed."""
         own = any(tensor.axes == ("experts",) and tensor.role == "expert_scale" for tensor in self.tensors.values())
         return self.shape.family.router != "sparsemixer" and not own
 

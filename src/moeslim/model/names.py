@@ -30,9 +30,7 @@ class Names:
     def __init__(self, parts: Trunk, mtp: nn.Module | None) -> None:
         self.parts, self.shape = parts, parts.shape
         layers = [*parts.layers, *([] if mtp is None else mtp.get_submodule("layers").children())]
-        self._experts_at = {
-            key: expert_places(layer) for key, layer in zip(self.shape.layer_keys, layers, strict=True)
-        }
+        self._experts_at = {key: expert_places(layer) for key, layer in zip(self.shape.layer_keys, layers, strict=True)}
         rows = table(self.shape, STACKED)
         renamed = self._renamed(rows)
         self.live: Mapping[str, str] = {name: self._live(row, renamed) for name, row in rows.items()}

@@ -12,7 +12,7 @@ from moeslim.artifacts.commit import committed_folder
 from moeslim.checkpoint.config_json import copy_side_files
 from moeslim.checkpoint.index import path_inside
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
-from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, write_receipt
+from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, untouched, write_receipt
 from moeslim.families import Row, Shape
 from moeslim.machine.parallel import gather, world
 from moeslim.model.names import is_copy
@@ -52,12 +52,15 @@ def save_student(
     with committed_folder(out) as temporary:
         shutil.copyfile(path_inside(reader.folder, "config.json"), temporary / "config.json")
         copy_side_files(source, temporary)
-        planned = [(row.name, row.shape, reader.dtype(row.name)) for row in reader.rows.values()]
+        planned = [(row.name, row.shape, reader.dtype(row.name)) for row in reader.rows.values()] + untouched(reader)
         writer = ShardWriter(temporary, planned, shard_bytes=shard_bytes)
         if shared:
-            gather(writer.order)
+            gather([name for name in writer.order if name in reader.rows])
         with torch.no_grad():
             for name in writer.order:
+                if name not in reader.rows:
+                    writer.copy(name, reader.raw(name))
+                    continue
                 tensor = disk_tensor(gathered, reader.rows[name], shape=reader.shape)
                 writer.add(name, tensor.to(TORCH_DTYPES[reader.dtype(name)]))
         return write_receipt(temporary, kind=kind, weights=writer.finish(), **facts)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from moeslim.errors import FamilyError
 from moeslim.families import Shape
-from moeslim.families.config import says_mtp
+from moeslim.families.config import has_mtp
 from moeslim.losses import Coefficients, Outcomes, Signal, StepTerms, fused_loss
 from moeslim.model.chain import Chain
 from moeslim.model.moe import MoeBlock, RouterWatch
@@ -72,11 +72,11 @@ class Student(nn.Module):
         """
         if shape is None:
             shape = Shape.from_config(config)
-            shape = shape if says_mtp(config) else shape.trunk
+            shape = shape if has_mtp(config) else shape.trunk
         parts = Trunk(build_trunk(config, attn=attn, experts=experts), shape)
         block = MtpBlock(parts) if shape.mtp_layers else None
         if block is not None:
-            block.apply(parts.model._init_weights)
+            block.apply(parts.body._init_weights)
         student = cls(parts, block, config=config)
         for parameter in student.parameters():  # buffers keep their precision: frequencies, correction biases
             parameter.data = parameter.data.to(dtype)

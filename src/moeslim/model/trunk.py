@@ -81,7 +81,7 @@ class Trunk:
 
     def __init__(self, model: PreTrainedModel, shape: Shape) -> None:
         self.model, self.shape = model, shape
-        self.body: nn.Module = model.get_decoder()
+        self.body: PreTrainedModel = model.get_decoder()
         self.body_name = next(name for name, module in model.named_modules() if module is self.body)
         self.embed: nn.Module = model.get_input_embeddings()
         self.head: nn.Module = model.get_output_embeddings()
@@ -134,7 +134,7 @@ class Trunk:
                     setattr(self.body, name, type(child)(config=self.config))
             elif name != self.layers_name:
                 for module in child.modules():
-                    _renew(self.model, module, device=device)
+                    _renew(self.body, module, device=device)
 
     @property
     def _page(self) -> str:
@@ -194,7 +194,8 @@ def _renew(model: PreTrainedModel, module: nn.Module, *, device: torch.device | 
             stand_in._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark: leave it alone
             module._parameters[name] = stand_in
     for name in module._non_persistent_buffers_set:
-        module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        if (buffer := module._buffers[name]) is not None:
+            module._buffers[name] = torch.empty_like(buffer, device=device)
     with torch.no_grad():
         model._init_weights(module)
     module._parameters.update(own)

@@ -48,8 +48,8 @@ class BlockSample:
         assert self.visit.moe is not None
         if self.visit.moe.block is self.visit.decoder:
             raise FamilyError(
-                f"layer {self.visit.key}: router and experts are no module of their own there, so no block can be tried "
-                "alone; leave out methods that need it (sequential, align=activations, rho=auto, calibrate_router)"
+                f"layer {self.visit.key}: router and experts are no module of their own there, so no block can be "
+                "tried alone; leave out sequential, align=activations, rho=auto and calibrate_router"
             )
         handle = self.visit.moe.block.register_forward_hook(self._see)
         try:

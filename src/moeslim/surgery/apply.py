@@ -15,7 +15,7 @@ from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.checkpoint.config_json import copy_side_files, write_config
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
 from moeslim.checkpoint.verify import check_receipt, verify
-from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, write_receipt
+from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, untouched, write_receipt
 from moeslim.errors import CheckpointError
 from moeslim.log import logger, progress
 from moeslim.plan import Plan, final_shape, write_plan
@@ -55,10 +55,14 @@ def cut(
     files = PlanFiles(beside, plan)
     files.check(wanted.values())
     planned = [(output.name, output.shape, output.dtype) for output in wanted.values()]
+    planned += untouched(reader)
     with committed_folder(out_folder) as folder:
         writer = ShardWriter(folder, planned, shard_bytes=shard_bytes)
         with progress("cut", writer.total_bytes, unit="B") as advance:
             for name in writer.order:
+                if name not in wanted:
+                    writer.copy(name, _reported(reader.raw(name), advance, name=name))
+                    continue
                 writer.add(name, _reported(made(wanted[name], reader, files=files), advance, name=name))
         weights = writer.finish()
         write_config(folder, config_after(plan, reader.config, after=after))

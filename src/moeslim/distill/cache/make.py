@@ -20,6 +20,7 @@ from moeslim.distill.cache.coding import CachedProbs, encode
 from moeslim.distill.cache.folder import CacheFolder, Identity
 from moeslim.distill.vocab_check import check_knows, vocab_fingerprint
 from moeslim.errors import RecipeError
+from moeslim.families import text_config
 from moeslim.log import logger, progress
 from moeslim.losses import products
 from moeslim.machine import parallel
@@ -60,7 +61,7 @@ def identity_of(teacher: Path, tokens: TokenSet, *, settings: CacheSettings) -> 
     return Identity(
         teacher=folder_fingerprint(teacher),
         words=vocab_fingerprint(teacher),
-        vocab_size=read_config(teacher)["vocab_size"],
+        vocab_size=text_config(read_config(teacher))["vocab_size"],
         text=tokens.fingerprint,
         rows=len(tokens),
         sequence_length=tokens.sequence_length,

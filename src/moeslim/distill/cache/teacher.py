@@ -11,6 +11,7 @@ from moeslim.data.tokens import TokenSet
 from moeslim.distill.cache.folder import CacheFolder
 from moeslim.distill.vocab_check import vocab_fingerprint
 from moeslim.errors import DataError
+from moeslim.families import text_config
 from moeslim.losses import Outcomes
 
 
@@ -42,7 +43,7 @@ def check_cache(cache: CacheFolder, student: Path, *, tokens: TokenSet, teacher:
         "text": tokens.fingerprint,
         "rows": len(tokens),
         "sequence_length": tokens.sequence_length,
-        "vocab_size": read_config(student)["vocab_size"],
+        "vocab_size": text_config(read_config(student))["vocab_size"],
     }
     if cache.identity.words is not None and (vocab := vocab_fingerprint(student)) is not None:
         wanted["words"] = vocab
