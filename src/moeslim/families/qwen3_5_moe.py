@@ -1,7 +1,4 @@
-"""Qwen3.5 and 3.6 MoE: Qwen3-Next with DeltaNet's projections apart, every layer with experts, often beside vision.
-
-A release is a wrapper: text under `model.language_model.`, vision under `model.visual.`, the MTP head outside both.
-"""
+"""Qwen3.5 and 3.6 MoE: Qwen3-Next, DeltaNet's projections apart, all layers with experts, often beside vision."""
 
 from moeslim.families.spec import Family, Mtp, Wrapper, keys, sections
 

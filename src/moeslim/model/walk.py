@@ -209,7 +209,7 @@ class _Skeleton:
         self.parts.layers = nn.ModuleList(self.recorders)
         self.parts.norm = nn.Identity()
         self.parts.renew_buffers(settings.device)
-        if hasattr(self.parts.embed, "padding_idx"):
+        if isinstance(self.parts.embed, nn.Embedding):
             self.parts.embed.padding_idx = None  # it means nothing here, and may lie outside the few rows in memory
         self._recorded: tuple[int, ...] = ()
         self._recording = threading.Lock()
