@@ -114,7 +114,21 @@ _QWEN3_5_MOE: dict[str, Any] = {
     "model_type": "qwen3_5_moe_text",
 }
 
-OTHERS: dict[str, dict[str, Any]] = {"qwen3_5_moe": _QWEN3_5_MOE}
+_DEEPSEEK_V3: dict[str, Any] = {
+    **{k: v for k, v in _GLM4_MOE.items() if k not in ("head_dim", "partial_rotary_factor", "use_qk_norm")},
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": 4,
+    "attention_bias": False,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_nextn_predict_layers": 1,
+}
+
+OTHERS: dict[str, dict[str, Any]] = {"qwen3_5_moe": _QWEN3_5_MOE, "deepseek_v3": _DEEPSEEK_V3}
 """Families whose laws are tested in files of their own."""
 FAMILIES: dict[str, dict[str, Any]] = {"qwen3_next": _QWEN3_NEXT, "qwen3_moe": _QWEN3_MOE, "glm4_moe": _GLM4_MOE}
 

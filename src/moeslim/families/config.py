@@ -26,7 +26,7 @@ def edit_config(config: Mapping[str, Any], after: Shape) -> dict[str, Any]:
     edited = dict(text_config(config))
     for axis, where in before.family.sizes.items():
         key, follows = before.family.key(axis), isinstance(where, tuple) and isinstance(where[1], str)
-        if key in edited or follows or after[axis] != before[axis]:
+        if axis in after.sizes and (key in edited or follows or after[axis] != before[axis]):
             edited[key] = after[axis]
     edited |= {
         other: edited.get(key, edited[other]) for other, key in before.family.spellings.items() if other in edited

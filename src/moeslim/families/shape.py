@@ -58,7 +58,7 @@ class Shape:
             tied=tied,
             mtp_layers=int(family.mtp is not None),
             renormalise=_renormalise(config, family),
-            flags=frozenset(key for key in family.conditions if config.get(key) is True),
+            flags=frozenset(condition for condition in family.conditions if _holds(config, condition)),
         )
         shape._check()
         return shape
@@ -222,6 +222,8 @@ def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for axis, where in family.sizes.items():
         key, default = where if isinstance(where, tuple) else (where, None)
+        if key.endswith("?") and config.get(key := key.removesuffix("?")) is None:
+            continue
         if isinstance(default, str):
             default = None if key in config else _rule(default, sizes)
         sizes[axis] = _integer(config, key if default is None else (key, default))
@@ -232,8 +234,17 @@ def _derived(family: Family, sizes: Mapping[str, int]) -> dict[str, int]:
     return {axis: _rule(rule, sizes) for axis, rule in family.derived.items()}
 
 
+def _holds(config: Mapping[str, Any], condition: str) -> bool:
+    """Whether `KEY` or `not KEY` holds: yes is true, or a number above 0."""
+    value = config.get(condition.removeprefix("not "))
+    yes = value is True or (type(value) is int and value > 0)
+    return yes != condition.startswith("not ")
+
+
 def _rule(rule: str, sizes: Mapping[str, int]) -> int:
-    """The value of "a // b", which must be whole, or "a * b"."""
+    """The value of "a", of "a // b", which must be whole, or of "a * b"."""
+    if " " not in rule:
+        return sizes[rule]
     left, operation, right = rule.split()
     if operation == "*":
         return sizes[left] * sizes[right]

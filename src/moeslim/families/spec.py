@@ -52,7 +52,8 @@ _MARKS = {  # what the last column of a page may say, as (init, norm, matrix, ro
 def tensors(text: str) -> tuple[Tensor, ...]:
     """The lines of a page: component, name, axes by commas, at most one of `_MARKS`; two spaces part columns.
 
-    Behind them `if KEY`: a tensor of models whose config says true there; `if present`: files may hold it or not.
+    Behind them `if KEY`: a tensor of models whose config says true there, or a number above 0; `if not KEY`: of all
+    others; `if present`: files may hold it or not.
     """
     found = []
     for line in text.strip().splitlines():
@@ -73,7 +74,7 @@ def sections(text: str) -> dict[str, tuple[Tensor, ...]]:
 def keys(text: str) -> dict[str, str | tuple[str, int | str]]:
     """Pairs of an axis and the config key of its size, `key=default` where the config may leave it out.
 
-    A default is a number, or a rule like hidden//heads.
+    A default is a number, another axis, or a rule like hidden//heads. `key?`: with no key or null there is no such axis.
     """
     parts = text.split()
     pairs = zip(parts[::2], (part.partition("=") for part in parts[1::2]), strict=True)
@@ -198,7 +199,7 @@ class Family:
     def key(self, axis: str) -> str:
         """The config key of an axis."""
         where = self.sizes[axis]
-        return where if isinstance(where, str) else where[0]
+        return (where if isinstance(where, str) else where[0]).removesuffix("?")
 
 
 @lru_cache(maxsize=4096)

@@ -6,7 +6,9 @@ from pydantic import Field, model_validator
 
 from moeslim.recipe.sections import Count, Fractional, Section
 
-Part = Literal["embedding", "head", "norm", "attention", "deltanet", "router", "shared", "experts", "dense", "mtp"]
+Part = Literal[
+    "embedding", "head", "norm", "attention", "mla", "deltanet", "router", "shared", "experts", "dense", "mtp"
+]
 """What a tensor belongs to: its kind in the trunk, or the MTP head with all that is in it. A tied head is embedding."""
 
 
