@@ -183,6 +183,14 @@ def test_shared_expert_and_sample_equal_a_direct_computation(stats: Stats, trace
     close(found.softmax_output_sum, torch.stack(weighted).detach().numpy())
 
 
+def test_dense_neurons_equal_a_direct_computation(stats: Stats, trace: Trace) -> None:
+    found = stats.layers["1"]
+    h, _ = trace["model.layers.1.mlp.down_proj"]
+    close(found.neuron_dense_sum, h.abs().sum((0, 1)).numpy())
+    close(found.down_norm_dense, trace.decoders["1"].mlp.down_proj.weight.detach().square().sum(0).sqrt().numpy())
+    assert all(stats.layers[key].neuron_dense_sum.size == 0 for key in ("0", "2", "mtp.0"))
+
+
 @pytest.mark.parametrize("key", ["0", "1", "2", "mtp.0"])
 def test_layer_inputs_and_outputs_equal_a_direct_computation(stats: Stats, trace: Trace, key: str) -> None:
     x, y = (side.flatten(0, 1).numpy() for side in trace[names_of(key)])
