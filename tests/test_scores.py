@@ -75,13 +75,18 @@ def test_squares_maxima_and_dense_neurons_equal_a_direct_computation(tmp_path: P
     np.testing.assert_allclose(first.down_norm_dense, columns, rtol=1e-6)
 
 
-def test_how_massive_a_state_is_by_hand() -> None:
-    """Medians of an odd number of entries: 1 beside 200, 0.5 beside 150; a token below 100 does not count."""
-    states = torch.tensor([[200.0, 1.0, -1.0], [0.5, -150.0, 0.1], [99.0, 1e-9, 1e-9]])
-    assert massive(states).item() == 300.0
-    assert massive(states[2:]).item() == 0.0
-    assert massive(torch.tensor([[0.0, 0.0, 100.0]])).item() == torch.finfo(torch.float32).max  # not Inf
-    many = torch.ones(3000, 5)
+def test_massive_entries_by_hand() -> None:
+    """A thousand times the median and a hundred at least: (1500; 1.5, 1), (999; 1, 0.1), (99; 0, 0), (-300; 0.3, 0.2).
+
+    Of an even number the lower of the two middle ones counts: half of the entries are at most a thousandth.
+    """
+    states = torch.tensor([[1500.0, 1.5, -1.0], [1.0, 999.0, 0.1], [99.0, 0.0, 0.0], [0.3, 0.2, -300.0]])
+    assert [massive(states[token : token + 1]).item() for token in range(4)] == [1500.0, 0.0, 0.0, 300.0]
+    assert massive(states).item() == 1500.0
+    assert massive(states[1:]).item() == 300.0
+    assert massive(states[:0]).item() == 0.0
+    assert massive(torch.tensor([[1000.0, 1.0, 5.0, 0.0]])).item() == 1000.0
+    many = torch.full((3000, 5), 0.5)
     many[2999, 3] = 512.0
     assert massive(many).item() == 512.0
 
@@ -89,8 +94,8 @@ def test_how_massive_a_state_is_by_hand() -> None:
 # --- which experts are super -----------------------------------------------------------------------------------------
 
 
-def hand(maxima: list[list[float]], *, most: float = 5000.0) -> Stats:
-    """Statistics with these largest outputs by layer, and a residual stream that is `most` massive in the last."""
+def hand(maxima: list[list[float]], *, most: float = 500.0) -> Stats:
+    """Statistics with these largest outputs by layer, and `most` as the last one's massive entry."""
     stats = Stats("m", ("t",), tokens=10, sequences=1)
     for number, values in enumerate(maxima):
         stats.layers[str(number)] = LayerStats(tokens=10.0, routed=np.ones(len(values)), output_max=np.array(values))
@@ -116,8 +121,8 @@ def test_super_experts_by_hand() -> None:
 def test_a_model_without_massive_activations_has_no_super_experts() -> None:
     """Else the largest of any model's experts would be one: it is above its quantile and above its own tenth."""
     maxima = [[1.0] * 8, [1.0] * 7 + [2.0], [1.0] * 8, [1.0] * 8]
-    assert hand(maxima, most=999.0).super_experts() == {}
-    assert hand(maxima, most=1000.0).super_experts() == {"1": [7]}
+    assert hand(maxima, most=0.0).super_experts() == {}
+    assert hand(maxima, most=100.0).super_experts() == {"1": [7]}
     assert hand([[2.0, 1.0]]).super_experts() == {}  # three quarters of one layer are none
     assert Stats("m", (), tokens=1, sequences=1, layers={"0": LayerStats(massive=5000.0)}).super_experts() == {}
 
@@ -147,7 +152,8 @@ def planted(folder: Path) -> Path:
 def test_a_planted_super_expert_is_named_and_stays(tmp_path: Path) -> None:
     folder = planted(tmp_path / "m")
     stats = calibrate(folder, ROWS, out=tmp_path / "stats", settings=WalkSettings(rows_per_batch=2))
-    assert stats.layers[str(LAYER)].massive > 1000 > stats.layers["0"].massive
+    assert stats.layers[str(LAYER)].massive > 100
+    assert stats.layers["0"].massive == 0
     assert json.loads((tmp_path / "stats" / "stats.json").read_text())["super_experts"] == {str(LAYER): [SUPER]}
     # by random scores of a seed under which it would go
     shape, target = tiny_shape("qwen3_moe"), Target(experts=4)

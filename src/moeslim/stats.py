@@ -34,8 +34,8 @@ A mean over n tokens is off by its coefficient of variation over sqrt(n). That o
 and 1.0 to 2.2 for nine experts in ten (the bundled teacher on 16 k tokens), so 200 tokens leave 11 % and 7 to 16 %.
 """
 MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
-"""An entry of a hidden state is massive from this magnitude on, and this multiple of its token's median magnitude (Sun
-et al., arXiv 2402.17762)."""
+"""An entry of a hidden state is massive from this magnitude on, if it is this multiple of its token's median magnitude
+(Sun et al., arXiv 2402.17762)."""
 SUPER_QUANTILE, SUPER_SHARE, SUPER_DEPTH = 0.995, 0.1, 0.75
 _LINES, _NAMED = 8, 4
 
@@ -111,7 +111,7 @@ class LayerStats(_Sums):
     x_sum: Array = field(default_factory=_nothing)  # (d)
     y_sum: Array = field(default_factory=_nothing)  # (d)
     cos_sum: float = 0.0  # sum of cos(x_t, y_t)
-    massive: float = 0.0  # largest max_c |y_c| / median_c |y_c| of tokens with an |y_c| of MASSIVE or more; 0: none
+    massive: float = 0.0  # largest massive |y_c|: at least MASSIVE, and MASSIVE_RATIO times the token's median; 0: none
     routed: Array = field(default_factory=_nothing)  # (E) |X_e|
     gate_sum: Array = field(default_factory=_nothing)  # (E) sum over all tokens of g_e / sum of the token's k gates
     gate_norm_sum: Array = field(default_factory=_nothing)  # (E) sum over X_e of g_e(x) ||E_e(x)||
@@ -248,7 +248,7 @@ class Stats:
         that has massive activations at all: the largest of any model's experts would pass the other two tests.
         """
         layers = {key: one for key, one in self.layers.items() if one.output_max.size and not key.startswith("mtp.")}
-        if max((one.massive for one in self.layers.values()), default=0.0) < MASSIVE_RATIO or not layers:
+        if not layers or not any(one.massive for one in self.layers.values()):
             return {}
         every = np.concatenate([one.output_max for one in layers.values()])
         least = max(float(np.quantile(every, SUPER_QUANTILE)), SUPER_SHARE * float(every.max()))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moeslim.model.experts import Routing
-from moeslim.stats import MASSIVE
+from moeslim.stats import MASSIVE, MASSIVE_RATIO
 
 Sums = dict[str, torch.Tensor]
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -23,7 +23,7 @@ SAMPLE_SHARE = 20
 SAMPLE_MOST = 4096
 """And it is in memory, so it does not grow any further with the text."""
 _CHUNK = 1024
-"""Tokens whose medians are sought at once."""
+"""Tokens that are copied at once."""
 
 
 def sample_positions(tokens: int, *, experts: int, top_k: int) -> np.ndarray:
@@ -42,7 +42,7 @@ def sample_positions(tokens: int, *, experts: int, top_k: int) -> np.ndarray:
 def layer_sums(x_BTd: torch.Tensor, y_BTd: torch.Tensor) -> Sums:
     """Sums over tokens of a decoder layer's input, its output and their cosine (0 where either is all zero).
 
-    Beside them how massive the output is, see `massive`.
+    Beside them the output's largest massive entry, see `massive`.
     """
     x_BTd, y_BTd = wide(x_BTd), wide(y_BTd)
     lengths_BT = x_BTd.norm(dim=-1) * y_BTd.norm(dim=-1)
@@ -57,21 +57,23 @@ def layer_sums(x_BTd: torch.Tensor, y_BTd: torch.Tensor) -> Sums:
 
 
 def massive(y_Nd: torch.Tensor) -> torch.Tensor:
-    """Largest `max_c |y_c| / median_c |y_c|` of the tokens with an entry of MASSIVE or more; 0 where there is none.
+    """Largest `|y_c|` that is MASSIVE or more, and MASSIVE_RATIO times its token's median magnitude; 0: there is none.
 
-    Medians are sought for these tokens alone, which are none or few in most layers.
+    The median is at most a number where half of the entries are, so none is sought; and only tokens with a large entry
+    are looked at, none or few in most layers.
     """
     largest_N = largest(y_Nd)
-    tiny, ratios = torch.finfo(y_Nd.dtype).tiny, [largest_N.new_zeros(1)]
+    found = [largest_N.new_zeros(1)]
     for places in (largest_N >= MASSIVE).nonzero()[:, 0].split(_CHUNK):
-        median_N = y_Nd[places].abs().median(dim=-1).values
-        ratios.append(largest_N[places] / median_N.clamp_min(tiny))
-    return torch.cat(ratios).max().clamp_max(torch.finfo(y_Nd.dtype).max)
+        most_N = largest_N[places]
+        small_N = (y_Nd[places].abs() <= most_N[:, None] / MASSIVE_RATIO).sum(-1)
+        found.append(torch.where(2 * small_N >= y_Nd.shape[1], most_N, 0))
+    return torch.cat(found).max()
 
 
 def largest(x_Nd: torch.Tensor) -> torch.Tensor:
     """`max_c |x_c|` (N)."""
-    return torch.linalg.vector_norm(x_Nd, ord=math.inf, dim=-1)
+    return torch.maximum(x_Nd.amax(-1), -x_Nd.amin(-1))  # a twentieth of the time of torch's own infinity norm
 
 
 def norm_sums(x_BTd: torch.Tensor, n_BTd: torch.Tensor) -> Sums:
