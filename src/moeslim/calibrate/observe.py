@@ -18,7 +18,17 @@ import torch
 from torch import nn
 
 from moeslim.calibrate.removal import RemovalBatch
-from moeslim.calibrate.sums import Sums, expert_sums, gram, largest, layer_sums, neuron_sums, norm_sums, wide
+from moeslim.calibrate.sums import (
+    Sums,
+    expert_sums,
+    gram,
+    largest,
+    layer_sums,
+    magnitude_sums,
+    neuron_sums,
+    norm_sums,
+    wide,
+)
 from moeslim.model.experts import FileExperts, Routing, Run
 from moeslim.model.moe import MoeBlock
 from moeslim.model.walk import LayerVisit
@@ -141,22 +151,21 @@ class LayerObserver:
                 yield down.register_forward_hook(self._on_dense_down)
 
     def _on_dense_down(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: object) -> None:
-        self._add_neurons("neuron_dense_sum", inputs[0].flatten(0, -2))
+        _add(self.layer, {"neuron_dense_sum": magnitude_sums(inputs[0].flatten(0, -2))})
 
     def _on_shared_down(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: object) -> None:
         self._shared_h.append(inputs[0])
 
     def _on_shared_gate(self, _module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        gates_N = torch.sigmoid(wide(output)).flatten()
-        self._add_neurons("neuron_shared_sum", self._shared_h.pop(), gates_N=gates_N)
+        self._add_shared(torch.sigmoid(wide(output)).flatten(), self._shared_h.pop())
 
     def _on_ungated_down(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: object) -> None:
-        self._add_neurons("neuron_shared_sum", inputs[0].flatten(0, -2))
+        h_NI = inputs[0].flatten(0, -2)
+        self._add_shared(torch.ones_like(wide(h_NI[:, 0])), h_NI)
 
-    def _add_neurons(self, name: str, h_NI: torch.Tensor, *, gates_N: torch.Tensor | None = None) -> None:
-        gates_N = torch.ones_like(wide(h_NI[:, 0])) if gates_N is None else gates_N
+    def _add_shared(self, gates_N: torch.Tensor, h_NI: torch.Tensor) -> None:
         (sums,) = neuron_sums(gates_N, h_NI, counts=[len(gates_N)])
-        _add(self.layer, {name: sums.double()})
+        _add(self.layer, {"neuron_shared_sum": sums.double()})
 
 
 class _ExpertSums:

@@ -141,6 +141,11 @@ def neuron_sums(gates_N: torch.Tensor, h_NI: torch.Tensor, *, counts: list[int])
     return torch.stack([gates @ magnitudes for gates, magnitudes in own])
 
 
+def magnitude_sums(h_NF: torch.Tensor) -> torch.Tensor:
+    """`sum over n of |h_nf|` (F) in float64; few tokens at once: a dense MLP is wide, and copies are float32."""
+    return torch.stack([wide(part).abs().sum(0).double() for part in h_NF.split(_CHUNK)]).sum(0)
+
+
 def wide(x: torch.Tensor) -> torch.Tensor:
     """In float32, or in float64 if it is."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
