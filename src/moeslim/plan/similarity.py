@@ -40,7 +40,7 @@ def outputs(stats: LayerStats) -> np.ndarray:
 def ream(stats: LayerStats) -> np.ndarray:
     """`(a + b) / 2`, arXiv 2604.04356, the operation ream's own.
 
-    a = (cos + 1) / 2 of the mean outputs weighted by p, the router's shares; b = 1 - dist / max dist of the router-logit
+    a = (cos + 1) / 2 of the mean outputs weighted by the router's shares; b = 1 - dist / max dist of the router-logit
     columns, each of unit length; max over the layer. The paper's means run over all tokens, ours over the shared
     sample, since running every expert on every token costs E / k forwards.
     """
