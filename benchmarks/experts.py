@@ -52,9 +52,19 @@ from moeslim.surgery.apply import cut
 
 LENGTH = 256
 """Tokens per calibration row, as the teacher was trained."""
-IMPORTANCES = ("reap", "frequency", "soft_logits", "ean", "router_blind", "removal", "random")
+IMPORTANCES = (
+    "reap",
+    "reap_squared",
+    "frequency",
+    "soft_logits",
+    "ean",
+    "weighted_ean_sum",
+    "router_blind",
+    "removal",
+    "random",
+)
 OPERATIONS = ("drop", "merge", "partial", "partial_pairs")
-WHOLE = ("m_smoe", "hc_smoe", "ream")
+WHOLE = ("m_smoe", "hc_smoe", "ream", "ream_code")
 """Operations that bring their own importance."""
 WALK = WalkSettings(rows_per_batch=16)
 

@@ -29,7 +29,7 @@ from moeslim.calibrate import row_split
 from moeslim.calibrate import run as calibration
 from moeslim.calibrate.observe import Observe
 from moeslim.calibrate.run import calibrate
-from moeslim.calibrate.sums import expert_sums, gram, layer_sums, neuron_sums, norm_sums, sample_positions
+from moeslim.calibrate.sums import expert_sums, gram, largest, layer_sums, neuron_sums, norm_sums, sample_positions
 from moeslim.errors import CheckpointError, DataError, ResourceError, RunError
 from moeslim.families import Shape
 from moeslim.machine import parallel
@@ -124,7 +124,7 @@ def test_expert_statistics_equal_a_direct_computation(stats: Stats, trace: Trace
     x_Nd = trace[f"{prefix}.mlp.gate"][0].flatten(0, -2)
     logits, scores, indices = trace[f"{prefix}.mlp.gate"][1]
     count = x_Nd.shape[0]
-    routed, gate, reap, plain, whole = (np.zeros(E) for _ in range(5))
+    routed, gate, reap, plain, whole, squared, most = (np.zeros(E) for _ in range(7))
     neurons = np.zeros((E, 12))
     for t in range(count):
         exps = np.exp(logits[t].numpy())
@@ -132,12 +132,15 @@ def test_expert_statistics_equal_a_direct_computation(stats: Stats, trace: Trace
             e, g = int(indices[t, slot]), float(scores[t, slot])
             h_gate, h_up = (mlp.experts.gate_up_proj[e] @ x_Nd[t]).chunk(2)
             h = torch.nn.functional.silu(h_gate) * h_up
-            norm = float((mlp.experts.down_proj[e] @ h).norm())
+            out = mlp.experts.down_proj[e] @ h
+            norm = float(out.norm())
             routed[e] += 1
             gate[e] += g / float(scores[t].sum())
             reap[e] += g * norm
             plain[e] += norm
             whole[e] += exps[e] / exps.sum() * norm
+            squared[e] += (exps[e] / exps.sum()) ** 2 * norm
+            most[e] = max(most[e], float(out.abs().max()))
             neurons[e] += g * h.abs().detach().numpy()
     assert found.tokens == count == ROWS.shape[0] * T
     close(found.routed, routed)
@@ -146,6 +149,8 @@ def test_expert_statistics_equal_a_direct_computation(stats: Stats, trace: Trace
     close(found.gate_norm_sum, reap)
     close(found.norm_sum, plain)
     close(found.softmax_norm_sum, whole)
+    close(found.softmax_sq_norm_sum, squared)
+    close(found.output_max, most)
     rows = mlp.gate.weight.detach().numpy()
     close(found.router_gram, [[float(a @ b) for b in rows] for a in rows])
     assert found.removal_sum.size == 0  # not asked for
@@ -176,6 +181,14 @@ def test_shared_expert_and_sample_equal_a_direct_computation(stats: Stats, trace
         weighted.append((out * (exps[:, e] / exps.sum(1))[:, None]).sum(0))
     close(found.mean_output_sum, torch.stack(plain).detach().numpy())
     close(found.softmax_output_sum, torch.stack(weighted).detach().numpy())
+
+
+def test_dense_neurons_equal_a_direct_computation(stats: Stats, trace: Trace) -> None:
+    found = stats.layers["1"]
+    h, _ = trace["model.layers.1.mlp.down_proj"]
+    close(found.neuron_dense_sum, h.abs().sum((0, 1)).numpy())
+    close(found.down_norm_dense, trace.decoders["1"].mlp.down_proj.weight.detach().square().sum(0).sqrt().numpy())
+    assert all(stats.layers[key].neuron_dense_sum.size == 0 for key in ("0", "2", "mtp.0"))
 
 
 @pytest.mark.parametrize("key", ["0", "1", "2", "mtp.0"])
@@ -225,6 +238,7 @@ class Slate:
 
     def __init__(self) -> None:
         self.norms: list[torch.Tensor] = []
+        self.largest: list[torch.Tensor] = []
         self.neurons = np.zeros(3)
 
     def route(self, *_: torch.Tensor, gates_TK: torch.Tensor) -> None:
@@ -232,6 +246,7 @@ class Slate:
 
     def ran(self, run: Run) -> None:
         self.norms.append(run.outputs.norm(dim=-1))
+        self.largest.append(largest(run.outputs))
         self.neurons[list(run.experts)] = neuron_sums(run.gates, run.activated, counts=run.counts)[:, 0]
 
     def end(self, routing: Routing) -> None:
@@ -246,13 +261,14 @@ def test_scores_equal_hand_arithmetic_on_a_hand_made_router() -> None:
     token 2: experts 0, 1 with gates 0.6, 0.2    ||E_0|| = 30            ||E_1|| = 12
     expert 0: REAP (0.3*10 + 0.5*5 + 0.6*30) / 3 = 23.5/3, EAN 45, soft (0.75 + 0.5 + 0.75) / 3, frequency 3/3
     expert 1: REAP (0.1*4 + 0.5*2 + 0.2*12) / 3 = 3.8/3, EAN 18, soft (0.25 + 0.5 + 0.25) / 3, frequency 3/3
-    softmax (0.2, 0.1), (0.4, 0.3), (0.5, 0.1) of the same: 2 + 1.5 + 15 = 18.5 and 0.4 + 0.8 + 1.2 = 2.4
+    shares (0.2, 0.1), (0.4, 0.3), (0.5, 0.1) of the same: 2 + 1.5 + 15 = 18.5 and 0.4 + 0.8 + 1.2 = 2.4
+    squared: 0.4 + 0.45 + 7.5 = 8.35 and 0.04 + 0.32 + 0.12 = 0.48; largest entries: 6 * 4 = 24 and 6 * 2 = 12
     neurons: 0.3*2 + 0.5*1 + 0.6*6 = 4.7 and 0.1*2 + 0.5*1 + 0.2*6 = 1.9; expert 2 is never reached
     """
     x = torch.tensor([[1.0, 2.0], [1.0, -1.0], [2.0, 3.0]])
     indices = torch.tensor([[0, 1], [1, 0], [0, 1]])
     gates = torch.tensor([[0.3, 0.1], [0.5, 0.5], [0.6, 0.2]])
-    softmax = torch.tensor([[0.2, 0.1], [0.4, 0.3], [0.5, 0.1]])
+    shares = torch.tensor([[0.2, 0.1], [0.4, 0.3], [0.5, 0.1]])
     logits = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, -1.0], [0.0, 0.0, -3.0]])
     experts = FileExperts(
         HandFile(), lambda both: both.chunk(2, dim=-1)[0] * both.chunk(2, dim=-1)[1]
@@ -261,9 +277,12 @@ def test_scores_equal_hand_arithmetic_on_a_hand_made_router() -> None:
     out = experts(x, indices, gates)
     # token 0: 0.3 * 2 * (3,4) + 0.1 * 2 * (0,2); token 1: 0.5 * -1 * (3,4) + 0.5 * -1 * (0,2); token 2 alike
     np.testing.assert_allclose(out, [[1.8, 2.8], [-1.5, -3.0], [10.8, 16.8]], rtol=1e-6)
-    sums = expert_sums(seen.routing, gates, softmax_NK=softmax, norms_S=torch.cat(seen.norms))
+    norms, most = torch.cat(seen.norms), torch.cat(seen.largest)
+    sums = expert_sums(seen.routing, gates, shares_NK=shares, norms_S=norms, largest_S=most)
     np.testing.assert_allclose(sums["gate_norm_sum"], [23.5, 3.8, 0.0], rtol=1e-6)
     np.testing.assert_allclose(sums["softmax_norm_sum"], [18.5, 2.4, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(sums["softmax_sq_norm_sum"], [8.35, 0.48, 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(sums["output_max"], [24.0, 12.0, 0.0])
     np.testing.assert_allclose(sums["norm_sum"], [45.0, 18.0, 0.0], rtol=1e-6)
     np.testing.assert_allclose(seen.neurons, [4.7, 1.9, 0.0], rtol=1e-6)
     np.testing.assert_array_equal(sums["routed"], [3.0, 3.0, 0.0])

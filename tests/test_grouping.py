@@ -16,7 +16,7 @@ from moeslim.plan.steps import LayerCut
 from moeslim.recipe import Methods
 from moeslim.stats import LayerStats
 
-OPERATIONS = ["drop", "merge", "partial", "partial_pairs", "m_smoe", "hc_smoe", "ream"]
+OPERATIONS = ["drop", "merge", "partial", "partial_pairs", "m_smoe", "hc_smoe", "ream", "ream_code"]
 SEEDS = range(60)
 Vectors = list[list[float]]
 
@@ -31,7 +31,8 @@ class Layer:
     gated: Vectors  # (E, d) the same, softmax-gated
     routed: list[int]  # (E)
     scores: list[float]  # (E) -1 where unreached
-    saliency: list[float]  # (E)
+    saliency: list[float]  # (E) by p
+    squared: list[float]  # (E) by p^2
     tokens: int = 64
 
     @property
@@ -41,6 +42,7 @@ class Layer:
             tokens=float(self.tokens),
             routed=np.array(self.routed, dtype=np.float64),
             softmax_norm_sum=np.array(self.saliency) * np.array(self.routed),
+            softmax_sq_norm_sum=np.array(self.squared) * np.array(self.routed),
             logit_gram=logits @ logits.T,
             router_gram=router @ router.T,
             mean_output_sum=np.array(self.outputs) * 8,
@@ -67,13 +69,14 @@ def random_layer(draw: random.Random, experts: int, *, distinct: bool = False) -
         routed=routed,
         scores=[draw.random() if n else -1.0 for n in routed],
         saliency=[draw.random() if n else 0.0 for n in routed],
+        squared=[draw.random() if n else 0.0 for n in routed],
     )
 
 
 def alike(experts: int, *, scores: list[float], routed: list[int] | None = None) -> Layer:
     """Experts that no similarity can tell apart."""
     ones = [[1.0, 1.0]] * experts
-    return Layer(ones, ones, ones, ones, routed or [1] * experts, scores, scores)
+    return Layer(ones, ones, ones, ones, routed or [1] * experts, scores, scores, scores)
 
 
 # --- the naive route -------------------------------------------------------------------------------------------------
@@ -134,7 +137,8 @@ def naive_base(layer: Layer, members: list[int], always: set[int]) -> int:
 def naive_group(layer: Layer, experts: list[int], *, count: int, methods: Methods, always: set[int]) -> dict[int, list]:
     """Kept expert -> who joins it, in one router group."""
     op = methods.expert_op
-    scores = {"m_smoe": layer.routed, "hc_smoe": layer.routed, "ream": layer.saliency}.get(op, layer.scores)
+    own_scores = {"m_smoe": layer.routed, "hc_smoe": layer.routed, "ream": layer.saliency, "ream_code": layer.squared}
+    scores = own_scores.get(op, layer.scores)
     if op == "hc_smoe":
         clusters = naive_clusters(layer, experts, count=count, always=always)
         return {(base := naive_base(layer, c, always)): [e for e in c if e != base] for c in clusters}
@@ -148,9 +152,9 @@ def naive_group(layer: Layer, experts: list[int], *, count: int, methods: Method
     order = sorted(always, key=strength) + sorted(set(experts) - always, key=strength)
     kept, rest = order[:count], order[count:]
     joined: dict[int, list] = {e: [] for e in kept}
-    own = {"m_smoe": "logits", "ream": "ream"}.get(op, "outputs")
+    own = {"m_smoe": "logits", "ream": "ream", "ream_code": "ream"}.get(op, "outputs")
     kind = own if methods.similarity == "auto" else methods.similarity
-    if op == "ream":
+    if op in ("ream", "ream_code"):
         for base in sorted(kept, key=strength):
             while rest and len(joined[base]) < 15:
                 joined[base].append(min(rest, key=lambda e: (unlike(base, e), e)))
@@ -173,10 +177,14 @@ def naive_cut(layer: Layer, wanted: Wanted) -> tuple[list[int], dict[int, dict[i
     """(kept, base -> member -> weight) of the whole layer."""
     op, experts = wanted.methods.expert_op, len(layer.routed)
     size, weights = experts // wanted.groups, [max(s, 0.0) for s in layer.scores]
-    if op in ("m_smoe", "hc_smoe") or (op != "ream" and wanted.methods.experts == "random"):
+    if op in ("m_smoe", "hc_smoe") or (not op.startswith("ream") and wanted.methods.experts == "random"):
         weights = [n / layer.tokens for n in layer.routed]
     elif op == "ream":
         weights = [layer.saliency[e] * layer.routed[e] / max(layer.routed[e], 1) for e in range(experts)]
+    elif op == "ream_code":
+        weights = [layer.squared[e] * layer.routed[e] / max(layer.routed[e], 1) for e in range(experts)]
+        least = min((weight for weight in weights if weight), default=0.0)
+        weights = [weight or least for weight in weights]
     kept, merged = [], {}
     for start in range(0, experts, size):
         group = list(range(start, start + size))
@@ -297,6 +305,7 @@ def test_a_search_may_set_rho() -> None:
         ("partial_pairs", {1: (1, 3), 2: (2, 4)}),
         ("m_smoe", {0: (0, 3, 4, 5)}),
         ("ream", {0: (0, 3, 4, 5)}),
+        ("ream_code", {0: (0, 3, 4, 5)}),
     ],
 )
 def test_equal_experts_keep_the_lower_numbers(op: str, members: dict[int, tuple[int, ...]]) -> None:
@@ -309,14 +318,17 @@ def test_equal_experts_keep_the_lower_numbers(op: str, members: dict[int, tuple[
 def test_a_router_group_that_no_token_reached(op: str) -> None:
     draw = random.Random(11)
     layer = random_layer(draw, 8, distinct=True)
-    layer.routed[4:], layer.scores[4:], layer.saliency[4:] = [0] * 4, [-1.0] * 4, [0.0] * 4
+    layer.routed[4:], layer.scores[4:] = [0] * 4, [-1.0] * 4
+    layer.saliency[4:] = layer.squared[4:] = [0.0] * 4
     layer.logits[4:] = [[0.0] * len(layer.logits[0])] * 4  # and nothing is known of it: no length, no cosine
     layer.outputs[4:] = layer.gated[4:] = [[0.0] * len(layer.outputs[0])] * 4
     found = cut(layer, Wanted(4, Methods(expert_op=op), groups=2))
     assert len([e for e in found.kept if e < 4]) == 2
     assert [e for e in found.kept if e >= 4] == [4, 5] or op == "hc_smoe"
     assert len([e for e in found.kept if e >= 4]) == 2
-    assert all(max(m.experts) < 4 for m in found.merged), "experts that weigh nothing are copied"
+    assert op == "ream_code" or all(max(m.experts) < 4 for m in found.merged), "experts that weigh nothing are copied"
+    for merge in (m for m in found.merged if op == "ream_code"):  # lifted to the least weight of the others
+        assert min(merge.experts) < 4 or merge.weights == pytest.approx([min(layer.squared[:4])] * len(merge.weights))
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -431,6 +443,7 @@ def test_equal_experts_are_equally_similar_to_the_last_bit(kind: str) -> None:
         ({"expert_op": "m_smoe", "align": "none"}, []),
         ({"expert_op": "ream"}, ["methods.align", "methods.sequential"]),
         ({"expert_op": "ream", "align": "none", "sequential": False}, []),
+        ({"expert_op": "ream_code"}, ["methods.align", "methods.sequential"]),
         ({"sequential": True, "calibrate_router": True}, ["methods.sequential", "methods.calibrate_router"]),
     ],
 )
@@ -439,6 +452,7 @@ def test_what_needs_the_live_model(methods: dict[str, Any], keys: list[str]) -> 
 
 
 def test_alignment_and_order_of_layers_are_the_papers_unless_given() -> None:
-    assert [alignment(Methods(expert_op=op)) for op in OPERATIONS] == [*["none"] * 4, "weights", "none", "activations"]
-    assert [op for op in OPERATIONS if is_sequential(Methods(expert_op=op))] == ["ream"]
+    own = [*["none"] * 4, "weights", "none", "activations", "both"]
+    assert [alignment(Methods(expert_op=op)) for op in OPERATIONS] == own
+    assert [op for op in OPERATIONS if is_sequential(Methods(expert_op=op))] == ["ream", "ream_code"]
     assert alignment(Methods(expert_op="hc_smoe", align="weights")) == "weights"

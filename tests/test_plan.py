@@ -50,6 +50,7 @@ HAND = layer(
     gate_norm_sum=[4.0, 8.0, 6.0, 0.0],
     norm_sum=[16.0, 24.0, 20.0, 0.0],
     softmax_norm_sum=[2.0, 6.0, 5.0, 0.0],
+    softmax_sq_norm_sum=[1.0, 4.0, 3.0, 0.0],
     removal_sum=[5.0, 1.0, 8.0, 0.0],
 )
 
@@ -64,6 +65,8 @@ HAND = layer(
         ("router_blind", [2.0, 3.0, 5.0, 0.0]),
         ("removal", [0.5, 0.1, 0.8, 0.0]),  # over all 10 tokens, not over X_e
         ("ream_saliency", [0.25, 0.75, 1.25, 0.0]),
+        ("reap_squared", [0.125, 0.5, 0.75, 0.0]),
+        ("weighted_ean_sum", [4.0, 8.0, 6.0, 0.0]),  # not divided: another order than reap's
     ],
 )
 def test_expert_importance_by_hand(method: str, expected: list[float]) -> None:
@@ -73,6 +76,11 @@ def test_expert_importance_by_hand(method: str, expected: list[float]) -> None:
 def test_removal_must_have_been_measured() -> None:
     with pytest.raises(PlanError, match=r"removal was not measured; calibrate with `calibrate\.removal: true`"):
         importance.expert_importance(layer(tokens=1.0, routed=[1.0]), "removal")
+
+
+def test_statistics_of_an_earlier_version_lack_squares() -> None:
+    with pytest.raises(PlanError, match=r"reap_squared is not in these statistics of an earlier version; remove them"):
+        importance.expert_importance(layer(tokens=1.0, routed=[1.0]), "reap_squared")
 
 
 def test_unreached_experts_are_listed_and_random_depends_on_seed_and_layer() -> None:

@@ -43,6 +43,7 @@ def learnt(shape: Shape = SHAPE) -> Stats:
         one.softmax_output_sum = random.normal(size=(experts, 16))
         one.sample_tokens = 10.0
         one.softmax_norm_sum = random.random(experts) * (one.routed > 0)
+        one.softmax_sq_norm_sum = one.softmax_norm_sum**2
         rows = random.normal(size=(experts, 20))
         one.logit_gram = one.router_gram = rows @ rows.T
     return stats
@@ -213,7 +214,8 @@ def test_a_merging_plan_is_decided_layer_by_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "importance"), [("m_smoe", "frequency"), ("hc_smoe", "frequency"), ("ream", "ream_saliency")]
+    ("op", "importance"),
+    [("m_smoe", "frequency"), ("hc_smoe", "frequency"), ("ream", "ream_saliency"), ("ream_code", "reap_squared")],
 )
 def test_operations_say_by_whose_importance_they_decide(op: str, importance: str) -> None:
     stats, methods = learnt(), Methods(expert_op=op, align="none", sequential=False)
@@ -222,7 +224,8 @@ def test_operations_say_by_whose_importance_they_decide(op: str, importance: str
     assert isinstance(cut, CutExperts)
     assert (cut.operation, cut.importance) == (op, importance)
     one = stats.layers["0"]
-    weights = one.routed / 100 if importance == "frequency" else one.softmax_norm_sum / one.routed
+    sums = {"frequency": one.routed**2 / 100, "ream_saliency": one.softmax_norm_sum}
+    weights = sums.get(importance, one.softmax_sq_norm_sum) / one.routed
     for merge in cut.merged["0"]:
         assert merge.weights == pytest.approx(tuple(weights[e] for e in merge.experts), rel=1e-12)
 

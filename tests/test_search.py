@@ -196,7 +196,7 @@ def naive_sums(source: Path, smaller: Path, turn: int) -> tuple[np.ndarray, np.n
     return routed, reap, (logits.T @ logits).detach().numpy()
 
 
-@pytest.mark.parametrize("by", ["weights", "activations"])
+@pytest.mark.parametrize("by", ["weights", "activations", "both"])
 def test_align_undoes_a_permutation_exactly(tmp_path: Path, by: str) -> None:
     """Expert 5 of every layer is made expert 2 with its neurons in another order."""
     source = model(tmp_path / "m", layouts="per_expert", dtype="float32")
@@ -214,7 +214,7 @@ def test_align_undoes_a_permutation_exactly(tmp_path: Path, by: str) -> None:
         sample = BlockSample(visit, spread(125, 40))
         with sample.watching():
             list(visit.batches())
-        (merge,) = Aligner(visit, by, x_Sd=sample.x if by == "activations" else None).aligned(start).merged
+        (merge,) = Aligner(visit, by, x_Sd=None if by == "weights" else sample.x).aligned(start).merged
         assert merge.orders == (tuple(range(12)), tuple(np.argsort(order).tolist()))
         base = reader.expert(visit.key, 2)
         for matrix, tensor in merged_expert(reader, visit.key, merge=merge).items():
@@ -382,6 +382,7 @@ ALL = [
     {"expert_op": "m_smoe"},
     {"expert_op": "hc_smoe", "calibrate_router": True},
     {"expert_op": "ream"},
+    {"expert_op": "ream_code"},
     {"expert_op": "drop", "sequential": True, "calibrate_router": True, "experts": "random"},
 ]
 
@@ -406,7 +407,7 @@ def test_a_run_with_every_operation_and_option(micro: Path, tmp_path: Path, meth
     found = Stats.load(stage / "stats").found
     assert plan["steps"][0]["kept"] == {key: list(one["kept"]) for key, one in found.items()}
     assert Reader(stage / "cut").shape["experts"] == 2
-    if methods["expert_op"] in ("merge", "m_smoe", "hc_smoe", "ream"):
+    if methods["expert_op"] in ("merge", "m_smoe", "hc_smoe", "ream", "ream_code"):
         assert plan["steps"][0]["merged"]
     record = tmp_path / "run" / "stages" / "stage-1-calibrate.json"
     before = record.stat().st_mtime_ns

@@ -13,7 +13,7 @@ from moeslim.stats import LayerStats, NormStats, Starved, Stats, coverage_lines,
 
 pytestmark = pytest.mark.bits("saved and read again, sums are the same numbers")
 
-D, E, WIDE, S = 6, 4, 3, 5
+D, E, WIDE, S, F = 6, 4, 3, 5, 7
 SHAPES = {
     "x_sum": (D,),
     "y_sum": (D,),
@@ -22,23 +22,28 @@ SHAPES = {
     "gate_norm_sum": (E,),
     "norm_sum": (E,),
     "softmax_norm_sum": (E,),
+    "softmax_sq_norm_sum": (E,),
     "removal_sum": (E,),
     "logit_gram": (E, E),
     "mean_output_sum": (E, D),
     "softmax_output_sum": (E, D),
     "neuron_sum": (E, WIDE),
     "neuron_shared_sum": (S,),
+    "neuron_dense_sum": (F,),
 }
+MAXIMA = {"output_max": (E,), "massive": ()}
 CONSTANT = {
     "router_gram": np.eye(E),
     "down_norm": np.arange(E * WIDE, dtype=float).reshape(E, WIDE),
     "down_norm_shared": np.arange(S, dtype=float),
+    "down_norm_dense": np.arange(F, dtype=float),
 }
 
 
 def layer(seed: int) -> LayerStats:
     rng = np.random.default_rng(seed)
     sums = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
+    sums |= {name: rng.random(size=shape) for name, shape in MAXIMA.items()}
     return LayerStats(tokens=float(seed + 1), cos_sum=rng.normal(), sample_tokens=1.0, **sums, **CONSTANT)
 
 
@@ -65,9 +70,15 @@ def states(whole: Stats) -> dict[str, np.ndarray]:
 def test_merge_adds_every_sum_and_keeps_what_is_the_weights() -> None:
     one, two = layer(1), layer(2)
     both = one.merge(two)
-    assert {item.name for item in fields(LayerStats)} == {*SHAPES, *CONSTANT, "tokens", "cos_sum", "sample_tokens"}
+    scalars = {"tokens", "cos_sum", "sample_tokens"}
+    assert {item.name for item in fields(LayerStats)} == {*SHAPES, *CONSTANT, *MAXIMA, *scalars}
     for name in (*SHAPES, "tokens", "cos_sum", "sample_tokens"):
         np.testing.assert_array_equal(getattr(both, name), getattr(one, name) + getattr(two, name))
+    assert (one.output_max > two.output_max).any()
+    assert (one.output_max < two.output_max).any()
+    for name in MAXIMA:
+        larger = np.where(getattr(one, name) > getattr(two, name), getattr(one, name), getattr(two, name))
+        np.testing.assert_array_equal(getattr(both, name), larger)
     for name, value in CONSTANT.items():
         np.testing.assert_array_equal(getattr(both, name), value)
     assert one.tokens == 2.0  # merging leaves its parts alone
@@ -116,8 +127,12 @@ def test_what_does_not_belong_together_is_refused() -> None:
     other.down_norm = other.down_norm + 1
     with pytest.raises(ValueError, match="down_norm: the weights differ"):
         layer(1).merge(other)
-    with pytest.raises(ValueError, match="x_sum: sums of shape"):
+    with pytest.raises(ValueError, match="x_sum: only one of both has it"):
         layer(1).merge(LayerStats())
+    other = layer(1)
+    other.x_sum = np.zeros(D + 1)
+    with pytest.raises(ValueError, match="x_sum: sums of shape"):
+        layer(1).merge(other)
 
 
 def test_files_keep_every_bit_and_shape(tmp_path: Path) -> None:

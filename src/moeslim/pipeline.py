@@ -38,6 +38,7 @@ from moeslim.plan.file import for_moments, read_plan, write_plan
 from moeslim.plan.make import make_plan
 from moeslim.plan.protect import renumbered
 from moeslim.plan.schedule import StageTarget
+from moeslim.plan.super_experts import kept_super_lines, lost_super_lines
 from moeslim.recipe import Methods, Recipe
 from moeslim.stats import Stats
 
@@ -146,7 +147,8 @@ def prune(
         evaluate_models(state, {"teacher": state.source, "cut": out})
         text = ", ".join(data) if data else "the bundled mix"
         mark = state.tokens["calibration"].fingerprint
-        lines = [*proof["lines"], f"calibrated on {text} ({mark})", *advice(data)]
+        kept = kept_super_lines(read_plan(state.path(f"{stage.folder}/plan.json")))
+        lines = [*proof["lines"], *kept, f"calibrated on {text} ({mark})", *advice(data)]
         table = measure.comparison(state.path("records"))
         return {"model": str(out), "verified": proof["ok"], "table": table, "lines": lines}
 
@@ -245,7 +247,9 @@ def plan_stage(state: RunState, stage: Stage, *, student: Path) -> None:
             shape, stats = read_structure(student).shape, Stats.load(state.path(f"{stage.folder}/stats"))
             methods = stage_methods(state, stage)
             plan = make_plan(shape, stats=stats, target=stage.target, methods=methods, seed=recipe.seed)
-            for warning in check_plan(plan, shape):
+            for line in kept_super_lines(plan):
+                logger.info("%s", line)
+            for warning in [*lost_super_lines(plan), *check_plan(plan, shape)]:
                 logger.warning("%s", warning)
             if any(step.step == "set_routers" for step in plan.steps):
                 with replace_file(state.path(routers)) as temporary:

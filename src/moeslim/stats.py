@@ -1,12 +1,13 @@
-"""The table that calibration learns: sums over calibration tokens, in float64, that merge.
+"""The table that calibration learns: sums over calibration tokens, in float64, that merge, and a few maxima.
 
 Nothing here is a mean or a score: importance, similarity and rescale are ratios of these sums, made where a plan is
 made, so two calibrations over different text add up to the calibration over both. Legend: d hidden size, E routed
-experts, I their size, S the shared expert's size, X_e the tokens routed to expert e, g_e the gate value as the experts
-receive it.
+experts, I their size, S the shared expert's size, F a dense MLP's size, X_e the tokens routed to expert e, g_e the gate
+value as the experts receive it, p_e the router's score of e as a share of all experts' (a softmax, or sigmoids over
+their sum).
 
 Adding commutes exactly and associates to float64 rounding. On disk: `stats.json`, `layer-<key>.safetensors` per
-decoder layer and `norms.safetensors`.
+decoder layer and `norms.safetensors`. Files of earlier versions lack fields that are newer; they load as empty.
 """
 
 import json
@@ -32,6 +33,10 @@ ENOUGH_TOKENS = 200
 A mean over n tokens is off by its coefficient of variation over sqrt(n). That of g_e ||E_e(x)|| is 1.5 in the middle
 and 1.0 to 2.2 for nine experts in ten (the bundled teacher on 16 k tokens), so 200 tokens leave 11 % and 7 to 16 %.
 """
+MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
+"""An entry of a hidden state is massive from this magnitude on, if it is this multiple of its token's median magnitude
+(Sun et al., arXiv 2402.17762)."""
+SUPER_QUANTILE, SUPER_SHARE, SUPER_DEPTH = 0.995, 0.1, 0.75
 _LINES, _NAMED = 8, 4
 
 
@@ -41,9 +46,13 @@ def _nothing() -> Array:
 
 @dataclass(eq=False)
 class _Sums:
-    """Scalars and float64 arrays that add, field by field; those in `constant` are the weights' and must agree."""
+    """Scalars and float64 arrays that add, field by field.
+
+    Of those in `maxima` the larger entry stays; those in `constant` are the weights' and must agree.
+    """
 
     constant: ClassVar[frozenset[str]] = frozenset()
+    maxima: ClassVar[frozenset[str]] = frozenset()
     axes: ClassVar[Mapping[str, str]] = {}
     """Field -> its axes, a letter of the legend each; a field that is not named is a scalar."""
 
@@ -52,8 +61,12 @@ class _Sums:
         for name in self._names():
             mine, theirs = getattr(self, name), getattr(other, name)
             if np.shape(mine) != np.shape(theirs):
+                if 0 in (np.size(mine), np.size(theirs)):
+                    raise ValueError(f"{name}: only one of both has it; calibrate both alike, with one version")
                 raise ValueError(f"{name}: sums of shape {np.shape(mine)} and {np.shape(theirs)} are of two models")
-            if name not in self.constant:
+            if name in self.maxima:
+                setattr(self, name, np.maximum(mine, theirs))
+            elif name not in self.constant:
                 setattr(self, name, mine + theirs)
             elif not np.array_equal(mine, theirs):
                 raise ValueError(f"{name}: the weights differ, so these are sums of two models")
@@ -89,7 +102,7 @@ class _Sums:
 
 @dataclass(eq=False)
 class LayerStats(_Sums):
-    """One decoder layer. x is its input, y its output; the fields from `routed` on are empty in a dense layer.
+    """One decoder layer. x is its input, y its output; the experts' fields are empty in a layer without.
 
     Divide by `tokens` for means over all tokens, by `routed` for means over X_e, by `sample_tokens` for mean outputs.
     """
@@ -98,11 +111,14 @@ class LayerStats(_Sums):
     x_sum: Array = field(default_factory=_nothing)  # (d)
     y_sum: Array = field(default_factory=_nothing)  # (d)
     cos_sum: float = 0.0  # sum of cos(x_t, y_t)
+    massive: float = 0.0  # largest massive |y_c|: at least MASSIVE, and MASSIVE_RATIO times the token's median; 0: none
     routed: Array = field(default_factory=_nothing)  # (E) |X_e|
     gate_sum: Array = field(default_factory=_nothing)  # (E) sum over all tokens of g_e / sum of the token's k gates
     gate_norm_sum: Array = field(default_factory=_nothing)  # (E) sum over X_e of g_e(x) ||E_e(x)||
     norm_sum: Array = field(default_factory=_nothing)  # (E) sum over X_e of ||E_e(x)||
-    softmax_norm_sum: Array = field(default_factory=_nothing)  # (E) sum over X_e of p_e(x) ||E_e(x)||, p: shares
+    softmax_norm_sum: Array = field(default_factory=_nothing)  # (E) sum over X_e of p_e(x) ||E_e(x)||
+    softmax_sq_norm_sum: Array = field(default_factory=_nothing)  # (E) sum over X_e of p_e(x)^2 ||E_e(x)||
+    output_max: Array = field(default_factory=_nothing)  # (E) max over X_e and channels of |E_e(x)_c|; 0: unreached
     removal_sum: Array = field(default_factory=_nothing)  # (E) sum over X_e of the output's change without e, if asked
     logit_gram: Array = field(default_factory=_nothing)  # (E, E) sum of z z^T, z the raw uncentred router logits
     router_gram: Array = field(default_factory=_nothing)  # (E, E) W W^T of the router's rows
@@ -113,15 +129,20 @@ class LayerStats(_Sums):
     neuron_shared_sum: Array = field(default_factory=_nothing)  # (S) sum over all tokens of sigmoid gate * |h_i|
     down_norm: Array = field(default_factory=_nothing)  # (E, I) ||W_down[:, i]||
     down_norm_shared: Array = field(default_factory=_nothing)  # (S)
+    neuron_dense_sum: Array = field(default_factory=_nothing)  # (F) sum over all tokens of |h_i|, what down gets
+    down_norm_dense: Array = field(default_factory=_nothing)  # (F) ||W_down[:, i]|| of the dense MLP
 
-    constant: ClassVar[frozenset[str]] = frozenset({"router_gram", "down_norm", "down_norm_shared"})
+    constant: ClassVar[frozenset[str]] = frozenset({"router_gram", "down_norm", "down_norm_shared", "down_norm_dense"})
+    maxima: ClassVar[frozenset[str]] = frozenset({"massive", "output_max"})
     axes: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("x_sum", "y_sum"), "d"),
         **dict.fromkeys(("routed", "gate_sum", "gate_norm_sum", "norm_sum", "softmax_norm_sum", "removal_sum"), "E"),
+        **dict.fromkeys(("softmax_sq_norm_sum", "output_max"), "E"),
         **dict.fromkeys(("logit_gram", "router_gram"), "EE"),
         **dict.fromkeys(("mean_output_sum", "softmax_output_sum"), "Ed"),
         **dict.fromkeys(("neuron_sum", "down_norm"), "EI"),
         **dict.fromkeys(("neuron_shared_sum", "down_norm_shared"), "S"),
+        **dict.fromkeys(("neuron_dense_sum", "down_norm_dense"), "F"),
     }
 
     @property
@@ -218,6 +239,25 @@ class Stats:
         found = {key: layer.starved(minimum) for key, layer in self.layers.items() if layer.is_moe}
         return {key: experts for key, experts in found.items() if experts}
 
+    def super_experts(self) -> dict[str, list[int]]:
+        """Layer key -> super experts, the largest first, only where there are any (arXiv 2507.23279).
+
+        Those whose largest output entry exceeds the 99.5 % quantile over all experts of the trunk and a tenth of the
+        largest. The paper looks in layers where massive activations form and does not say how these are told; its code
+        takes the first three quarters of the layers (those with experts, rounded down). So do we, and only in a model
+        that has massive activations at all: the largest of any model's experts would pass the other two tests.
+        """
+        layers = {key: one for key, one in self.layers.items() if one.output_max.size and not key.startswith("mtp.")}
+        if not layers or not any(one.massive for one in self.layers.values()):
+            return {}
+        every = np.concatenate([one.output_max for one in layers.values()])
+        least = max(float(np.quantile(every, SUPER_QUANTILE)), SUPER_SHARE * float(every.max()))
+        found = {}
+        for key in list(layers)[: int(SUPER_DEPTH * len(layers))]:
+            largest = layers[key].output_max
+            found[key] = [int(e) for e in np.argsort(-largest, kind="stable") if largest[e] > least]
+        return {key: experts for key, experts in found.items() if experts}
+
     def save(self, folder: Path | str) -> None:
         """Write the folder's files, `stats.json` last, as they are: `committed_folder` makes them appear at once."""
         folder = Path(folder)
@@ -237,6 +277,7 @@ class Stats:
             "norms": list(self.norms),
             "found": self.found,
             "unreached_experts": self.unreached(),
+            "super_experts": self.super_experts(),
             "starved_experts": {key: [asdict(item) for item in items] for key, items in self.coverage().items()},
         }
         _write(folder / "stats.json", json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False).encode())
@@ -289,6 +330,12 @@ def coverage_lines(coverage: Mapping[str, Sequence[Starved]], minimum: int = ENO
     if len(layers) > _LINES:
         lines.append(f"{len(layers) - _LINES} further layers lack tokens too; see `starved_experts` in stats.json")
     return lines
+
+
+def super_expert_lines(found: Mapping[str, Sequence[int]]) -> list[str]:
+    """What `Stats.super_experts` found, in one line, or none."""
+    layers = "; ".join(f"layer {key}: {', '.join(map(str, experts))}" for key, experts in found.items())
+    return [f"super experts (they make the massive activations): {layers}"] if found else []
 
 
 def join(parts: Iterable[Stats]) -> Stats:

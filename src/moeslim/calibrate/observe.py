@@ -18,7 +18,17 @@ import torch
 from torch import nn
 
 from moeslim.calibrate.removal import RemovalBatch
-from moeslim.calibrate.sums import Sums, expert_sums, gram, layer_sums, neuron_sums, norm_sums, wide
+from moeslim.calibrate.sums import (
+    Sums,
+    expert_sums,
+    gram,
+    largest,
+    layer_sums,
+    magnitude_sums,
+    neuron_sums,
+    norm_sums,
+    wide,
+)
 from moeslim.model.experts import FileExperts, Routing, Run
 from moeslim.model.moe import MoeBlock
 from moeslim.model.walk import LayerVisit
@@ -83,7 +93,7 @@ class LayerObserver:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Observe what runs inside the block."""
-        handles = [*self._watch_norms(), *self._watch_layer(), *self._watch_shared()]
+        handles = [*self._watch_norms(), *self._watch_layer(), *self._watch_shared(), *self._watch_dense()]
         if self.visit.experts is not None and self.experts is not None:
             self.visit.experts.watch = self.experts
             handles.append(self.experts.moe.router.register_forward_hook(self.experts.see_router))
@@ -133,6 +143,16 @@ class LayerObserver:
         if gate is not None:
             yield self.visit.module(gate).register_forward_hook(self._on_shared_gate)
 
+    def _watch_dense(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        for row in self.visit.rows:
+            if row.component == "dense" and row.tensor.matrix == "down":
+                down = self.visit.module(row)
+                self.layer["down_norm_dense"] = down.weight.double().norm(dim=0)  # type: ignore[operator]  # a tensor
+                yield down.register_forward_hook(self._on_dense_down)
+
+    def _on_dense_down(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: object) -> None:
+        _add(self.layer, {"neuron_dense_sum": magnitude_sums(inputs[0].flatten(0, -2))})
+
     def _on_shared_down(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: object) -> None:
         self._shared_h.append(inputs[0])
 
@@ -158,6 +178,7 @@ class _ExpertSums:
         self._sampled: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._batch: dict[str, torch.Tensor] = {}
         self._norms: list[torch.Tensor] = []
+        self._largest: list[torch.Tensor] = []
         self._neurons: list[tuple[range, torch.Tensor]] = []
         self._removal: RemovalBatch | None = None
 
@@ -175,7 +196,7 @@ class _ExpertSums:
         picked = torch.from_numpy(inside).to(x_Td.device)
         self._sampled.append((x_Td[picked], share_TE[picked]))  # empty ones too: a rank may have no other
         self._seen += x_Td.shape[0]
-        self._batch = {"gates": gates_TK, "softmax": share_TE.gather(1, indices_TK)}
+        self._batch = {"gates": gates_TK, "shares": share_TE.gather(1, indices_TK)}
         if not self.removal:
             return None
         self._removal = RemovalBatch(self.moe, logits_TE, indices_NK=indices_TK, gates_NK=gates_TK)
@@ -184,6 +205,7 @@ class _ExpertSums:
     def ran(self, run: Run) -> None:
         """Keep what is needed of these experts' work until the batch ends."""
         self._norms.append(torch.linalg.vector_norm(wide(run.outputs), dim=-1))
+        self._largest.append(largest(wide(run.outputs)))
         self._neurons.append((run.experts, neuron_sums(run.gates, run.activated, counts=run.counts)))
         if self._removal is not None:
             self._removal.ran(run.outputs)
@@ -195,18 +217,16 @@ class _ExpertSums:
 
     def end(self, routing: Routing) -> None:
         """Add the batch."""
-        norms_S = torch.cat(self._norms)
-        _add(
-            self.sums,
-            expert_sums(routing, self._batch["gates"], softmax_NK=self._batch["softmax"], norms_S=norms_S),
-        )
+        gates_NK, shares_NK = self._batch["gates"], self._batch["shares"]
+        norms_S, largest_S = torch.cat(self._norms), torch.cat(self._largest)
+        _add(self.sums, expert_sums(routing, gates_NK, shares_NK=shares_NK, norms_S=norms_S, largest_S=largest_S))
         sums_RI = torch.cat([sums for _, sums in self._neurons]).double()
         neuron_EI = sums_RI.new_zeros(len(routing.counts), sums_RI.shape[1])
         neuron_EI[[expert for experts, _ in self._neurons for expert in experts]] = sums_RI
         _add(self.sums, {"neuron_sum": neuron_EI})
         if self._removal is not None:
             _add(self.sums, {"removal_sum": self._removal.sums(routing)})
-        self._norms, self._neurons, self._removal, self._batch = [], [], None, {}
+        self._norms, self._largest, self._neurons, self._removal, self._batch = [], [], [], None, {}
 
     def over_sample(self, experts: FileExperts) -> Sums:
         """Every expert's mean outputs, plain and weighted by its router's share of it, as sums over the sample."""
@@ -228,7 +248,8 @@ class _ExpertSums:
 
 def _add(into: Sums, sums: Mapping[str, torch.Tensor]) -> None:
     for name, value in sums.items():
-        into[name] = into[name] + value if name in into else value
+        join = torch.maximum if name in LayerStats.maxima else torch.add
+        into[name] = join(into[name], value) if name in into else value
 
 
 def _arrays(sums: Sums) -> dict[str, np.ndarray]:

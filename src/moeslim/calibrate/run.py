@@ -37,7 +37,7 @@ from moeslim.machine import parallel
 from moeslim.model.hidden import HiddenFiles
 from moeslim.model.memory_check import fit_to_memory
 from moeslim.model.walk import LayerVisit, WalkSettings, check_existing, walk
-from moeslim.stats import SCHEMA, Stats, coverage_lines, join, pool
+from moeslim.stats import SCHEMA, Stats, coverage_lines, join, pool, super_expert_lines
 
 Visits = Generator[LayerVisit, nn.Module | None, None]
 HELD_OUT_SHARE = 8
@@ -132,6 +132,8 @@ def calibrate(
                 stats.settings |= observe.search.gather([work / "layers" / key for key in keys], out=temporary) or {}
             stats.save(temporary)
         discard(work)
+    for line in super_expert_lines(stats.super_experts()):
+        logger.info("%s", line)
     for line in coverage_lines(stats.coverage()):
         logger.warning("%s", line)
     return stats

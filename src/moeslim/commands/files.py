@@ -23,7 +23,7 @@ def calibrate(
     """Statistics of `model` over calibration text, in `out`; an interrupted calibration resumes at its layer."""
     from moeslim.calibrate.run import calibrate as observe
     from moeslim.data.tokens import pack
-    from moeslim.stats import coverage_lines
+    from moeslim.stats import coverage_lines, super_expert_lines
 
     recipe = options_recipe(model, keep={}, overrides=overrides, data=data)
     folder, out = model_folder(model, revision=recipe.revision), Path(out)
@@ -37,7 +37,7 @@ def calibrate(
     prepare(recipe)
     stats = observe(folder, tokens, out=out, sequences=sequences, settings=walk_settings(recipe))
     lines = [f"{out}: {stats.tokens:,} tokens in {stats.sequences} sequences of text {tokens.fingerprint}"]
-    lines += coverage_lines(stats.coverage())
+    lines += [*super_expert_lines(stats.super_experts()), *coverage_lines(stats.coverage())]
     return {"stats": str(out), "tokens": stats.tokens, "text": tokens.fingerprint, "lines": [*lines, *advice(data)]}
 
 
@@ -53,6 +53,7 @@ def plan(
     from moeslim.plan.check import check_plan
     from moeslim.plan.file import write_plan
     from moeslim.plan.make import make_plan
+    from moeslim.plan.super_experts import kept_super_lines, lost_super_lines
     from moeslim.stats import Stats
 
     recipe = options_recipe(model, keep=keep, overrides=overrides)
@@ -67,10 +68,10 @@ def plan(
             "give the statistics of this model, or calibrate it"
         )
     made = make_plan(shape, stats=known, target=target, methods=recipe.methods, seed=recipe.seed)
-    warnings = check_plan(made, shape)
+    warnings = [*lost_super_lines(made), *check_plan(made, shape)]
     write_plan(out, made)
     steps = ", ".join(step.step for step in made.steps) or "nothing to cut"
-    return {"plan": str(out), "warnings": warnings, "lines": [f"{out}: {steps}", *warnings]}
+    return {"plan": str(out), "warnings": warnings, "lines": [f"{out}: {steps}", *kept_super_lines(made), *warnings]}
 
 
 def cut(model: str, plan_file: Path | str, *, out: Path | str, max_memory: str | None = None) -> dict[str, Any]:

@@ -41,9 +41,9 @@ SPEC = Family(
             shared  mlp.shared_experts.up_proj.weight    shared_size, hidden  up
             shared  mlp.shared_experts.down_proj.weight  hidden, shared_size  down
         dense:
-            dense  mlp.gate_proj.weight  dense_size, hidden
-            dense  mlp.up_proj.weight    dense_size, hidden
-            dense  mlp.down_proj.weight  hidden, dense_size
+            dense  mlp.gate_proj.weight  dense_size, hidden  gate
+            dense  mlp.up_proj.weight    dense_size, hidden  up
+            dense  mlp.down_proj.weight  hidden, dense_size  down
         mtp:
             mtp_fc     model.layers.{L}.eh_proj.weight           hidden, hidden|hidden
             norm       model.layers.{L}.enorm.weight             hidden  plain_norm

@@ -44,9 +44,9 @@ SPEC = Family(
             shared  mlp.shared_expert.down_proj.weight  hidden, shared_size  down
             shared  mlp.shared_expert_gate.weight       1, hidden            shared_gate
         dense:
-            dense  mlp.gate_proj.weight  dense_size, hidden
-            dense  mlp.up_proj.weight    dense_size, hidden
-            dense  mlp.down_proj.weight  hidden, dense_size
+            dense  mlp.gate_proj.weight  dense_size, hidden  gate
+            dense  mlp.up_proj.weight    dense_size, hidden  up
+            dense  mlp.down_proj.weight  hidden, dense_size  down
         mtp:
             mtp_fc  mtp.fc.weight                     hidden, hidden|hidden
             norm    mtp.pre_fc_norm_embedding.weight  hidden  zero_centred

@@ -86,8 +86,9 @@ def cut_layer(stats: LayerStats, wanted: Wanted, *, scores: np.ndarray) -> Layer
     """The layer cut to `wanted.count` experts by `wanted.methods.expert_op`.
 
     `scores` (E): the importance that `methods.experts` names, below 0 for unreached experts; a merge weighs by them,
-    at least 0, and by frequency where they are random. m_smoe, hc_smoe and ream score for themselves. Where all
-    members of a merge weigh 0 the base is copied. `drop` reads the scores alone, so empty statistics do.
+    at least 0, and by frequency where they are random. m_smoe, hc_smoe, ream and ream_code score for themselves, and
+    ream_code lifts weights of 0. Where all members of a merge weigh 0 the base is copied. `drop` reads the scores
+    alone, so empty statistics do.
 
     PlanError for more protected experts in a router group than it keeps.
     """
@@ -105,6 +106,8 @@ def cut_layer(stats: LayerStats, wanted: Wanted, *, scores: np.ndarray) -> Layer
     weights = np.maximum(scores, 0.0)
     if own is None and methods.experts == "random" and any(joined.values()):
         weights = importance.expert_importance(stats, "frequency")
+    if methods.expert_op == "ream_code" and weights.any():
+        weights[weights == 0] = weights[weights > 0].min()
     merges = (_merge(base, joined[base], weights=weights) for base in sorted(joined))
     return LayerCut(kept=tuple(sorted(joined)), merged=tuple(merge for merge in merges if merge is not None))
 
@@ -121,17 +124,17 @@ def needs_search(methods: Methods) -> list[str]:
 
 
 def alignment(methods: Methods) -> str:
-    """none, weights or activations: by what neurons are matched before experts are averaged; auto is the paper's."""
+    """none, weights, activations or both: by what neurons are matched before averaging; auto is the operation's own."""
     if methods.expert_op == "drop":
         return "none"
     if methods.align != "auto":
         return methods.align
-    return {"m_smoe": "weights", "ream": "activations"}.get(methods.expert_op, "none")
+    return {"m_smoe": "weights", "ream": "activations", "ream_code": "both"}.get(methods.expert_op, "none")
 
 
 def is_sequential(methods: Methods) -> bool:
     """Whether a layer is calibrated behind the layers that are cut already."""
-    return methods.expert_op == "ream" if methods.sequential is None else methods.sequential
+    return methods.expert_op in ("ream", "ream_code") if methods.sequential is None else methods.sequential
 
 
 def drop(part: _Part) -> Joined:
@@ -218,10 +221,10 @@ def hc_smoe(part: _Part) -> Joined:
 def ream(part: _Part) -> Joined:
     """REAM (arXiv 2604.04356): the salient are centroids and, strongest first, take their nearest unassigned experts.
 
-    Groups have at most 16 experts. Saliency is the mean over X_e of p_e ||E_e||, p the softmax over all experts, and is
+    Groups have at most 16 experts. Saliency is the mean over X_e of p_e ||E_e||, p_e the router's share of e, and is
     the weight too; neurons are aligned by activations, layers are calibrated one behind the other. Differs: means over
-    the shared sample (see `similarity`); what no centroid has room for is dropped, where the paper's code refuses; and
-    that code scores outputs that are gated already (p_e twice) and lifts a saliency of 0 to the least one above it.
+    the shared sample (see `similarity`); what no centroid has room for is dropped, where the paper's code refuses.
+    What else that code does differently: see `ream_code`.
     """
     left, similar = part.order[part.count :], part.similarity
     joined: Joined = {}
@@ -229,6 +232,18 @@ def ream(part: _Part) -> Joined:
         joined[centroid] = _nearest(left, similar[centroid])[: REAM_GROUP - 1]
         left = [expert for expert in left if expert not in joined[centroid]]
     return joined
+
+
+def ream_code(part: _Part) -> Joined:
+    """REAM as its authors' code has it: groups as in `ream`, by other scores, weights and alignment.
+
+    Saliency, by which centroids are chosen and experts weigh, is `reap_squared` (p_e squared, since that code scores
+    outputs that are gated already); a weight of 0 is lifted to the least one above it; and neurons are aligned by
+    activations and weights at once (`align: both`). Differs: means over the shared sample; what no centroid has room
+    for is dropped, where that code refuses; unreached experts come last, where it ranks them with the least salient;
+    activations are compared on 256 tokens, not on 32 thousand; weights as they are, not their 64 main components.
+    """
+    return ream(part)
 
 
 OPERATIONS: dict[str, Callable[[_Part], Joined]] = {
@@ -239,6 +254,7 @@ OPERATIONS: dict[str, Callable[[_Part], Joined]] = {
     "m_smoe": m_smoe,
     "hc_smoe": hc_smoe,
     "ream": ream,
+    "ream_code": ream_code,
 }
 
 
@@ -251,7 +267,7 @@ def _part(stats: LayerStats, wanted: Wanted, *, scores: np.ndarray, ids: slice) 
     preserved = math.floor(wanted.exact_rho * count) if op in ("partial", "partial_pairs") else 0
     kind: str = wanted.methods.similarity
     if kind == "auto":
-        kind = {"m_smoe": "logits", "ream": "ream"}.get(op, "outputs")
+        kind = {"m_smoe": "logits", "ream": "ream", "ream_code": "ream"}.get(op, "outputs")
     return _Part(stats, ids, count, preserved, scores[ids], always, kind)
 
 

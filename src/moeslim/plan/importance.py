@@ -1,7 +1,8 @@
 """How much each expert, neuron, channel and layer matters: pure functions of what calibration summed.
 
 Everywhere high means keep, nothing is NaN, and equal scores are ordered by number, so a plan is the same on every
-machine. Symbols as in docs/method: X_e are the tokens routed to expert e, g the gate value the router multiplies with.
+machine. Symbols as in docs/method: X_e are the tokens routed to expert e, g the gate value the router multiplies with,
+p the router's score of e as a share of all experts' (a softmax, or sigmoids over their sum).
 """
 
 import hashlib
@@ -28,6 +29,25 @@ def reap(stats: LayerStats) -> np.ndarray:
     return _mean(stats.gate_norm_sum, _routed(stats))
 
 
+def weighted_ean_sum(stats: LayerStats) -> np.ndarray:
+    """Sum over X_e of `g ||E_e(x)||`: `reap` not divided by |X_e|, of the same name in REAP's code.
+
+    There g is a softmax, renormalised over the top-k if asked; here it is the gate value that the expert really gets.
+    """
+    return np.asarray(stats.gate_norm_sum, dtype=np.float64).copy()
+
+
+def reap_squared(stats: LayerStats) -> np.ndarray:
+    """Mean over X_e of `p^2 ||E_e(x)||`: what the code of REAM (arXiv 2604.04356) chooses and weighs by.
+
+    That code takes REAP's p ||output|| of outputs that it has gated by p already, where its paper has p once
+    (`ream_saliency`). There p is a softmax; PlanError for statistics of a version that did not measure it.
+    """
+    if not np.size(stats.softmax_sq_norm_sum):
+        raise PlanError("reap_squared is not in these statistics of an earlier version; remove them, calibrate again")
+    return _mean(stats.softmax_sq_norm_sum, _routed(stats))
+
+
 def ean(stats: LayerStats) -> np.ndarray:
     """Sum over X_e of `||E_e(x)||`."""
     return np.asarray(stats.norm_sum, dtype=np.float64).copy()
@@ -47,10 +67,7 @@ def removal(stats: LayerStats) -> np.ndarray:
 
 
 def ream_saliency(stats: LayerStats) -> np.ndarray:
-    """Mean over X_e of `p ||E_e(x)||`, p the router's share of e among all experts (arXiv 2604.04356: a softmax).
-
-    The operation `ream`'s own.
-    """
+    """Mean over X_e of `p ||E_e(x)||` (arXiv 2604.04356, where p is a softmax): the operation `ream`'s own."""
     return _mean(stats.softmax_norm_sum, _routed(stats))
 
 
@@ -58,6 +75,8 @@ EXPERT_IMPORTANCES: dict[str, Callable[[LayerStats], np.ndarray]] = {
     "frequency": frequency,
     "soft_logits": soft_logits,
     "reap": reap,
+    "reap_squared": reap_squared,
+    "weighted_ean_sum": weighted_ean_sum,
     "ean": ean,
     "router_blind": router_blind,
     "removal": removal,

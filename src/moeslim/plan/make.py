@@ -15,12 +15,13 @@ from moeslim.errors import PlanError
 from moeslim.families import Row, Shape
 from moeslim.plan import experts, importance
 from moeslim.plan.file import Plan, source_shape
-from moeslim.plan.grouping import Wanted, cut_layer
+from moeslim.plan.grouping import Wanted
 from moeslim.plan.groups import check_groups
 from moeslim.plan.protect import check_protected
 from moeslim.plan.schedule import Target, axes_of, check_depth, pattern_period, single_layers
 from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, DropLayers, LayerCut, SetTopK, Step
 from moeslim.plan.steps.hidden import hidden_norms
+from moeslim.plan.super_experts import KEPT, LOST, cut_with_super
 from moeslim.recipe import Methods
 from moeslim.stats import LayerStats, NormStats, Stats
 
@@ -30,8 +31,8 @@ def make_plan(shape: Shape, *, stats: Stats | None, target: Target, methods: Met
 
     `seed` is read by the importance `random` alone. `methods.protect` counts layers and experts in the source. Raises
     PlanError for a target above what there is, for statistics that are missing, and for what a method cannot do. What a
-    search has decided is taken from the statistics as it is; the notes tell what it says of that, and list every expert
-    that no calibration token reached.
+    search has decided is taken from the statistics as it is; the notes tell what it says of that, list every expert
+    that no calibration token reached, and name super experts that stay for that reason alone or go.
     """
     _check_target(shape, target)
     maker = _Maker(shape, stats, methods=methods, seed=seed)
@@ -72,6 +73,7 @@ class _Maker:
         self.layers = list(range(shape.layers))
         self.cuts: dict[str, LayerCut] = {}  # by the key in the source
         self.notes: dict[str, Any] = {}
+        self.super = stats.super_experts() if stats is not None and methods.keep_super else {}  # by the same key
 
     def drop_layers(self, count: int) -> DropLayers:
         if self.methods.depth == "last":
@@ -108,6 +110,9 @@ class _Maker:
                 missed[old] = unreached
         if missed:
             self.notes["experts that no calibration token reached, by layer of the source"] = missed
+        lost = {old: sorted({*self.super.get(old, ())} - {*self.cuts[old].kept}) for _, old in keys}
+        if any(lost.values()):
+            self.notes[LOST] = {old: ids for old, ids in lost.items() if ids}
         kept = {new: self.cuts[old].kept for new, old in keys}
         merged = {new: self.cuts[old].merged for new, old in keys if self.cuts[old].merged}
         deciding, operation = experts.expert_importance_of(self.methods), self.methods.expert_op
@@ -131,7 +136,10 @@ class _Maker:
         always = tuple(self.methods.protect.get(key, ()))
         wanted = Wanted(count=count, methods=self.methods, groups=self.shape.groups, always=always)
         scores = experts.layer_scores(learnt, self.methods, key=key, seed=self.seed)
-        return cut_layer(learnt, wanted, scores=scores)
+        cut, kept = cut_with_super(learnt, wanted, scores=scores, super_experts=self.super.get(key, ()))
+        if kept:
+            self.notes.setdefault(KEPT, {})[key] = kept
+        return cut
 
     def cut_expert_size(self, expert_size: int | None, shared_size: int | None) -> CutExpertSize:
         neurons: dict[str, tuple[tuple[int, ...], ...]] = {}

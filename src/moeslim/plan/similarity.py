@@ -40,9 +40,9 @@ def outputs(stats: LayerStats) -> np.ndarray:
 def ream(stats: LayerStats) -> np.ndarray:
     """`(a + b) / 2`, arXiv 2604.04356, the operation ream's own.
 
-    a = (cos + 1) / 2 of the softmax-gated mean outputs, b = 1 - dist / max dist of the router-logit columns, each of
-    unit length; max over the layer. The paper's means run over all tokens, ours over the shared sample, since running
-    every expert on every token costs E / k forwards.
+    a = (cos + 1) / 2 of the mean outputs weighted by the router's shares; b = 1 - dist / max dist of the router-logit
+    columns, each of unit length; max over the layer. The paper's means run over all tokens, ours over the shared
+    sample, since running every expert on every token costs E / k forwards.
     """
     gated = _cosine(stats.softmax_output_sum @ stats.softmax_output_sum.T)
     distance = _unit_distance(stats.logit_gram)

@@ -34,7 +34,12 @@ Fractional = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 _kind = Discriminator(lambda value: "word" if isinstance(value, str) else "given")
 Rho = Annotated[Annotated[Literal["auto"], Tag("word")] | Annotated[Fractional, Tag("given")], _kind]
-OWN_IMPORTANCE = {"m_smoe": "frequency", "hc_smoe": "frequency", "ream": "ream_saliency"}
+OWN_IMPORTANCE = {
+    "m_smoe": "frequency",
+    "hc_smoe": "frequency",
+    "ream": "ream_saliency",
+    "ream_code": "reap_squared",
+}
 """Operations whose paper decides by which importance they choose and weigh."""
 
 
@@ -143,29 +148,41 @@ class Methods(Section):
     """Correction of the norms for the channels that are gone."""
     round_to: Count = 64
     """Percentages of hidden channels and neurons are rounded to a multiple of this."""
-    experts: Literal["frequency", "soft_logits", "reap", "ean", "router_blind", "removal", "random"] = "reap"
+    experts: Literal[
+        "frequency",
+        "soft_logits",
+        "reap",
+        "reap_squared",
+        "ean",
+        "weighted_ean_sum",
+        "router_blind",
+        "removal",
+        "random",
+    ] = "reap"
     """Importance of a routed expert (high = keep); m_smoe, hc_smoe and ream have one of their own."""
-    expert_op: Literal["drop", "merge", "partial", "partial_pairs", "m_smoe", "hc_smoe", "ream"] = "drop"
+    expert_op: Literal["drop", "merge", "partial", "partial_pairs", "m_smoe", "hc_smoe", "ream", "ream_code"] = "drop"
     """What happens to the experts that are not kept: dropped, or merged into kept ones."""
     similarity: Literal["auto", "logits", "router", "outputs"] = "auto"
     """Which kept expert a merged one joins: router logits, router rows, mean outputs; auto is the operation's own."""
     rho: Rho = 0.5
     """partial: share of the kept experts that take none in, exactly as written; auto tries some on held-out rows."""
-    align: Literal["auto", "none", "weights", "activations"] = "auto"
+    align: Literal["auto", "none", "weights", "activations", "both"] = "auto"
     """Whether neurons are matched before experts are averaged, and by what; auto is the operation's own."""
     sequential: bool | None = None
-    """Calibrate each layer behind the layers that are cut already; left out means for ream only."""
+    """Calibrate each layer behind the layers that are cut already; left out means for ream and ream_code only."""
     calibrate_router: bool = False
     """Train the kept router rows of each cut layer to give the uncut layer's output; kept where they do better."""
     protect: dict[str, tuple[int, ...]] = {}
     """Layer key ("0", "mtp.0") -> expert ids that stay in any case."""
+    keep_super: bool = True
+    """Keep experts whose outputs make the massive activations of the residual stream, if a model has such."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         op = self.expert_op
         if op == "drop" and (self.similarity, self.align) not in {("auto", "auto"), ("auto", "none")}:
             raise ValueError("drop merges nothing, so it takes no similarity and no align; leave them out, or merge")
-        if op in ("hc_smoe", "ream") and self.similarity != "auto":
+        if op in ("hc_smoe", "ream", "ream_code") and self.similarity != "auto":
             raise ValueError(f"{op} has a similarity of its own; leave similarity out")
         if op not in ("partial", "partial_pairs") and self.rho != 0.5:
             raise ValueError(f"{op} has no rho; leave it out, or use partial or partial_pairs")

@@ -11,6 +11,7 @@ import numpy as np
 from moeslim.families import is_mtp
 from moeslim.plan import Plan
 from moeslim.plan.fold import source_view
+from moeslim.plan.super_experts import kept_super_lines, lost_super_lines
 from moeslim.plan.view import View
 from moeslim.report.figures import NBSP
 
@@ -28,13 +29,15 @@ class LayerCut:
 class CutFacts:
     """Sizes before and after every stage, and when each layer, expert and hidden channel of the source was dropped.
 
-    `merged`: how many of the experts that are gone went into one that stayed.
+    `merged`: how many of the experts that are gone went into one that stayed. `notes`: what the plans say of super
+    experts, by stage and layer of its source.
     """
 
     sizes: tuple[Mapping[str, int], ...]
     layers: tuple[LayerCut, ...]
     channels: tuple[int, ...]
     merged: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def before(self) -> Mapping[str, int]:
@@ -90,7 +93,12 @@ def replay(plans: Sequence[Plan]) -> CutFacts:
         for key in first.source_keys
     )
     channels = tuple(lost.get((None, "hidden", c), 0) for c in range(source.hidden))
-    return CutFacts(tuple(history), layers, channels, merged)
+    notes = tuple(
+        f"stage {stage}, {line}"
+        for stage, plan in enumerate(plans, start=1)
+        for line in [*kept_super_lines(plan), *lost_super_lines(plan)]
+    )
+    return CutFacts(tuple(history), layers, channels, merged, notes)
 
 
 def _lost(before: View, after: View) -> Iterator[tuple[str | None, str, int]]:

@@ -75,7 +75,8 @@ def what_was_cut(facts: RunFacts) -> str:
         charts.append(card("Hidden channels", channel_grid(cut.channels), unit=kept))
     wide = cut.before.get("experts", 0) > 64
     body = f'<div class="stack">{"".join(charts)}</div>' if wide else cards(charts)
-    return f'{paragraph(note)}<ul class="legend">{"".join(items)}</ul>{body}'
+    noted = "".join(paragraph(f"{line[0].upper()}{line[1:]}.") for line in cut.notes)
+    return f'{paragraph(note)}<ul class="legend">{"".join(items)}</ul>{body}{noted}'
 
 
 def curves(facts: RunFacts) -> str:

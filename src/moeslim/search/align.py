@@ -10,32 +10,45 @@ Legend: S tokens of the sample, d hidden size, I expert size.
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 from torch.nn.functional import linear
 
 from moeslim.model.walk import LayerVisit
 from moeslim.plan.steps import LayerCut, Merge
 
-Neurons = np.ndarray
-"""One row (I, ...) per neuron of what it is compared by, float64."""
+_TINY = np.finfo(np.float64).tiny
+Neurons = tuple[np.ndarray, ...]
+"""What a neuron is compared by, one row (I, ...) per neuron, float64; one array, or several whose distances add up."""
 
 
-def neuron_order(base_IF: Neurons, member_IF: Neurons) -> tuple[int, ...]:
+def neuron_order(base: Neurons, member: Neurons) -> tuple[int, ...]:
     """`order[i]`: the member's neuron that takes the place of the base's neuron i; argmax of sum_i <b_i, m_order[i]>.
 
     Rows are what a neuron is compared by: [gate row, up row, down column] (3d), as in Git Re-Basin (arXiv 2209.04836)
-    and M-SMoE (2310.01334), or its gated activations h on the same tokens (S), as REAM (2604.04356) adds to them.
+    and M-SMoE (2310.01334), or its gated activations h on the same tokens (S), as REAM (2604.04356) adds to them. With
+    both, rows are brought to unit length and the sum over i of their distances is the least, as in REAM's code.
     """
-    _, order = linear_sum_assignment(base_IF @ member_IF.T, maximize=True)
+    if len(base) == 1:
+        _, order = linear_sum_assignment(base[0] @ member[0].T, maximize=True)
+    else:
+        distances = [_unit_distance(one_IF, other_IF) for one_IF, other_IF in zip(base, member, strict=True)]
+        _, order = linear_sum_assignment(np.sum(distances, axis=0))
     return tuple(order.tolist())
 
 
+def _unit_distance(base_IF: np.ndarray, member_IF: np.ndarray) -> np.ndarray:
+    """Euclidean distances (I, I) of rows brought to unit length; rows without a length stay at 0."""
+    base, member = (rows / (np.linalg.norm(rows, axis=1, keepdims=True) + _TINY) for rows in (base_IF, member_IF))
+    return cdist(base, member)
+
+
 class Aligner:
-    """Puts orders into a layer's merges, by `weights` or by `activations` on the tokens `x_Sd`; pairs are kept."""
+    """Puts orders into a layer's merges, by `weights`, `activations` on the tokens `x_Sd` or `both`; pairs are kept."""
 
     def __init__(self, visit: LayerVisit, by: str, *, x_Sd: torch.Tensor | None) -> None:
         assert visit.experts is not None
-        assert (x_Sd is not None) == (by == "activations")
-        self.experts, self.x_Sd = visit.experts, x_Sd
+        assert (x_Sd is not None) == (by in ("activations", "both"))
+        self.experts, self.by, self.x_Sd = visit.experts, by, x_Sd
         self._orders: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def aligned(self, cut: LayerCut) -> LayerCut:
@@ -46,15 +59,16 @@ class Aligner:
         base = self._neurons(merge.base)
         for member in merge.experts:
             if (merge.base, member) not in self._orders:
-                own = tuple(range(len(base)))
+                own = tuple(range(len(base[0])))
                 order = own if member == merge.base else neuron_order(base, self._neurons(member))
                 self._orders[merge.base, member] = order
         return merge.model_copy(update={"orders": tuple(self._orders[merge.base, m] for m in merge.experts)})
 
     def _neurons(self, expert: int) -> Neurons:
         both_Fd, down_dI = self.experts.file.weights(expert)
-        if self.x_Sd is None:
-            rows = torch.cat([*both_Fd.double().chunk(2), down_dI.double().T], dim=1)
-        else:
-            rows = self.experts.activate(linear(self.x_Sd, both_Fd)).double().T
-        return rows.cpu().numpy()
+        rows = []
+        if self.x_Sd is not None:
+            rows.append(self.experts.activate(linear(self.x_Sd, both_Fd)).double().T)
+        if self.by != "activations":
+            rows.append(torch.cat([*both_Fd.double().chunk(2), down_dI.double().T], dim=1))
+        return tuple(part.cpu().numpy() for part in rows)

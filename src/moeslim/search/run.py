@@ -143,7 +143,7 @@ class _Trial:
             return
         if search.methods.calibrate_router:
             self.observed = BlockSample(visit, spread(observed, SAMPLE_TOKENS))
-        elif self.align == "activations":
+        elif self.align in ("activations", "both"):
             self.observed = BlockSample(visit, spread(observed, ALIGN_TOKENS))
         if search.holds_out:
             self.held_out = BlockSample(visit, observed + spread(held_out, SAMPLE_TOKENS))
@@ -199,7 +199,7 @@ class _Trial:
         if self.align == "none":
             return None
         x_Nd = None
-        if self.align == "activations":
+        if self.align != "weights":
             assert self.observed is not None
             x_Nd = self.observed.x
             x_Nd = x_Nd[torch.from_numpy(spread(x_Nd.shape[0], ALIGN_TOKENS)).to(x_Nd.device)]
