@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from moeslim.families import FAMILIES as PAGES
+from moeslim.errors import FamilyError
+from moeslim.families.registry import family_of
 from moeslim.model.init import write_random
 
 HIDDEN, LAYERS, EXPERTS, TOP_K, VOCAB = 16, 4, 8, 2, 64
@@ -210,7 +211,7 @@ def build_stock(
     for tensor in (*model.parameters(), *(model.buffers() if dtype == torch.float64 else ())):
         tensor.data = tensor.data.to(dtype)
     save_stock(model, folder, dtype=dtype, stacked=stacked)
-    if heads and family in PAGES and PAGES[family].mtp is not None:
+    if heads and _may_have_heads(json.loads((Path(folder) / "config.json").read_text())):
         _add_heads(folder, seed=seed, dtype=dtype, silent=list(silent))
     return Path(folder)
 
@@ -256,6 +257,13 @@ def _silence(model: nn.Module, channels: list[int]) -> None:
                 and len(tensor) == HIDDEN
             ):
                 tensor[channels] = 0.0
+
+
+def _may_have_heads(config: dict[str, Any]) -> bool:
+    try:
+        return family_of(config).mtp is not None
+    except FamilyError:  # no page yet
+        return False
 
 
 def _add_heads(folder: Path, *, seed: int, dtype: torch.dtype, silent: list[int]) -> None:

@@ -109,6 +109,11 @@ class Wide(nn.Module):
         assert logits.dtype == torch.float64
         return logits
 
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The trunk's states (B, T, d) after its last norm."""
+        with in_float64():
+            return self.trunk.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+
     def mask_experts(self, kept: Mapping[str, Sequence[int]]) -> None:
         """All other experts lose every choice: by their logits, and by what is added to scores for choosing."""
         for key, ids in kept.items():
@@ -132,17 +137,20 @@ class Wide(nn.Module):
 
     def mask_plain_neurons(self, key: str, size: int, kept: Sequence[int]) -> None:
         """All other neurons of the layer's one MLP of `size` neurons give 0: of a shared expert, or a dense MLP."""
-        layer = self.layer(key)
+        self.plain_down(key, size).weight.data[:, _others(size, kept)] = 0.0
+
+    def plain_down(self, key: str, size: int) -> Any:
+        """The down projection of the layer's one MLP of `size` neurons that is no routed expert."""
         hidden = self.trunk.get_input_embeddings().weight.shape[1]
         found = [
             module
-            for name, module in layer.named_modules()
+            for name, module in self.layer(key).named_modules()
             if isinstance(module, nn.Linear)
             and (module.out_features, module.in_features) == (hidden, size)
             and not re.search(r"attn|attention|mamba|conv", name)
         ]
         assert len(found) == 1, f"{len(found)} matrices of ({hidden}, {size}) in layer {key}"
-        found[0].weight.data[:, _others(size, kept)] = 0.0
+        return found[0]
 
     def mask_layers(self, kept: Sequence[int]) -> None:
         """All other layers of the trunk hand their input on, and what a layer before them handed on beside it."""
@@ -151,8 +159,8 @@ class Wide(nn.Module):
                 carries = "prev_topk_indices" in inspect.signature(type(layer).forward).parameters
                 layer.forward = _hand_on_both if carries else _hand_on
 
-    def set_hidden_eps(self, eps: float, tokens: torch.Tensor) -> None:
-        """Norms over the stream's channels get another eps: those that are given as many channels in a run."""
+    def scale_hidden_eps(self, factor: float, tokens: torch.Tensor) -> None:
+        """Norms over the stream's channels get `factor` times their eps: those that are given so many in a run."""
         hidden = self.trunk.get_input_embeddings().weight.shape[1]
         norms: set[nn.Module] = set()
         hooks = [
@@ -168,7 +176,7 @@ class Wide(nn.Module):
             names = [name for name in ("variance_epsilon", "eps") if hasattr(norm, name)]
             assert names, f"{type(norm).__name__} has no eps under a known name"
             for name in names:
-                setattr(norm, name, eps)
+                setattr(norm, name, factor * getattr(norm, name))
 
 
 class _Head(nn.Module):
