@@ -8,7 +8,7 @@ SERVE := .venv-serve
 BENCH := $(VENV)/bench
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: demo test test-cpus check format serve-check study-smoke soak fuzz clean
+.PHONY: demo test test-cpus check format serve-check study-smoke soak fuzz families clean
 .PHONY: bench-calibrate bench-stream bench-experts bench-loss bench-cache bench-train
 
 demo: $(INSTALLED)  ## a trained model gets smaller, end to end, on two CPU cores
@@ -35,6 +35,9 @@ serve-check: $(SERVE)/.installed  ## stock vLLM on a CPU loads the demo's output
 
 study-smoke: $(INSTALLED)  ## a whole study, four runs of a model of a few thousand parameters, in a minute or two
 	$(BIN)/python tests/study_smoke.py $(ARGS)
+
+families: $(INSTALLED)  ## what is proven of every family with a page, and its table in docs/families.md; by hand
+	OMP_NUM_THREADS=1 $(BIN)/python tests/families.py $(ARGS)
 
 soak: $(INSTALLED)  ## 200 runs killed at every rename and at random moments, each gone on from; by hand, half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(ARGS)
