@@ -3,7 +3,12 @@
 The trunk's names are transformers' own, behind `trunk.`; a head's modules are called by their role on the page.
 """
 
+import re
+from functools import cache
+
 import torch
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from moeslim.families import Row, Shape
 
@@ -15,7 +20,7 @@ def live_name(shape: Shape, name: str) -> str:
     """
     head = shape.family.mtp
     if head is None or not shape.mtp_layers or not name.startswith(shape.named(head.prefix)):
-        return f"trunk.{name}"
+        return f"trunk.{_renamed(shape.family.model_type, name)}"
     inside = name.removeprefix(shape.named(head.prefix))
     copied = {
         shape.named(t.name): t.component for t in shape.family.parts["mtp"] if t.component in ("embedding", "head")
@@ -26,6 +31,24 @@ def live_name(shape: Shape, name: str) -> str:
         if inside.startswith(f"{there}."):
             return f"mtp.{role}.{inside.removeprefix(f'{there}.')}"
     return f"mtp.layers.0.{inside.removeprefix(head.layer)}"
+
+
+def _renamed(model_type: str, name: str) -> str:
+    """The name that transformers' class gives what files call `name`."""
+    for source, target in _renamings(model_type):
+        name = re.sub(source, target, name)
+    return name
+
+
+@cache
+def _renamings(model_type: str) -> tuple[tuple[str, str], ...]:
+    rules = get_checkpoint_conversion_mapping(model_type) or []
+    return tuple(
+        pair
+        for rule in rules
+        if isinstance(rule, WeightRenaming)
+        for pair in zip(rule.source_patterns, rule.target_patterns, strict=True)
+    )
 
 
 def is_copy(row: Row) -> bool:

@@ -18,6 +18,7 @@ from moeslim.errors import FamilyError
 from moeslim.families import STACKED, Shape, table
 from moeslim.losses import Coefficients, Outcomes, Signal, StepTerms, fused_loss
 from moeslim.model.chain import Chain
+from moeslim.model.experts import check_layout
 from moeslim.model.moe import MoeBlock, RouterWatch
 from moeslim.model.mtp import MtpBlock
 from moeslim.model.names import is_copy, live_name
@@ -46,6 +47,7 @@ class Student(nn.Module):
         found = {key: MoeBlock.find(self.shape, key, layer=layer) for key, layer in layers.items()}
         self.moe = {key: block for key, block in found.items() if block is not None}
         for block in self.moe.values():
+            check_layout(block.experts, self.shape)
             block.keep_precision()
         self.routers = RouterWatch(self.moe)
 

@@ -22,7 +22,8 @@ from moeslim.families import Shape
 def build_trunk(config: Mapping[str, Any], *, attn: str, experts: str) -> PreTrainedModel:
     """transformers' causal language model of a raw config, freshly initialised on the current default device.
 
-    `attn` and `experts` name the back ends. FamilyError where transformers has no such class.
+    `attn` and `experts` name the back ends; a class without "sdpa" attention gets its "eager" one. FamilyError where
+    transformers has no such class.
     """
     kind = config["model_type"]
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -32,10 +33,11 @@ def build_trunk(config: Mapping[str, Any], *, attn: str, experts: str) -> PreTra
         )
     # `architectures` would be kept in the config and says nothing that the mapping does not
     live = CONFIG_MAPPING[kind].from_dict({key: value for key, value in config.items() if key != "architectures"})
-    live._attn_implementation = attn
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(live)]
+    live._attn_implementation = "eager" if attn == "sdpa" and not found._supports_sdpa else attn
     live._experts_implementation = experts
     live.use_cache = False
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(live)](live)
+    return found(live)
 
 
 class Trunk:

@@ -10,7 +10,6 @@ Legend: S tokens of the sample, d hidden size, I expert size.
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch.nn.functional import linear
 
 from moeslim.model.walk import LayerVisit
 from moeslim.plan.steps import LayerCut, Merge
@@ -22,8 +21,9 @@ Neurons = np.ndarray
 def neuron_order(base_IF: Neurons, member_IF: Neurons) -> tuple[int, ...]:
     """`order[i]`: the member's neuron that takes the place of the base's neuron i; argmax of sum_i <b_i, m_order[i]>.
 
-    Rows are what a neuron is compared by: [gate row, up row, down column] (3d), as in Git Re-Basin (arXiv 2209.04836)
-    and M-SMoE (2310.01334), or its gated activations h on the same tokens (S), as REAM (2604.04356) adds to them.
+    Rows are what a neuron is compared by: [gate row, up row, down column] (3d) and its biases, if any, as in Git
+    Re-Basin (arXiv 2209.04836) and M-SMoE (2310.01334), or its gated activations h on the same tokens (S), as REAM
+    (2604.04356) adds to them.
     """
     _, order = linear_sum_assignment(base_IF @ member_IF.T, maximize=True)
     return tuple(order.tolist())
@@ -52,9 +52,14 @@ class Aligner:
         return merge.model_copy(update={"orders": tuple(self._orders[merge.base, m] for m in merge.experts)})
 
     def _neurons(self, expert: int) -> Neurons:
-        both_Fd, down_dI = self.experts.file.weights(expert)
         if self.x_Sd is None:
-            rows = torch.cat([*both_Fd.double().chunk(2), down_dI.double().T], dim=1)
+            own = self.experts.file.matrices(expert).items()
+            rows = torch.cat([_by_neuron(name, values).double() for name, values in own if name != "down_bias"], dim=1)
         else:
-            rows = self.experts.activate(linear(self.x_Sd, both_Fd)).double().T
+            rows = self.experts.activated(expert, self.x_Sd).double().T
         return rows.cpu().numpy()
+
+
+def _by_neuron(name: str, values: torch.Tensor) -> torch.Tensor:
+    """A matrix or bias of an expert with a row (I, ...) per neuron."""
+    return values.T if name == "down" else values.view(len(values), -1) if values.ndim == 1 else values
