@@ -121,7 +121,7 @@ _GPT_OSS: dict[str, Any] = {
     "architectures": ["GptOssForCausalLM"],
     "model_type": "gpt_oss",
     "attention_bias": True,
-    "swiglu_limit": 7.0,
+    "swiglu_limit": 1.0,  # small, so that some values are clamped
     "sliding_window": 6,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
@@ -154,7 +154,7 @@ def tiny_shape(family: str = "qwen3_next", **changes: Any) -> Shape:
 
 
 def layouts_named(family: str, name: str) -> dict[str, str]:
-    """ "per_expert": as new files of the family are; "stacked": as its class holds experts; "mixed": trunk so, head not."""
+    """ "per_expert": as new files of the family are; "stacked": as its class holds experts; "mixed": the trunk so."""
     first, own = SPECS[family].layouts[0], live_layout(SPECS[family])
     return {"per_expert": {"trunk": first, "mtp": first}, "stacked": {"trunk": own, "mtp": own}}.get(
         name, {"trunk": own, "mtp": first}
@@ -177,8 +177,9 @@ def write_tiny(
 ) -> Path:
     """Write a tiny checkpoint with spread norms and return its folder.
 
-    `layouts` is a key of LAYOUTS (see `layouts_named`) or a table of its own, None: the family's first; `form` are further options of `write_random` (dtype, mtp,
-    float32, shard_bytes, spread, tokenizer_from), `changes` keys of the config.
+    `layouts` is a key of LAYOUTS (see `layouts_named`) or a table of its own, None: the family's first; `form` are
+    further options of `write_random` (dtype, mtp, float32, shard_bytes, spread, tokenizer_from), `changes` keys of the
+    config.
     """
     options: dict[str, Any] = {"spread": True, "dtype": "float32", **(form or {})}
     chosen = layouts_named(family, layouts) if isinstance(layouts, str) else layouts

@@ -132,7 +132,8 @@ def detect(headers: Mapping[str, Header], shape: Shape) -> dict[str, str]:
     """The layout of each sub-tree that has routed experts, read from tensors' names, and from shapes where these agree.
 
     Only `possible_layouts` are candidates. Where no shape fits, or all shapes fit several of them, it is the first of
-    them. (All shapes never fit two that differ in orientation alone: not both gate and up and down are square.) Raises CheckpointError when one sub-tree mixes layouts, or has experts in none of them.
+    them. (All shapes never fit two that differ in orientation alone: gate and up are square, or down is.) Raises
+    CheckpointError when one sub-tree mixes layouts, or has experts in none of them.
     """
     found: dict[str, dict[str, frozenset[str]]] = {}
     family, marker, head = shape.family, f".{shape.family.expert_prefix}.", shape.prefix("mtp.0")

@@ -120,10 +120,10 @@ class _Fill:
             for matrix, piece in pieces(layout, prefix, expert=expert).items():
                 if piece.name == row.name:
                     part = piece.view(values)
-                    part.copy_(self._of_expert(f"{prefix}.{expert}", matrix, tuple(part.shape)))
+                    part.copy_(self._of_expert(f"{prefix}.{expert}", matrix, shape=tuple(part.shape)))
         return values
 
-    def _of_expert(self, expert: str, matrix: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def _of_expert(self, expert: str, matrix: str, *, shape: tuple[int, ...]) -> torch.Tensor:
         kind, _, bias = matrix.partition("_")
         if not bias:
             return self._normal(f"{expert}.{kind}_proj.weight", shape)
