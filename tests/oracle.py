@@ -181,10 +181,12 @@ def masked_router(gate: nn.Module, gone: torch.Tensor) -> Any:
     """A softmax router's forward with the logits of `gone` at -inf."""
 
     def forward(hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logits = nn.functional.linear(hidden_states.reshape(-1, gate.hidden_dim), gate.weight)
+        logits = nn.functional.linear(
+            hidden_states.reshape(-1, gate.hidden_dim), gate.weight, getattr(gate, "bias", None)
+        )
         logits = logits.masked_fill(gone, float("-inf"))
         gates, indices = torch.softmax(logits, dim=-1).topk(gate.top_k, dim=-1)
-        if gate.norm_topk_prob:
+        if getattr(gate, "norm_topk_prob", True):
             gates = gates / gates.sum(dim=-1, keepdim=True)
         return logits, gates, indices
 
@@ -194,9 +196,10 @@ def masked_router(gate: nn.Module, gone: torch.Tensor) -> Any:
 def stacked(weights: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:
     """Weights with every per-expert file tensor joined: gate_up_proj [gate; up] and down_proj, along a first axis."""
     found = dict(weights)
-    first = ".0.gate_proj.weight"
-    for prefix in [name.removesuffix(first) for name in weights if name.endswith(".experts" + first)]:
-        take = [{m: found.pop(f"{prefix}.{e}.{m}_proj.weight") for m in ("gate", "up", "down")} for e in range(experts)]
-        found[f"{prefix}.gate_up_proj"] = torch.stack([torch.cat([one["gate"], one["up"]]) for one in take])
-        found[f"{prefix}.down_proj"] = torch.stack([one["down"] for one in take])
+    for gate, up, down in (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")):
+        first = f".0.{gate}.weight"
+        for prefix in [name.removesuffix(first) for name in weights if name.endswith(".experts" + first)]:
+            take = [{m: found.pop(f"{prefix}.{e}.{m}.weight") for m in (gate, up, down)} for e in range(experts)]
+            found[f"{prefix}.gate_up_proj"] = torch.stack([torch.cat([one[gate], one[up]]) for one in take])
+            found[f"{prefix}.down_proj"] = torch.stack([one[down] for one in take])
     return found

@@ -35,6 +35,7 @@ class Stock(nn.Module):
         for file in sorted(folder.glob("*.safetensors")):
             weights |= {name: tensor.double() for name, tensor in load_file(file).items()}
         weights = stacked(weights, config.num_local_experts)
+        weights = {name.replace(".block_sparse_moe.", ".mlp."): tensor for name, tensor in weights.items()}
         behind = f"model.layers.{config.num_hidden_layers}."
         head = {name.removeprefix(behind): weights.pop(name) for name in list(weights) if name.startswith(behind)}
         self.trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float64).double().eval()
@@ -54,6 +55,11 @@ class Stock(nn.Module):
         """The decoder layer of a key, "mtp.0" being the MTP head's."""
         return self.head.mtp_block if key == "mtp.0" else self.trunk.model.layers[int(key)]
 
+    def router(self, key: str) -> nn.Module:
+        """The router of a layer."""
+        block = self.layer(key).mlp
+        return block.gate if hasattr(block, "gate") else block.router
+
     def run(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, V), followed along T by the MTP head's (B, T-1, V)."""
         trunk = self.trunk.model
@@ -72,7 +78,7 @@ class Stock(nn.Module):
     def mask_experts(self, kept: Mapping[str, Sequence[int]]) -> None:
         """All other experts lose every choice: their logits, or their biases where choice is by score and bias."""
         for key, ids in kept.items():
-            gate = self.layer(key).mlp.gate
+            gate = self.router(key)
             gone = torch.ones(gate.num_experts, dtype=torch.bool)
             gone[list(ids)] = False
             if hasattr(gate, "e_score_correction_bias"):
@@ -84,6 +90,8 @@ class Stock(nn.Module):
         """All other neurons of an expert (None: the shared one) give 0."""
         mlp = self.layer(key).mlp
         down = mlp.shared_experts.down_proj.weight if expert is None else mlp.experts.down_proj[expert]
+        if expert is not None and mlp.experts.is_transposed:
+            down = down.T
         gone = torch.ones(down.shape[1], dtype=torch.bool)
         gone[list(kept)] = False
         with torch.no_grad():

@@ -12,6 +12,7 @@ from moeslim.artifacts import commit
 from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.verify import verify
 from moeslim.errors import FamilyError, RunError
+from moeslim.families import FAMILIES as SPECS
 from moeslim.families import table
 from moeslim.model.init import write_random
 from moeslim.model.load import load_student, stacked_experts
@@ -54,6 +55,8 @@ def _same_files(left: Path, right: Path) -> None:
 @pytest.mark.parametrize("case", _CASES)
 def test_open_in_transformers_and_save_back(tmp_path: Path, family: str, case: str) -> None:
     """No key is missing or unexpected, the logits are equal to the last bit, and save(load(x)) is x."""
+    if case == "a dense layer" and "dense" not in SPECS[family].parts:
+        pytest.skip("every layer of this family has experts")
     folder = write_tiny(tmp_path / "model", family=family, **_CASES[case])
     assert verify(folder).ok
     reference, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)

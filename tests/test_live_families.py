@@ -59,7 +59,7 @@ class Direct:
         stock = Stock(folder)
         block = stock.layer(key).mlp
         seen: dict[str, Any] = {}
-        block.gate.register_forward_hook(lambda _m, _i, output: seen.update(logits=output[0]))
+        stock.router(key).register_forward_hook(lambda _m, _i, output: seen.update(logits=output[0]))
         block.experts.register_forward_hook(
             lambda _m, inputs, _o: seen.update(zip(("x", "ids", "gates"), inputs, strict=True))
         )
@@ -69,11 +69,18 @@ class Direct:
         stock.run(TOKENS)
         self.block, self.shared = block, seen.get("shared")
         self.x, self.ids, self.gates, self.logits = (seen[name] for name in ("x", "ids", "gates", "logits"))
-        scores = self.logits.sigmoid() if hasattr(block.gate, "e_score_correction_bias") else self.logits.softmax(-1)
+        sigmoid = hasattr(stock.router(key), "e_score_correction_bias")
+        scores = self.logits.sigmoid() if sigmoid else self.logits.softmax(-1)
         self.shares = scores / scores.sum(-1, keepdim=True)
 
     def expert(self, number: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gated activations and outputs of an expert."""
+        experts = self.block.experts
+        if experts.has_bias:  # gpt-oss: transposed, gate and up in turns, clamped
+            both = x @ experts.gate_up_proj[number] + experts.gate_up_proj_bias[number]
+            gate, up = both[..., ::2].clamp(max=1.0), both[..., 1::2].clamp(-1.0, 1.0)
+            h = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+            return h, h @ experts.down_proj[number] + experts.down_proj_bias[number]
         gate, up = (x @ self.block.experts.gate_up_proj[number].T).chunk(2, dim=-1)
         h = torch.nn.functional.silu(gate) * up
         return h, h @ self.block.experts.down_proj[number].T
@@ -119,7 +126,10 @@ def test_statistics_equal_a_direct_computation(tmp_path: Path, family: str) -> N
     assert ("mtp.0" in stats.layers) == (family == "glm4_moe")
 
 
-@pytest.mark.parametrize(("family", "renormalise"), [("qwen3_moe", True), ("glm4_moe", True), ("glm4_moe", False)])
+@pytest.mark.parametrize(
+    ("family", "renormalise"),
+    [("qwen3_moe", True), ("glm4_moe", True), ("glm4_moe", False), ("mixtral", True), ("gpt_oss", True)],
+)
 @torch.no_grad()
 def test_removal_is_what_the_block_loses(tmp_path: Path, family: str, renormalise: bool) -> None:
     """Each expert taken out of the choice of transformers' own router: the rest is chosen and weighed again."""
@@ -133,8 +143,9 @@ def test_removal_is_what_the_block_loses(tmp_path: Path, family: str, renormalis
         for k in range(K)
     )
     scores = direct.logits.sigmoid() if family == "glm4_moe" else direct.logits.softmax(-1)
-    bias = getattr(direct.block.gate, "e_score_correction_bias", torch.zeros(E))
-    scale = getattr(direct.block.gate, "routed_scaling_factor", 1.0)
+    router = Stock(folder).router("2")
+    bias = getattr(router, "e_score_correction_bias", torch.zeros(E))
+    scale = getattr(router, "routed_scaling_factor", 1.0)
     expected = np.zeros(E)
     for gone in range(E):
         left = scores.clone()
@@ -189,7 +200,8 @@ def test_the_command_line_from_prune_to_distill(moeslim: Command, tmp_path: Path
     moved = {name for name in before.rows if not torch.equal(before.tensor(name), after.tensor(name))}
     fixed = {name for name in before.rows if "correction_bias" in name}
     assert not moved & fixed
-    assert {"model.embed_tokens.weight", "model.layers.2.mlp.gate.weight", "lm_head.weight"} <= moved
+    router = next(row.name for row in before.rows.values() if row.layer == "2" and row.axes == ("experts", "hidden"))
+    assert {"model.embed_tokens.weight", router, "lm_head.weight"} <= moved
     assert any(name.startswith("model.layers.4.eh_proj") for name in moved) == heads
     assert record["model"] == str(out)
     drafts = settings(*SMALL, *MEASURE, "evaluate.prompts=2", "evaluate.samples=0")

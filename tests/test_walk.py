@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moeslim.checkpoint import reader
 from moeslim.checkpoint.reader import Reader
@@ -40,6 +41,8 @@ def batches() -> Iterator[torch.Tensor]:
 
 
 def whole_model(folder: Path, attn: str) -> nn.Module:
+    config = AutoConfig.from_pretrained(folder)
+    attn = attn if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"  # a class may have no other
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=attn, experts_implementation="eager"
     )

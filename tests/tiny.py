@@ -16,7 +16,9 @@ from torch import nn
 
 from moeslim.distill.settings import TrainSettings
 from moeslim.evaluate.settings import Settings
+from moeslim.families import FAMILIES as SPECS
 from moeslim.families import Shape
+from moeslim.families.layouts import live_layout, possible_layouts
 from moeslim.model.init import write_random
 from moeslim.recipe import Distill
 
@@ -130,7 +132,32 @@ _DEEPSEEK_V3: dict[str, Any] = {
 
 OTHERS: dict[str, dict[str, Any]] = {"qwen3_5_moe": _QWEN3_5_MOE, "deepseek_v3": _DEEPSEEK_V3}
 """Families whose laws are tested in files of their own."""
-FAMILIES: dict[str, dict[str, Any]] = {"qwen3_next": _QWEN3_NEXT, "qwen3_moe": _QWEN3_MOE, "glm4_moe": _GLM4_MOE}
+_MIXTRAL: dict[str, Any] = {
+    **{k: v for k, v in _GLM4_MOE.items() if k in _QWEN3_MOE and k not in ("moe_intermediate_size", "attention_bias")},
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "intermediate_size": 12,
+    "num_local_experts": 8,
+}
+
+_GPT_OSS: dict[str, Any] = {
+    **_MIXTRAL,
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "swiglu_limit": 1.0,  # small, so that some values are clamped
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_next": _QWEN3_NEXT,
+    "qwen3_moe": _QWEN3_MOE,
+    "glm4_moe": _GLM4_MOE,
+    "mixtral": _MIXTRAL,
+    "gpt_oss": _GPT_OSS,
+}
 
 
 def tiny_config(family: str = "qwen3_next", **changes: Any) -> dict[str, Any]:
@@ -150,22 +177,36 @@ def tiny_shape(family: str = "qwen3_next", **changes: Any) -> Shape:
     return Shape.from_config(tiny_config(family, **changes))
 
 
+def layouts_named(family: str, name: str) -> dict[str, str]:
+    """ "per_expert": as new files of the family are; "stacked": as its class holds experts; "mixed": the trunk so."""
+    first, own = SPECS[family].layouts[0], live_layout(SPECS[family])
+    return {"per_expert": {"trunk": first, "mtp": first}, "stacked": {"trunk": own, "mtp": own}}.get(
+        name, {"trunk": own, "mtp": first}
+    )
+
+
+def layouts_of(family: str) -> list[dict[str, str]]:
+    """The layouts that a family's files may have, first the one that new files get."""
+    return [{"trunk": layout, "mtp": layout} for layout in possible_layouts(SPECS[family])]
+
+
 def write_tiny(
     folder: Path,
     *,
     family: str = "qwen3_next",
     seed: int = 0,
-    layouts: dict[str, str] | str = "per_expert",
+    layouts: dict[str, str] | str | None = None,
     form: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
     """Write a tiny checkpoint with spread norms and return its folder.
 
-    `layouts` is a key of LAYOUTS or a table of its own; `form` are further options of `write_random` (dtype, mtp,
-    float32, shard_bytes, spread, tokenizer_from), `changes` keys of the config.
+    `layouts` is a key of LAYOUTS (see `layouts_named`) or a table of its own, None: the family's first; `form` are
+    further options of `write_random` (dtype, mtp, float32, shard_bytes, spread, tokenizer_from), `changes` keys of the
+    config.
     """
     options: dict[str, Any] = {"spread": True, "dtype": "float32", **(form or {})}
-    chosen = LAYOUTS[layouts] if isinstance(layouts, str) else layouts
+    chosen = layouts_named(family, layouts) if isinstance(layouts, str) else layouts
     config = tiny_config(family, **changes)
     config["torch_dtype"] = options["dtype"]
     write_random(folder, config, seed=seed, layouts=chosen, **options)

@@ -3,13 +3,14 @@
 `tensor` maps: a view of the file's pages, of which only what is touched is read, and the system can drop it again. It
 is for reading. Clone before changing one, and before multiplying by one: in a file a tensor may lie at any multiple of
 8 bytes, and the last bits of a CPU's matrix product may depend on where in a line of 64 bytes an operand begins.
-`read`, `read_rows` and `expert_pair` copy into torch's own memory, which begins with a line: faster for what is needed
+`read`, `read_rows` and `expert_as` copy into torch's own memory, which begins with a line: faster for what is needed
 whole, and a file that cannot be read is then an error and not the end of the process.
 """
 
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from io import FileIO
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from moeslim.checkpoint.index import ITEM_BYTES, Entry
 from moeslim.checkpoint.structure import check_structure, read_structure
 from moeslim.errors import CheckpointError
-from moeslim.families import Row, expert_prefix, is_mtp, pieces
+from moeslim.families import Row, arrangement, expert_prefix, is_mtp, pieces, size
 from moeslim.families.layouts import Piece
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -100,34 +101,30 @@ class Reader:
         return self.index.tensors[name].dtype
 
     def expert(self, key: str, expert: int) -> dict[str, torch.Tensor]:
-        """One routed expert of `key`, mapped: "gate" and "up" (expert_size, hidden), "down" (hidden, expert_size)."""
-        found = {}
-        for matrix, piece in self._pieces(key, expert).items():
-            tensor = self.tensor(piece.name)
-            if piece.stack is not None:
-                tensor = tensor[piece.stack]
-            if piece.half is not None:
-                half = tensor.shape[0] // 2
-                tensor = tensor[piece.half * half : (piece.half + 1) * half]
-            found[matrix] = tensor
-        return found
+        """One routed expert of `key`, mapped: "gate" (if any) and "up" (expert_size, hidden), "down" the other way.
 
-    def expert_pair(self, key: str, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same in memory of its own: [gate; up] (2 expert_size, hidden) and down (hidden, expert_size)."""
-        size, hidden = self.shape["expert_size"], self.shape["hidden"]
-        places = self._pieces(key, expert)
-        dtypes = {matrix: self._entry(piece.name)[1] for matrix, piece in places.items()}
-        down = torch.empty(hidden, size, dtype=dtypes["down"])
-        both = torch.promote_types(dtypes["gate"], dtypes["up"])
-        gate_up = torch.empty(2 * size, hidden, dtype=both)
-        for matrix, rows in {"gate": gate_up[:size], "up": gate_up[size:], "down": down}.items():
-            piece = places[matrix]
-            part = rows if rows.dtype == dtypes[matrix] else torch.empty_like(rows, dtype=dtypes[matrix])
-            first = (piece.stack or 0) * rows.shape[0]
-            self._fill(part, piece.name, first=first if piece.half is None else 2 * first + piece.half * rows.shape[0])
-            if part is not rows:
-                rows.copy_(part)
-        return gate_up, down
+        And "gate_bias", "up_bias" (expert_size) and "down_bias" (hidden) where there are any.
+        """
+        return {matrix: piece.view(self.tensor(piece.name)) for matrix, piece in self._pieces(key, expert).items()}
+
+    def expert_as(self, layout: str, key: str, *, expert: int) -> tuple[torch.Tensor, ...]:
+        """One routed expert as a stacked `layout` holds it, one tensor per line of it, in memory of its own.
+
+        For "stacked": [gate; up] (2 expert_size, hidden) and down (hidden, expert_size).
+        """
+        sizes, places, found = self.shape.sizes, self._pieces(key, expert), []
+        whole: dict[str, torch.Tensor] = {}  # what had to be read into memory to be turned round
+        for line, inside in arrangement(layout):
+            own = {matrix: places[matrix] for matrix in inside}
+            dtype = reduce(torch.promote_types, (self._entry(piece.name)[1] for piece in own.values()))
+            tensor = torch.empty(*(size(axis, sizes) for axis in line.axes[1:]), dtype=dtype)
+            if len({piece.name for piece in own.values()}) == 1 and all(own[m].lies_like(inside[m]) for m in own):
+                self._fill_from(tensor, next(iter(own.values())))
+            else:
+                for matrix, piece in own.items():
+                    self._fill_matrix(inside[matrix].inside(tensor), piece, whole=whole)
+            found.append(tensor)
+        return tuple(found)
 
     def release(self) -> None:
         """Let the system take back the pages read so far; tensors handed out stay valid and are read anew if used."""
@@ -137,6 +134,20 @@ class Reader:
     def _pieces(self, key: str, expert: int) -> dict[str, Piece]:
         layout = self.layouts["mtp" if is_mtp(key) else "trunk"]
         return pieces(layout, expert_prefix(self.shape, key), expert=expert)
+
+    def _fill_from(self, tensor: torch.Tensor, piece: Piece) -> None:
+        """Fill `tensor` with all that a piece's tensor holds of its expert."""
+        self._fill(tensor, piece.name, first=(piece.stack or 0) * tensor.shape[0])
+
+    def _fill_matrix(self, rows: torch.Tensor, piece: Piece, *, whole: dict[str, torch.Tensor]) -> None:
+        """Fill `rows`, perhaps a view of a larger tensor, with a matrix."""
+        alone = piece.half is None and not piece.transposed and self._entry(piece.name)[1] == rows.dtype
+        if alone and rows.is_contiguous():
+            self._fill_from(rows, piece)
+            return
+        if piece.name not in whole:
+            whole[piece.name] = self.read(piece.name, stack=piece.stack)
+        rows.copy_(piece.inside(whole[piece.name]))
 
     def _entry(self, name: str) -> tuple[Entry, torch.dtype]:
         entry = self.index.tensors.get(name)

@@ -75,7 +75,8 @@ def _structure(folder: Path, config: dict[str, Any]) -> Structure:
         raise CheckpointError(f"{folder}: the config makes every layer dense; there are no experts to work on")
     shape = shape.with_present(index.tensors)
     found = detect(index.tensors, shape)
-    layouts = {subtree: found.get(subtree, found.get("trunk", "per_expert")) for subtree in ("trunk", "mtp")}
+    trunk = found.get("trunk", shape.family.layouts[0])
+    layouts = {subtree: found.get(subtree, trunk) for subtree in ("trunk", "mtp")}
     return Structure(folder, config, shape, index, layouts, table(shape, layouts))
 
 

@@ -24,7 +24,8 @@ def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.Ada
     """AdamW over what asks for a gradient, one group for each rate factor (`group["factor"]`) and weight decay.
 
     Decay is on matrices only: two or more dimensions (stacked experts, convolutions, embeddings). Norm weights, A_log
-    and dt_bias have one dimension and a meaning at a value other than 0: decay would pull them off.
+    and dt_bias have one dimension and a meaning at a value other than 0: decay would pull them off. Stacked biases of
+    experts have two, and are none.
     """
     parts = parts_of(student.shape)
     own = {str(part): found for part, found in settings.distill.parts.items()}
@@ -34,7 +35,8 @@ def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.Ada
             continue
         part = own.get(parts[name], PartSettings())
         decay = settings.distill.weight_decay if part.weight_decay is None else part.weight_decay
-        groups.setdefault((part.learning_rate, decay if tensor.ndim >= 2 else 0.0), []).append(tensor)
+        matrix = tensor.ndim >= 2 and not name.endswith("bias")
+        groups.setdefault((part.learning_rate, decay if matrix else 0.0), []).append(tensor)
     return torch.optim.AdamW(
         [{"params": found, "factor": key[0], "weight_decay": key[1]} for key, found in groups.items()],
         lr=settings.distill.learning_rate,

@@ -38,7 +38,8 @@ def forward_operations(shape: Shape, *, length: int, subtree: str = "trunk") -> 
     """Per token in rows of `length`, without the head; `subtree` "mtp" is one pass through the MTP block, if any."""
     matrices: dict[str, float] = {}
     for row in table(shape, STACKED).values():
-        if row.subtree != subtree or row.component in ("embedding", "head") or len(row.shape) < 2:
+        bias = len(row.shape) < 2 or (row.tensor.matrix or "").endswith("bias")  # stacked ones have an axis more
+        if row.subtree != subtree or row.component in ("embedding", "head") or bias:
             continue
         met = row.parameters // shape["experts"] * shape["top_k"] if row.component == "experts" else row.parameters
         matrices[row.component] = matrices.get(row.component, 0) + 2 * met

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeslim.errors import FamilyError
-from moeslim.families import deepseek_v3, glm4_moe, qwen3_5_moe, qwen3_moe, qwen3_next
+from moeslim.families import deepseek_v3, glm4_moe, gpt_oss, mixtral, qwen3_5_moe, qwen3_moe, qwen3_next
 from moeslim.families.spec import Family
 
-_PAGES = (qwen3_next, qwen3_moe, glm4_moe, qwen3_5_moe, deepseek_v3)
+_PAGES = (qwen3_next, qwen3_moe, glm4_moe, qwen3_5_moe, deepseek_v3, mixtral, gpt_oss)
 FAMILIES: dict[str, Family] = {page.SPEC.model_type: page.SPEC for page in _PAGES}
 
 

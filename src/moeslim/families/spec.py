@@ -27,7 +27,7 @@ class Tensor:
     component: str
     init: str = "normal"  # normal | zeros | ones | dt_bias | a_log | conv: how a random one begins
     norm: str | None = None  # zero_centred: the layer multiplies by 1 + w; plain: by w
-    matrix: str | None = None  # of an expert: gate | up | gate_up | down
+    matrix: str | None = None  # of an expert: gate | up | gate_up | down, or a bias of these: gate_up_bias, ...
     role: str | None = None  # shared_gate | correction_bias | expert_scale: what live code asks for; see `Family`
     when: str | None = None  # only there where this is one of the shape's `flags`
 
@@ -45,6 +45,8 @@ _MARKS = {  # what the last column of a page may say, as (init, norm, matrix, ro
     "up": ("normal", None, "up", None),
     "gate_up": ("normal", None, "gate_up", None),
     "down": ("normal", None, "down", None),
+    "gate_up_bias": ("zeros", None, "gate_up_bias", None),
+    "down_bias": ("zeros", None, "down_bias", None),
     "shared_gate": ("normal", None, None, "shared_gate"),
 }
 
@@ -138,7 +140,8 @@ class Family:
 
     `parts` holds the tensors by part: "outer" outside the layers; "every" in all layers, one entry per token mixer (the
     words of `layer_types`), "moe" and "dense"; "mtp" in the MTP head outside its layer. `expert_prefix` is where
-    `layouts.py` puts the routed experts. `{L}` in a name of the MTP head is the trunk's number of layers.
+    `layouts.py` puts the routed experts, `layouts` are its keys that files of this family may have, first that of new
+    files. `{L}` in a name of the MTP head is the trunk's number of layers.
 
     `router` is how a router makes scores of its logits: "softmax" over all experts, "sigmoid" or "sqrtsoftplus" of
     each, "softmax_topk" over the chosen ones (the same as "softmax" and renormalised), "sparsemixer"; or
@@ -152,6 +155,7 @@ class Family:
     layer_prefix: str
     parts: Mapping[str, tuple[Tensor, ...]]
     expert_prefix: str
+    layouts: tuple[str, ...] = ("per_expert", "stacked")
     derived: Mapping[str, str] = field(default_factory=dict)  # axis -> "a // b" or "a * b" of two other axes
     default_interval: int | None = None  # of full attention in a hybrid; None: every layer is full attention
     first_dense: tuple[str, int] | None = None  # (key, default) of how many first layers are dense; None: by number

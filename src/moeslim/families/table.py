@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from moeslim.families.layouts import EXPERT_LAYOUTS, Layouts
+from moeslim.families.layouts import LIVE, Layouts, file_layouts, layout_lines
 from moeslim.families.shape import Shape
 from moeslim.families.spec import Tensor, size
 
-PER_EXPERT: Layouts = {"trunk": "per_expert", "mtp": "per_expert"}
-STACKED: Layouts = {"trunk": "stacked", "mtp": "stacked"}
+STACKED: Layouts = {"trunk": LIVE, "mtp": LIVE}
 """As a live model holds them; and the shortest table, where only sums or sizes are wanted."""
 
 
@@ -46,9 +45,12 @@ class Row:
         return total
 
 
-def table(shape: Shape, layouts: Layouts = PER_EXPERT) -> dict[str, Row]:
-    """Every expected tensor by name, outer tensors first, then layer by layer, then the MTP head."""
-    return {row.name: row for row in _rows(shape, layouts)}
+def table(shape: Shape, layouts: Layouts | None = None) -> dict[str, Row]:
+    """Every expected tensor by name, outer tensors first, then layer by layer, then the MTP head.
+
+    `layouts` None: as a new model's files have them.
+    """
+    return {row.name: row for row in _rows(shape, layouts or file_layouts(shape.family))}
 
 
 def expert_prefix(shape: Shape, key: str) -> str:
@@ -71,7 +73,8 @@ def _rows(shape: Shape, layouts: Layouts) -> Iterator[Row]:
         parts = ("every", shape.mixer(key), "moe" if shape.is_moe(key) else "dense")
         yield from (row(tensor, prefix, key, subtree) for name in parts for tensor in part(name))
         if shape.is_moe(key):
-            lines = [row(t, f"{prefix}{family.expert_prefix}.", key, subtree) for t in EXPERT_LAYOUTS[layouts[subtree]]]
+            own = layout_lines(family, layouts[subtree])
+            lines = [row(tensor, f"{prefix}{family.expert_prefix}.", key, subtree) for tensor in own]
             for line in lines:
                 if "{e}" not in line.name:
                     yield line

@@ -5,15 +5,19 @@ A stacked experts module hides E_e(x), and stacking a large layer makes gigabyte
 the same order (experts ascending, each adding its rows), so the outputs are bit-identical to it. Small experts, which
 would be more calls than arithmetic, run all at once: the same products, and each token's rows added in the same order.
 
+An expert is held as its class holds it (`check_layout`): which way round its matrices lie, and whether gate and up
+come one behind the other or in turns, decides the last bits of a product.
+
 Legend: T tokens, K experts per token, S = T K items, N of them go to expert e of E, d hidden size, I expert size,
-F = 2I.
+F = 2I, or I where experts have no gate.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,9 +25,13 @@ from torch import nn
 from torch.nn.functional import grouped_mm, linear
 
 from moeslim.checkpoint.reader import Reader
-from moeslim.families import Shape
+from moeslim.errors import FamilyError
+from moeslim.families import Shape, arrangement, live_layout, size
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Weights = tuple[torch.Tensor, ...]
+"""The first product's matrix, [gate; up] or up alone, (F, d) and the second's (d, I), each as its class holds it: both
+transposed in some classes; behind them the biases (F) and (d) where there are any. Of all experts with an axis E first.
+"""
 
 _MEMORY_SHARE = 8  # experts kept between batches may fill an eighth of a GPU
 _CPU_BYTES = 2 << 30
@@ -37,6 +45,32 @@ _ALIGNMENT = 64  # bytes
 def are_small(shape: Shape, items: int) -> bool:
     """Whether an expert's products, over its part of a batch's T K `items`, are too small for two threads."""
     return items * shape["hidden"] * shape["expert_size"] < _SMALL * shape["experts"]
+
+
+def check_layout(experts: Any, shape: Shape) -> None:
+    """FamilyError unless a live experts module holds its tensors as `live_layout` says, and does nothing else."""
+    layout = live_layout(shape.family)
+    pieces = {matrix: piece for _, inside in arrangement(layout) for matrix, piece in inside.items()}
+    known = {
+        "has_gate": "gate" in pieces,
+        "has_bias": "down_bias" in pieces,
+        "is_transposed": pieces["down"].transposed,
+        "is_concatenated": not pieces["up"].interleaved,
+        "has_post_expert_norm": False,
+    }
+    found = {name: getattr(experts, name, value) for name, value in known.items()}  # not all versions have all of them
+    wrong = [f"{name} {value}" for name, value in found.items() if value != known[name]]
+    if wrong:
+        raise FamilyError(
+            f"families/{shape.family.model_type}.py and {type(experts).__name__} disagree: the class holds its experts "
+            f"with {', '.join(wrong)}, which is not the layout {layout!r} that follows from the page's first one, "
+            f"{shape.family.layouts[0]!r}; mend the page, or add the layout to families/layouts.py"
+        )
+
+
+def activation_of(experts: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A live experts module's own function between an expert's two products: from (N, F) to (N, I)."""
+    return experts._apply_gate if experts.has_gate else experts.act_fn
 
 
 class ExpertFile:
@@ -59,12 +93,14 @@ class ExpertFile:
     ) -> None:
         self.reader, self.key, self.dtype, self.device = reader, key, dtype, torch.device(device)
         self.count = reader.shape["experts"]
+        self.layout = live_layout(reader.shape.family)
+        self.transposed = next(inside["down"].transposed for _, inside in arrangement(self.layout) if "down" in inside)
         self.group = self._fitting() if group is None else group
         self.whole = group is None and self.group >= self.count
-        self._held: dict[int, Pair] = {}
-        self._stack: Pair | None = None
+        self._held: dict[int, Weights] = {}
+        self._stack: Weights | None = None
         self._expected: list[int] = []  # the next one last
-        self._ahead: dict[int, Future[Pair]] = {}
+        self._ahead: dict[int, Future[Weights]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="experts")
         self._lock = threading.Lock()
 
@@ -75,18 +111,23 @@ class ExpertFile:
             if self._expert_bytes >= _WORTH_A_THREAD:
                 self._expected = [expert for expert in experts if expert not in self._held][::-1]
 
-    def weights(self, expert: int) -> Pair:
-        """[gate; up] (F, d) and down (d, I) of one expert, in memory on the device."""
+    def weights(self, expert: int) -> Weights:
+        """One expert, in memory on the device."""
         with self._lock:
             if expert in self._held:
                 return self._held[expert]
-            pair = self._read(expert)
+            weights = self._read(expert)
             if self.group >= self.count or len(self._held) < self.group - 1:
-                self._held[expert] = pair
-            return pair
+                self._held[expert] = weights
+            return weights
 
-    def stacked(self, items: int) -> Pair | None:
-        """[gate; up] (E, F, d) and down (E, d, I) of all experts, where `items` items make each one's work small.
+    def matrices(self, expert: int) -> dict[str, torch.Tensor]:
+        """The matrices and biases of one expert by name, as `Reader.expert`: views of its `weights`."""
+        held = zip(arrangement(self.layout), self.weights(expert), strict=True)
+        return {matrix: piece.inside(tensor) for (_, inside), tensor in held for matrix, piece in inside.items()}
+
+    def stacked(self, items: int) -> Weights | None:
+        """All experts, where `items` items make each one's work small.
 
         None where it is not, where they are not all in memory or are held already, one by one, or where products of the
         stack may have other bits.
@@ -98,13 +139,13 @@ class ExpertFile:
             return None
         with self._lock:
             if self._stack is None and not self._held:
-                hidden, size = sizes
-                gate_up = torch.empty(self.count, 2 * size, hidden, dtype=self.dtype)
-                down = torch.empty(self.count, hidden, size, dtype=self.dtype)
+                stack = tuple(torch.empty(self.count, *lengths, dtype=self.dtype) for lengths in self._lengths)
                 for expert in range(self.count):
-                    gate_up[expert], down[expert] = self._read(expert)
-                    self._held[expert] = gate_up[expert], down[expert]
-                self._stack = gate_up, down
+                    own = tuple(tensor[expert] for tensor in stack)
+                    for place, read in zip(own, self._read(expert), strict=True):
+                        place.copy_(read)
+                    self._held[expert] = own
+                self._stack = stack
             return self._stack
 
     def release(self) -> None:
@@ -113,20 +154,28 @@ class ExpertFile:
         self._stack = None
         self.expect([])
 
-    def _read(self, expert: int) -> Pair:
+    def _read(self, expert: int) -> Weights:
         read = self._ahead.pop(expert, None)
-        found = self.reader.expert_pair(self.key, expert) if read is None else read.result()
+        found = self._from_file(expert) if read is None else read.result()
         if self._expected and self._expected[-1] == expert:
             self._expected.pop()
             if self._expected:
                 coming = self._expected[-1]
-                self._ahead[coming] = self._thread.submit(self.reader.expert_pair, self.key, coming)
-        return found[0].to(self.device, self.dtype), found[1].to(self.device, self.dtype)
+                self._ahead[coming] = self._thread.submit(self._from_file, coming)
+        return tuple(tensor.to(self.device, self.dtype) for tensor in found)
+
+    def _from_file(self, expert: int) -> Weights:
+        return self.reader.expert_as(self.layout, self.key, expert=expert)
+
+    @property
+    def _lengths(self) -> list[tuple[int, ...]]:
+        """The shape of each of an expert's tensors."""
+        sizes = self.reader.shape.sizes
+        return [tuple(size(axis, sizes) for axis in line.axes[1:]) for line, _ in arrangement(self.layout)]
 
     @property
     def _expert_bytes(self) -> int:
-        shape = self.reader.shape
-        return 3 * shape["expert_size"] * shape["hidden"] * self.dtype.itemsize
+        return sum(math.prod(lengths) for lengths in self._lengths) * self.dtype.itemsize
 
     def _fitting(self) -> int:
         budget = _CPU_BYTES
@@ -198,7 +247,7 @@ class ExpertWatch(Protocol):
 class FileExperts(nn.Module):
     """Stands in a MoE block where the stacked experts were. `watch`, if set, sees what passes and changes nothing.
 
-    `activate` is their own function between an expert's two products: from gate and up joined (N, F) to (N, I).
+    `activate` is their own function between an expert's two products (`activation_of`), from (N, F) to (N, I).
     """
 
     def __init__(self, file: ExpertFile, activate: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -226,7 +275,11 @@ class FileExperts(nn.Module):
         self.file.expect(range(self.file.count))
         for expert in range(self.file.count):
             weights = self.file.weights(expert)
-            yield self._run(x_Sd, weights)[1], weights[1]
+            yield self._run(x_Sd, weights)[1], weights[1].T if self.file.transposed else weights[1]
+
+    def activated(self, expert: int, x_Sd: torch.Tensor) -> torch.Tensor:
+        """What the second product of an expert would get (S, I) for the tokens given (S, d)."""
+        return self._run(x_Sd, self.file.weights(expert))[0]
 
     def _one_by_one(
         self, x_Td: torch.Tensor, routing: Routing, *, gates_S: torch.Tensor, beside: Routing | None
@@ -251,7 +304,7 @@ class FileExperts(nn.Module):
         return out_Td
 
     def _at_once(
-        self, x_Td: torch.Tensor, routing: Routing, *, gates_S: torch.Tensor, beside: Routing | None, stack: Pair
+        self, x_Td: torch.Tensor, routing: Routing, *, gates_S: torch.Tensor, beside: Routing | None, stack: Weights
     ) -> torch.Tensor:
         h_SI, out_Sd = self._run_all(x_Td, routing, stack=stack)
         if self.watch is not None:
@@ -265,11 +318,22 @@ class FileExperts(nn.Module):
             out_Td += gated_Sd.index_select(0, items_T)
         return out_Td
 
-    def _run_all(self, x_Td: torch.Tensor, routing: Routing, *, stack: Pair) -> Pair:
-        ends_E = torch.tensor(routing.counts).cumsum(0).int()
-        h_SI = self.activate(grouped_mm(x_Td.index_select(0, routing.tokens), stack[0].mT, offs=ends_E))
-        return h_SI, grouped_mm(h_SI, stack[1].mT, offs=ends_E)
+    def _run_all(self, x_Td: torch.Tensor, routing: Routing, *, stack: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+        counts_E = torch.tensor(routing.counts)
+        ends_E = counts_E.cumsum(0).int()
 
-    def _run(self, x_Nd: torch.Tensor, weights: Pair) -> Pair:
-        h_NI = self.activate(linear(x_Nd, weights[0]))
-        return h_NI, linear(h_NI, weights[1])
+        def product(x_SI: torch.Tensor, place: int) -> torch.Tensor:
+            matrix = stack[place] if self.file.transposed else stack[place].mT
+            y_SO = grouped_mm(x_SI, matrix, offs=ends_E)
+            return y_SO if len(stack) == 2 else y_SO + stack[place + 2].repeat_interleave(counts_E, dim=0)
+
+        h_SI = self.activate(product(x_Td.index_select(0, routing.tokens), 0))
+        return h_SI, product(h_SI, 1)
+
+    def _run(self, x_Nd: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+        def product(x_NI: torch.Tensor, place: int) -> torch.Tensor:
+            y_NO = x_NI @ weights[place] if self.file.transposed else linear(x_NI, weights[place])
+            return y_NO if len(weights) == 2 else y_NO + weights[place + 2]
+
+        h_NI = self.activate(product(x_Nd, 0))
+        return h_NI, product(h_NI, 1)

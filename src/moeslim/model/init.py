@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -12,7 +12,7 @@ from moeslim.artifacts.commit import committed_folder
 from moeslim.checkpoint.config_json import copy_side_files, write_config
 from moeslim.checkpoint.reader import TORCH_DTYPES
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, write_receipt
-from moeslim.families import PER_EXPERT, Layouts, Row, expert_prefix, pieces, table, text_config
+from moeslim.families import Layouts, Row, expert_prefix, file_layouts, pieces, table, text_config
 from moeslim.families.config import with_mtp
 from moeslim.families.shape import Shape
 
@@ -22,7 +22,7 @@ _NAMES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16", "float64": "F6
 class FormOptions(TypedDict, total=False):
     """The keyword arguments of `Form`."""
 
-    layouts: Layouts
+    layouts: Layouts | None
     dtype: str
     float32: tuple[str, ...]
     mtp: bool
@@ -34,12 +34,13 @@ class FormOptions(TypedDict, total=False):
 class Form:
     """How a random checkpoint lies on disk, and how far its values spread.
 
+    `layouts` of the experts, None: the first that the family's page names.
     `float32` names what is written in fp32 whatever `dtype` is: kinds of init ("a_log", "dt_bias") or components
     ("norm"), as many released bf16 models have it. `spread` moves norms and biases off their neutral start, so that a
     test sees them.
     """
 
-    layouts: Layouts = field(default_factory=lambda: dict(PER_EXPERT))
+    layouts: Layouts | None = None
     dtype: str = "bfloat16"
     float32: tuple[str, ...] = ()
     mtp: bool = True
@@ -71,7 +72,8 @@ def write_random(
     how = Form(**form)
     shape = Shape.from_config(config)
     shape = shape if how.mtp else shape.trunk
-    rows = table(shape, how.layouts)
+    layouts = how.layouts or file_layouts(shape.family)
+    rows = table(shape, layouts)
     written = with_mtp(config, how.mtp)
     fill = _Fill(shape, seed=seed, std=float(text_config(config).get("initializer_range", 0.02)), spread=how.spread)
     with committed_folder(folder) as temporary:
@@ -82,7 +84,8 @@ def write_random(
         writer = ShardWriter(temporary, planned, shard_bytes=how.shard_bytes)
         for name in writer.order:
             row = rows[name]
-            values = fill.stacked(row) if row.component == "experts" and row.expert is None else fill.plain(row)
+            expert = row.component == "experts"
+            values = fill.experts(row, layouts[row.subtree]) if expert else fill.plain(row)
             writer.add(name, values.to(TORCH_DTYPES[how.dtype_of(row)]))
         return write_receipt(temporary, kind="init", weights=writer.finish(), recipe=recipe, seed=seed)
 
@@ -108,21 +111,24 @@ class _Fill:
         noise = torch.randn(shape, generator=generator) * 0.2 if self.spread else 0.0
         return torch.full(shape, start) + noise
 
-    def stacked(self, row: Row) -> torch.Tensor:
-        """All experts of a layer in one tensor, every matrix as it would be in a file of its own."""
+    def experts(self, row: Row, layout: str) -> torch.Tensor:
+        """One tensor of a layer's experts, every matrix by its name per expert: a seed is a model in any layout."""
         assert row.layer is not None
+        prefix = expert_prefix(self.shape, row.layer)
         values = torch.empty(row.shape)
-        for expert in range(row.shape[0]):
-            own = pieces("per_expert", expert_prefix(self.shape, row.layer), expert=expert)
-            for matrix, piece in pieces("stacked", expert_prefix(self.shape, row.layer), expert=expert).items():
-                if piece.name != row.name:
-                    continue
-                part = values[expert]
-                if piece.half is not None:
-                    half = part.shape[0] // 2
-                    part = part[piece.half * half : (piece.half + 1) * half]
-                part.copy_(self._normal(own[matrix].name, tuple(part.shape)))
+        for expert in range(self.shape["experts"]) if row.expert is None else (row.expert,):
+            for matrix, piece in pieces(layout, prefix, expert=expert).items():
+                if piece.name == row.name:
+                    part = piece.view(values)
+                    part.copy_(self._of_expert(f"{prefix}.{expert}", matrix, shape=tuple(part.shape)))
         return values
+
+    def _of_expert(self, expert: str, matrix: str, *, shape: tuple[int, ...]) -> torch.Tensor:
+        kind, _, bias = matrix.partition("_")
+        if not bias:
+            return self._normal(f"{expert}.{kind}_proj.weight", shape)
+        noise = torch.randn(shape, generator=self._generator(f"{expert}.{kind}_proj.bias")) * 0.2
+        return noise if self.spread else torch.zeros(shape)
 
     def _normal(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, generator=self._generator(name)) * self.std

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import CheckpointError
-from moeslim.families import expert_prefix
+from moeslim.families import arrangement, expert_prefix, live_layout, size
 from moeslim.model.names import is_copy, live_dtype
 from moeslim.model.sharding import Sharding, as_shared, rows_here, shard
 from moeslim.model.student import Student
@@ -79,8 +78,8 @@ def live_state(
     """Every tensor under its name on disk, copied, with a layer's routed experts stacked as transformers holds them.
 
     Stacked means `...mlp.experts.gate_up_proj` (E, 2 expert_size, hidden), gate first, and `...down_proj`
-    (E, hidden, expert_size). Without `dtype` each keeps the file's own. Of each tensor only `rows(name)` are read, a
-    slice of its first axis.
+    (E, hidden, expert_size), or what else the family's class has (`live_layout`). Without `dtype` each keeps the file's
+    own. Of each tensor only `rows(name)` are read, a slice of its first axis.
     """
     for name, row in reader.rows.items():
         if row.component != "experts" and not is_copy(row):
@@ -89,7 +88,7 @@ def live_state(
     for key in reader.shape.layer_keys:
         if reader.shape.is_moe(key):
             prefix = expert_prefix(reader.shape, key)
-            part = rows(f"{prefix}.down_proj")  # both stacks are sharded alike: by expert
+            part = rows(f"{prefix}.down_proj")  # all stacks are sharded alike: by expert
             stacked = stacked_experts(reader, key, start=part.start or 0, stop=part.stop, dtype=dtype, device=device)
             for name, tensor in stacked.items():
                 yield f"{prefix}.{name}", tensor
@@ -104,17 +103,22 @@ def stacked_experts(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """Experts [start, stop) of a layer, copied to `gate_up_proj` (e, 2 I, d), gate first, and `down_proj` (e, d, I)."""
+    """Experts [start, stop) of a layer as its class holds them, copied: `gate_up_proj` and so on, an axis e first."""
     shape = reader.shape
     stop = shape["experts"] if stop is None else stop
+    lines = arrangement(live_layout(shape.family))
     first = reader.expert(key, 0)
-    options: dict[str, Any] = {"dtype": dtype or first["gate"].dtype, "device": device}
-    size, hidden = first["gate"].shape
-    gate_up = torch.empty((stop - start, 2 * size, hidden), **options)
-    down = torch.empty((stop - start, hidden, size), **options)
+    stacks = {
+        line.name: torch.empty(
+            (stop - start, *(size(axis, shape.sizes) for axis in line.axes[1:])),
+            dtype=dtype or first[next(iter(inside))].dtype,
+            device=device,
+        )
+        for line, inside in lines
+    }
     for place, expert in enumerate(range(start, stop)):
         found = reader.expert(key, expert)
-        gate_up[place, :size] = found["gate"]
-        gate_up[place, size:] = found["up"]
-        down[place] = found["down"]
-    return {"gate_up_proj": gate_up, "down_proj": down}
+        for line, inside in lines:
+            for matrix, piece in inside.items():
+                piece.inside(stacks[line.name][place]).copy_(found[matrix])
+    return stacks

@@ -13,7 +13,7 @@ from moeslim.checkpoint.config_json import copy_side_files
 from moeslim.checkpoint.index import path_inside
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, untouched, write_receipt
-from moeslim.families import Row, Shape
+from moeslim.families import Row, Shape, expert_prefix, live_layout, pieces
 from moeslim.machine.parallel import gather, world
 from moeslim.model.names import is_copy
 from moeslim.model.sharding import is_shared, whole
@@ -42,12 +42,17 @@ def save_student(
     )
     live = student.disk_state()
     gathered = lru_cache(maxsize=2)(lambda name: whole(live[name]))  # a layer's two stacks of experts
+
+    def on_disk(name: str) -> torch.Tensor:
+        row = reader.rows[name]
+        return disk_tensor(gathered, row, shape=reader.shape, layout=reader.layouts[row.subtree])
+
     shared = is_shared(student.head)
     if shared and world().rank:
         order: list[str] = gather([])[0]  # rank 0's, for whom all gather
         with torch.no_grad():
             for name in order:
-                disk_tensor(gathered, reader.rows[name], shape=reader.shape)
+                on_disk(name)
         return {}
     with committed_folder(out) as temporary:
         shutil.copyfile(path_inside(reader.folder, "config.json"), temporary / "config.json")
@@ -61,18 +66,33 @@ def save_student(
                 if name not in reader.rows:
                     writer.copy(name, reader.raw(name))
                     continue
-                tensor = disk_tensor(gathered, reader.rows[name], shape=reader.shape)
+                tensor = on_disk(name)
                 writer.add(name, tensor.to(TORCH_DTYPES[reader.dtype(name)]))
         return write_receipt(temporary, kind=kind, weights=writer.finish(), **facts)
 
 
-def disk_tensor(live: Callable[[str], torch.Tensor], row: Row, *, shape: Shape) -> torch.Tensor:
-    """The live values of a tensor on disk: itself, its part of the stacked experts (gate first), or what it copies."""
-    if row.expert is None:
+def disk_tensor(live: Callable[[str], torch.Tensor], row: Row, *, shape: Shape, layout: str) -> torch.Tensor:
+    """The live values of a tensor on disk: itself, its part of the stacked experts, or what it copies.
+
+    `layout` is that of the experts in the row's sub-tree; what lies otherwise in a live model is put together anew.
+    """
+    if row.component != "experts":
         return live(shape.outer(row.component) if is_copy(row) else row.name)
-    prefix = row.name[: row.name.rindex(f".{row.expert}.")]
-    if row.tensor.matrix == "down":
-        return live(f"{prefix}.down_proj")[row.expert]
-    gate_up = live(f"{prefix}.gate_up_proj")[row.expert]
-    size = gate_up.shape[0] // 2
-    return gate_up[:size] if row.tensor.matrix == "gate" else gate_up[size:]
+    assert row.layer is not None
+    prefix = expert_prefix(shape, row.layer)
+    stacks = live_layout(shape.family)
+    if layout == stacks:
+        return live(row.name)
+    found: torch.Tensor | None = None
+    for expert in range(shape["experts"]) if row.expert is None else (row.expert,):
+        there = pieces(stacks, prefix, expert=expert)
+        for matrix, piece in pieces(layout, prefix, expert=expert).items():
+            if piece.name == row.name:
+                values = there[matrix].view(live(there[matrix].name))
+                if row.expert is not None and piece.half is None:
+                    return values.T if piece.transposed else values
+                if found is None:
+                    found = torch.empty(row.shape, dtype=values.dtype, device=values.device)
+                piece.view(found).copy_(values)
+    assert found is not None, row.name
+    return found

@@ -2,7 +2,8 @@
 
 `x[token_of_slot]` has a backward that adds rows one by one (`index_put_` with accumulate: a sixth of a training step
 on a CPU), although each token's k rows are known; here they are gathered and summed. And the gate value multiplies
-the gated activation (I wide) instead of the expert's output (d wide), which is the same product.
+the gated activation (I wide) instead of the expert's output (d wide), which is the same product; a bias behind the
+second product is multiplied with it on its own.
 
 Importing this file registers the back end under `NAME`. Shapes: N tokens, k experts per token, S = N*k slots sorted by
 expert, d hidden size, I expert size, E experts.
@@ -50,24 +51,36 @@ class _ToTokens(torch.autograd.Function):
 def sorted_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The weighted sum of each token's experts (N, d); `self` is a stacked, gated experts module without biases."""
+    """The weighted sum of each token's experts (N, d); `self` is a stacked experts module, with its own attributes."""
     k = top_k_index.shape[-1]
     expert_S, order_S = torch.sort(top_k_index.reshape(-1), stable=True)
     back_S = torch.empty_like(order_S)
     back_S[order_S] = torch.arange(order_S.shape[0], device=order_S.device)
     offsets_E = torch.bincount(expert_S, minlength=self.num_experts).cumsum(0).int()
     device = hidden_states.device.type
+    first = "gate_up_proj" if self.has_gate else "up_proj"
     # grouped_mm is not on autocast's list, so what autocast would do is done here.
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.gate_up_proj.dtype
-    x_Sd = _ToSlots.apply(hidden_states.to(dtype), order_S, back_S, k)
-    both = grouped_mm(x_Sd, self.gate_up_proj.to(dtype).transpose(-2, -1), offs=offsets_E)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.down_proj.dtype
+
+    def product(x_SI: torch.Tensor, name: str) -> torch.Tensor:
+        matrix = getattr(self, name).to(dtype)
+        return grouped_mm(x_SI.to(dtype), matrix if self.is_transposed else matrix.transpose(-2, -1), offs=offsets_E)
+
+    def bias(name: str) -> torch.Tensor:
+        return getattr(self, f"{name}_bias").to(dtype).index_select(0, expert_S)
+
+    both = product(_ToSlots.apply(hidden_states.to(dtype), order_S, back_S, k), first)
+    if self.has_bias:
+        both = both + bias(first)
     weight_S1 = top_k_weights.reshape(-1)[order_S].unsqueeze(-1)
-    if type(self)._apply_gate is _default_apply_gate:
+    if self.has_gate and type(self)._apply_gate is _default_apply_gate:
         gate, up = both.chunk(2, dim=-1)
         h_SI = self.act_fn(gate) * (up * weight_S1)  # the product that autograd keeps fewer tensors for
     else:
-        h_SI = self._apply_gate(both) * weight_S1
-    y_Sd = grouped_mm(h_SI.to(dtype), self.down_proj.to(dtype).transpose(-2, -1), offs=offsets_E)
+        h_SI = (self._apply_gate(both) if self.has_gate else self.act_fn(both)) * weight_S1
+    y_Sd = product(h_SI, "down_proj")
+    if self.has_bias:
+        y_Sd = y_Sd + weight_S1.to(dtype) * bias("down_proj")
     return _ToTokens.apply(y_Sd, order_S, back_S, k).to(hidden_states.dtype)
 
 

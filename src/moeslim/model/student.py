@@ -19,6 +19,7 @@ from moeslim.families import Shape
 from moeslim.families.config import has_mtp
 from moeslim.losses import Coefficients, Outcomes, Signal, StepTerms, fused_loss
 from moeslim.model.chain import Chain
+from moeslim.model.experts import check_layout
 from moeslim.model.moe import MoeBlock, RouterWatch
 from moeslim.model.mtp import MtpBlock
 from moeslim.model.names import Names
@@ -51,6 +52,7 @@ class Student(nn.Module):
         }
         self.moe = {key: block for key, block in found.items() if block is not None}
         for block in self.moe.values():
+            check_layout(block.experts, self.shape)
             block.keep_precision()
         self.routers = RouterWatch(self.moe)
 

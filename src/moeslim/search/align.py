@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
-from torch.nn.functional import linear
 
 from moeslim.model.walk import LayerVisit
 from moeslim.plan.steps import LayerCut, Merge
@@ -24,9 +23,10 @@ Neurons = tuple[np.ndarray, ...]
 def neuron_order(base: Neurons, member: Neurons) -> tuple[int, ...]:
     """`order[i]`: the member's neuron that takes the place of the base's neuron i; argmax of sum_i <b_i, m_order[i]>.
 
-    Rows are what a neuron is compared by: [gate row, up row, down column] (3d), as in Git Re-Basin (arXiv 2209.04836)
-    and M-SMoE (2310.01334), or its gated activations h on the same tokens (S), as REAM (2604.04356) adds to them. With
-    both, rows are brought to unit length and the sum over i of their distances is the least, as in REAM's code.
+    Rows are what a neuron is compared by: [gate row, up row, down column] (3d) and its biases, if any, as in Git
+    Re-Basin (arXiv 2209.04836) and M-SMoE (2310.01334), or its gated activations h on the same tokens (S), as REAM
+    (2604.04356) adds to them. With both, rows are brought to unit length and the sum over i of their distances is the
+    least, as in REAM's code.
     """
     if len(base) == 1:
         _, order = linear_sum_assignment(base[0] @ member[0].T, maximize=True)
@@ -65,10 +65,16 @@ class Aligner:
         return merge.model_copy(update={"orders": tuple(self._orders[merge.base, m] for m in merge.experts)})
 
     def _neurons(self, expert: int) -> Neurons:
-        both_Fd, down_dI = self.experts.file.weights(expert)
         rows = []
         if self.x_Sd is not None:
-            rows.append(self.experts.activate(linear(self.x_Sd, both_Fd)).double().T)
+            rows.append(self.experts.activated(expert, self.x_Sd).double().T)
         if self.by != "activations":
-            rows.append(torch.cat([*both_Fd.double().chunk(2), down_dI.double().T], dim=1))
+            own = self.experts.file.matrices(expert).items()
+            parts = [_by_neuron(name, values).double() for name, values in own if name != "down_bias"]
+            rows.append(torch.cat(parts, dim=1))
         return tuple(part.cpu().numpy() for part in rows)
+
+
+def _by_neuron(name: str, values: torch.Tensor) -> torch.Tensor:
+    """A matrix or bias of an expert with a row (I, ...) per neuron."""
+    return values.T if name == "down" else values.view(len(values), -1) if values.ndim == 1 else values

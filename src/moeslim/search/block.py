@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,8 +66,8 @@ class BlockSample:
     def y(self) -> torch.Tensor:
         return _joined(self._y)
 
-    def _see(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        x_Nd, y_Nd = inputs[0].flatten(0, -2), output.flatten(0, -2)
+    def _see(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+        x_Nd, y_Nd = inputs[0].flatten(0, -2), hidden_of(output).flatten(0, -2)
         inside = self.positions - self._seen
         inside = inside[(inside >= 0) & (inside < x_Nd.shape[0])]
         if len(inside):
@@ -74,6 +75,11 @@ class BlockSample:
             self._x.append(x_Nd[picked])
             self._y.append(y_Nd[picked])
         self._seen += x_Nd.shape[0]
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states that a MoE block returns; some classes return gate values behind them."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -87,6 +93,6 @@ def block_error(block: nn.Module, x_Nd: torch.Tensor, *, y_Nd: torch.Tensor) -> 
     """`sum ||block(x) - y||^2 / sum ||y||^2` over the tokens, summed in float64."""
     wrong = whole = 0.0
     for x, y in zip(x_Nd.split(CHUNK), y_Nd.split(CHUNK), strict=True):
-        wrong += float((block(x[None])[0].double() - y.double()).square().sum())
+        wrong += float((hidden_of(block(x[None]))[0].double() - y.double()).square().sum())
         whole += float(y.double().square().sum())
     return wrong / whole if whole else 0.0

@@ -4,24 +4,25 @@ Nothing is masked and no index is mapped: the router holds the kept rows alone, 
 of the checkpoint whose expert number i is the i-th kept one, merged in the source's dtype where the cut says so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from typing import cast
 
 import torch
 from torch import nn
 
 from moeslim.checkpoint.reader import Reader
-from moeslim.families import Shape
+from moeslim.families import Shape, arrangement, size
 from moeslim.model.experts import ExpertFile, FileExperts
 from moeslim.model.moe import MoeBlock
 from moeslim.model.walk import LayerVisit
 from moeslim.plan.steps import LayerCut, Merge
 from moeslim.surgery.merge import merged
 
-_NEURONS = {"gate": 0, "up": 0, "down": 1}
-"""The axis along which each of an expert's matrices has its neurons."""
+_NEURONS = {"gate": 0, "up": 0, "down": 1, "gate_bias": 0, "up_bias": 0}
+"""The axis along which each of an expert's matrices and biases has its neurons; the last bias has none."""
 
 
 class CutReader:
@@ -32,27 +33,39 @@ class CutReader:
         self.shape: Shape = replace(reader.shape, sizes={**reader.shape.sizes, "experts": len(cut.kept)})
         self._merges = {merge.base: merge for merge in cut.merged}
 
-    def expert_pair(self, key: str, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One kept expert's [gate; up] and down in the source's dtype, in memory of their own."""
+    def expert_as(self, layout: str, key: str, *, expert: int) -> tuple[torch.Tensor, ...]:
+        """One kept expert as `Reader.expert_as` gives it, in the source's dtype, in memory of its own."""
         base = self.cut.kept[expert]
         merge = self._merges.get(base)
         if merge is None:
-            return self.reader.expert_pair(key, base)
-        found = merged_expert(self.reader, key, merge=merge)
-        return torch.cat([found["gate"], found["up"]]), found["down"]
+            return self.reader.expert_as(layout, key, expert=base)
+        return arranged(merged_expert(self.reader, key, merge=merge), layout, shape=self.shape)
 
 
 def merged_expert(reader: Reader, key: str, *, merge: Merge) -> dict[str, torch.Tensor]:
-    """ "gate" and "up" (expert_size, hidden) and "down" of the weighted mean, rounded once to the source's dtype."""
+    """Matrices (and biases) of the weighted mean by name, as `Reader.expert`, rounded once to the source's dtype."""
     members = [reader.expert(key, expert) for expert in merge.experts]
     orders = [torch.tensor(order) for order in merge.orders]
     found = {}
-    for matrix, axis in _NEURONS.items():
+    for matrix in members[0]:
         parts = [member[matrix] for member in members]  # views of the file
-        if orders:
+        axis = _NEURONS.get(matrix)
+        if orders and axis is not None:
             parts = [part.index_select(axis, order) for part, order in zip(parts, orders, strict=True)]
         found[matrix] = merged(parts, merge.weights)
     return found
+
+
+def arranged(expert: Mapping[str, torch.Tensor], layout: str, *, shape: Shape) -> tuple[torch.Tensor, ...]:
+    """An expert's matrices (and biases) put into the tensors of a stacked layout, without the experts' axis."""
+    found = []
+    for line, inside in arrangement(layout):
+        dtype = reduce(torch.promote_types, (expert[matrix].dtype for matrix in inside))
+        tensor = torch.empty(*(size(axis, shape.sizes) for axis in line.axes[1:]), dtype=dtype)
+        for matrix, piece in inside.items():
+            piece.inside(tensor).copy_(expert[matrix])
+        found.append(tensor)
+    return tuple(found)
 
 
 def router_name(visit: LayerVisit) -> str:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from moeslim.search.block import hidden_of
+
 PASSES = 2
 STEP_TOKENS = 256
 STEP_SIZE = 0.01
@@ -40,7 +42,7 @@ def trained_rows(block: nn.Module, name: str, *, x_Nd: torch.Tensor, y_Nd: torch
         for number, picked in enumerate(order_N.split(STEP_TOKENS)):
             adam.param_groups[0]["lr"] = size * _cosine((done * per_pass + number) / (PASSES * per_pass))
             adam.zero_grad()
-            output = functional_call(block, {name: rows.to(weight.dtype)}, (x_Nd[picked][None],))[0]
+            output = hidden_of(functional_call(block, {name: rows.to(weight.dtype)}, (x_Nd[picked][None],)))[0]
             ((output - y_Nd[picked]).float().square().mean() / scale).backward()
             adam.step()
     return rows.detach()

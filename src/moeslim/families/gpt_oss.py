@@ -1,0 +1,45 @@
+"""gpt-oss (20b, 120b): sliding and full attention with sinks in turns, experts and router with biases, no MTP head.
+
+The router's softmax runs over the chosen logits, which is that over all of them, renormalised. Its class knows no
+"sdpa" attention. The pages' files are in bfloat16; the releases hold their experts in MXFP4.
+"""
+
+from moeslim.families.spec import Family, keys, sections
+
+_PARTS = sections("""
+    outer:
+        embedding  model.embed_tokens.weight  vocab, hidden
+        norm       model.norm.weight          hidden         plain_norm
+        head       lm_head.weight             vocab, hidden
+    every:
+        norm  input_layernorm.weight           hidden  plain_norm
+        norm  post_attention_layernorm.weight  hidden  plain_norm
+    full_attention:
+        attention  self_attn.q_proj.weight  heads*head_dim, hidden
+        attention  self_attn.k_proj.weight  kv_heads*head_dim, hidden
+        attention  self_attn.v_proj.weight  kv_heads*head_dim, hidden
+        attention  self_attn.o_proj.weight  hidden, heads*head_dim
+        attention  self_attn.q_proj.bias    heads*head_dim     bias
+        attention  self_attn.k_proj.bias    kv_heads*head_dim  bias
+        attention  self_attn.v_proj.bias    kv_heads*head_dim  bias
+        attention  self_attn.o_proj.bias    hidden             bias
+        attention  self_attn.sinks          heads
+    moe:
+        router  mlp.router.weight  experts, hidden
+        router  mlp.router.bias    experts
+""")
+
+SPEC = Family(
+    model_type="gpt_oss",
+    sizes=keys("""
+        vocab vocab_size    hidden hidden_size
+        experts num_local_experts=128    expert_size intermediate_size    top_k num_experts_per_tok=4
+        heads num_attention_heads    kv_heads num_key_value_heads    head_dim head_dim=64
+    """),
+    layer_prefix="model.layers.{l}.",
+    parts={**_PARTS, "sliding_attention": _PARTS["full_attention"]},
+    expert_prefix="mlp.experts",
+    layouts=("stacked_interleaved",),
+    rope_defaults={"rope_theta": 150000.0},
+    spellings={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
+)
