@@ -47,8 +47,13 @@ def float8_weights(given: Given) -> list[object]:
     return given.cut(given.spoilt(lambda tensors: tensors.update(change)))
 
 
-@case("quantization_config (fp8)", "BF16 release")
+@case("quantization_config (gptq)", "BF16 release")
 def quantised_config(given: Given) -> list[object]:
+    return given.prune(given.configured(quantization_config={"quant_method": "gptq"}), "--experts", "4")
+
+
+@case("quantization_config (fp8)", "no tensor is packed", "remove it")
+def quantised_config_of_plain_weights(given: Given) -> list[object]:
     return given.prune(given.configured(quantization_config={"quant_method": "fp8"}), "--experts", "4")
 
 

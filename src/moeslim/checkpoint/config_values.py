@@ -5,6 +5,7 @@ family's default; a key that is not known here travels on unread.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,9 +69,10 @@ _ROPE_RULES: dict[str, _Rule] = {
 def check_values(config: Mapping[str, Any], where: Path | str) -> None:
     """CheckpointError for the first value that no model can be built from, or that names code to be fetched."""
     text: Any = config.get("text_config")
-    inside = _checked(text) if _table(text) else ()
-    named = [(f"text_config.{place}", value, rule) for place, value, rule in inside]
-    for place, value, rule in (*_checked(config), *named):
+    inside = ((f"text_config.{place}", *rest) for place, *rest in _checked(text)) if _table(text) else ()
+    for place, value, rule in chain(
+        _checked(config), inside
+    ):  # lazily: a table that is none is found before it is read
         if value is not None and not rule.holds(value):
             raise CheckpointError(f"{where}: {place} must be {rule.allowed}, found {str(value)[:60]!r}")
     for key, value in config.items():

@@ -5,6 +5,9 @@ is for reading. Clone before changing one, and before multiplying by one: in a f
 8 bytes, and the last bits of a CPU's matrix product may depend on where in a line of 64 bytes an operand begins.
 `read`, `read_rows` and `expert_as` copy into torch's own memory, which begins with a line: faster for what is needed
 whole, and a file that cannot be read is then an error and not the end of the process.
+
+A packed tensor (checkpoint/packed.py) is unpacked to bf16 as it is read, so where others are mapped it is copied: ask
+for the rows that are needed.
 """
 
 import mmap
@@ -14,10 +17,13 @@ from functools import reduce
 from io import FileIO
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from moeslim.checkpoint.index import ITEM_BYTES, Entry
+from moeslim.checkpoint.packed import Packed
 from moeslim.checkpoint.structure import check_structure, read_structure
+from moeslim.checkpoint.unpack import unpack
 from moeslim.errors import CheckpointError
 from moeslim.families import Row, arrangement, expert_prefix, is_mtp, pieces, size
 from moeslim.families.layouts import Piece
@@ -30,7 +36,8 @@ class Reader:
     """An open checkpoint whose names, shapes and dtypes are those that its config asks for.
 
     `config` is the raw config.json, `shape` what it says, `index` the headers, `layouts` how experts lie per sub-tree,
-    `rows` the table of tensors. Raises CheckpointError or FamilyError.
+    `rows` the table of tensors; config and index are as those of a bf16 model where tensors are packed. Raises
+    CheckpointError or FamilyError.
     """
 
     def __init__(self, folder: Path | str, *, check: bool = True) -> None:
@@ -52,8 +59,10 @@ class Reader:
         check_structure(self.structure)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor in the file's dtype, as a view of the file."""
+        """The whole tensor in the file's dtype, as a view of the file; a packed one in memory of its own."""
         entry, dtype = self._entry(name)
+        if isinstance(entry, Packed):
+            return self.read(name)
         width = ITEM_BYTES[entry.dtype]
         count = entry.bytes // width
         if count == 0:
@@ -75,6 +84,10 @@ class Reader:
 
     def rows_of(self, name: str, rows: slice) -> torch.Tensor:
         """The entries `rows` along the first axis, mapped; nothing else of the tensor is read."""
+        entry, _ = self._entry(name)
+        if isinstance(entry, Packed):
+            start, stop, step = rows.indices(entry.shape[0])
+            return self.read(name, start, stop=max(start, stop))[::step]
         return self.tensor(name)[rows]
 
     def read(self, name: str, start: int = 0, *, stop: int | None = None, stack: int | None = None) -> torch.Tensor:
@@ -105,7 +118,13 @@ class Reader:
 
         And "gate_bias", "up_bias" (expert_size) and "down_bias" (hidden) where there are any.
         """
-        return {matrix: piece.view(self.tensor(piece.name)) for matrix, piece in self._pieces(key, expert).items()}
+        found = {}
+        for matrix, piece in self._pieces(key, expert).items():
+            if piece.stack is None:
+                found[matrix] = piece.inside(self.tensor(piece.name))
+            else:  # of a packed stack this expert alone is unpacked
+                found[matrix] = piece.inside(self.rows_of(piece.name, slice(piece.stack, piece.stack + 1))[0])
+        return found
 
     def expert_as(self, layout: str, key: str, *, expert: int) -> tuple[torch.Tensor, ...]:
         """One routed expert as a stacked `layout` holds it, one tensor per line of it, in memory of its own.
@@ -160,13 +179,32 @@ class Reader:
     def _fill(self, rows: torch.Tensor, name: str, *, first: int) -> None:
         """Fill contiguous `rows` from the tensor, as from its row `first` on, all axes before the rows' own flat."""
         entry, _ = self._entry(name)
+        if isinstance(entry, Packed):
+            self._unpack(rows, entry, first=first)
+            return
         self._read_into(rows, name, start=entry.start + first * (rows.nbytes // max(1, rows.shape[0])))
 
     def _read_into(self, rows: torch.Tensor, name: str, *, start: int) -> None:
         """Fill contiguous `rows` with the file's bytes from `start` on."""
         entry = self.index.tensors[name]
         assert start + rows.nbytes <= entry.end, f"{name}: rows beyond its end"
-        free: memoryview = rows.flatten().view(torch.uint8).numpy().data
+        self._copy(rows.flatten().view(torch.uint8).numpy().data, entry, name=name, start=start)
+
+    def _unpack(self, rows: torch.Tensor, packed: Packed, *, first: int) -> None:
+        """The same of a packed tensor; `rows` are bf16."""
+
+        def read(part: str, start: int, count: int) -> np.ndarray:
+            entry, found = packed.parts[part], np.empty(count, np.uint8)
+            self._copy(found.data, entry, name=f"{packed.name} ({part})", start=entry.start + start)
+            return found
+
+        flat_NC = rows.view(-1, packed.shape[-1])
+        first *= len(flat_NC) // max(1, rows.shape[0])
+        assert first + len(flat_NC) <= packed.rows, f"{packed.name}: rows beyond its end"
+        unpack(flat_NC, packed, first=first, read=read)
+
+    def _copy(self, free: memoryview, entry: Entry, *, name: str, start: int) -> None:
+        """Fill memory with the file's bytes from `start` on."""
         while free.nbytes:
             try:
                 got = os.preadv(self._descriptor(entry.file), [free], start)

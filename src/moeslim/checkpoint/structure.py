@@ -8,17 +8,25 @@ from typing import Any
 
 from moeslim.checkpoint.config_json import check_side_files, read_config
 from moeslim.checkpoint.index import Entry, Index, read_index
+from moeslim.checkpoint.packed import (
+    Quantisation,
+    float_config,
+    packed_index,
+    plain_headers,
+    quantisation_of,
+    refuse_unexplained,
+)
 from moeslim.errors import CheckpointError
 from moeslim.families import Row, Shape, detect, table
-
-FLOATS = ("BF16", "F16", "F32", "F64")
-_SCALES = ("weight_scale_inv", "weight_scale", "qweight", "qzeros", "_blocks", "_scales", "weight_packed")
-_USE = "use the BF16 release of this model, and quantise what comes out if you need to"
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A folder's raw config, its shape, its headers, and the table of tensors that it must hold."""
+    """A folder's raw config, its shape, its headers, and the table of tensors that it must hold.
+
+    `stored` is what the headers say. `config` and `index` are the same model as it is read: where `quantisation` is
+    not None, its packed tensors are one each, in bf16, and the config does not speak of it.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -26,6 +34,8 @@ class Structure:
     index: Index
     layouts: Mapping[str, str]
     rows: Mapping[str, Row]
+    stored: Index
+    quantisation: Quantisation | None = None
 
     @cached_property
     def untouched(self) -> dict[str, Entry]:
@@ -38,46 +48,59 @@ class Structure:
         return sum(entry.bytes for entry in self.untouched.values())
 
     def problems(self) -> list[str]:
-        """Every difference between headers and table: unknown, missing, wrong shape, no float dtype."""
+        """Every difference between headers and table: unknown, missing, wrong shape, or dtype, not as the config says.
+
+        A packed tensor is expected with its scales.
+        """
         page = f"families/{self.shape.family.model_type}.py"
+        expected = {name: wanted for row in self.rows.values() for name, wanted in row.stored.items()}
+        unread = {name for row in self.rows.values() for name in row.format.unread(row.name)}
         found = []
-        for name, entry in self.index.tensors.items():
-            row = self.rows.get(name)
+        for name, entry in self.stored.tensors.items():
+            wanted = expected.get(name)
             if name in self.untouched:
                 continue
-            if row is None:
-                found.append(
-                    f"{entry.file}: {name} is not a tensor of this config; if it should be, {page} must name it"
-                )
-            elif entry.shape != row.shape:
-                found.append(f"{entry.file}: {name} has shape {entry.shape}, the config asks for {row.shape}")
-            elif entry.dtype not in FLOATS:
-                found.append(f"{entry.file}: {name} is {entry.dtype}; allowed are {', '.join(FLOATS)}")
-        found += [f"{name} is missing from the weights" for name in self.rows if name not in self.index.tensors]
-        return found
+            if wanted is None:
+                if name not in unread:
+                    found.append(
+                        f"{entry.file}: {name} is not a tensor of this config; if it should be, {page} must name it"
+                    )
+            elif entry.shape not in wanted.shapes:
+                found.append(f"{entry.file}: {name} has shape {entry.shape}, the config asks for {wanted.shapes[0]}")
+            elif entry.dtype not in wanted.dtypes:
+                found.append(f"{entry.file}: {name} is {entry.dtype}; allowed are {', '.join(wanted.dtypes)}")
+        found += [f"{name} is missing from the weights" for name in expected if name not in self.stored.tensors]
+        return found + (_contradictions(self.rows, self.quantisation) if self.quantisation else [])
 
 
 def read_structure(folder: Path | str) -> Structure:
     """The structure of a checkpoint folder, not yet compared (`problems`).
 
-    Raises CheckpointError for what cannot be read or is quantised, FamilyError for an unknown or impossible config.
+    Raises CheckpointError for what cannot be read or is quantised by an unknown method, FamilyError for an unknown or
+    impossible config.
     """
     return _structure(Path(folder), read_config(folder))
 
 
 def _structure(folder: Path, config: dict[str, Any]) -> Structure:
     shape = Shape.from_config(config)
-    refuse_quantised(config, folder)
+    quantisation = quantisation_of(config, folder)
     check_side_files(folder)
-    index = read_index(folder)
-    refuse_quantised_tensors(index, shape)
+    stored = read_index(folder)
+    text = {name: entry for name, entry in stored.tensors.items() if not shape.is_untouched(name)}
+    if quantisation is None:
+        refuse_unexplained(text, folder)
+    formats = {} if quantisation is None else quantisation.packed(text)
+    headers = plain_headers(text, formats)
     if not any(shape.is_moe(key) for key in shape.trunk_keys):
         raise CheckpointError(f"{folder}: the config makes every layer dense; there are no experts to work on")
-    shape = shape.with_present(index.tensors)
-    found = detect(index.tensors, shape)
+    shape = shape.with_present(headers)
+    found = detect(headers, shape)
     trunk = found.get("trunk", shape.family.layouts[0])
     layouts = {subtree: found.get(subtree, trunk) for subtree in ("trunk", "mtp")}
-    return Structure(folder, config, shape, index, layouts, table(shape, layouts))
+    rows = table(shape, layouts, formats=formats)
+    index = packed_index(stored, rows)
+    return Structure(folder, float_config(config), shape, index, layouts, rows, stored, quantisation)
 
 
 @dataclass(frozen=True)
@@ -127,20 +150,17 @@ def summary(problems: Iterable[str], limit: int = 5) -> str:
     return "; ".join(problems[:limit]) + more
 
 
-def refuse_quantised(config: Mapping[str, Any], where: Path | str) -> None:
-    """CheckpointError for a config that says its weights are quantised."""
-    for part in (config, config.get("text_config") or {}):
-        if part.get("quantization_config"):
-            method = part["quantization_config"].get("quant_method", "unnamed")
-            raise CheckpointError(f"{where}: config.json has a quantization_config ({method}); {_USE}")
-
-
-def refuse_quantised_tensors(index: Index, shape: Shape) -> None:
-    """CheckpointError for headers that hold quantised weights or their scales, untouched tensors aside."""
-    for name, entry in index.tensors.items():
-        if shape.is_untouched(name):
-            continue
-        if name.endswith(_SCALES) or entry.dtype.startswith("F8") or entry.dtype in ("I8", "U8"):
-            raise CheckpointError(
-                f"{index.folder / entry.file}: {name} ({entry.dtype}) belongs to quantised weights; {_USE}"
-            )
+def _contradictions(rows: Mapping[str, Row], quantisation: Quantisation) -> list[str]:
+    """Packed tensors that the config leaves as floats, and a config that packs while no tensor is packed."""
+    packed = [row for row in rows.values() if row.format.kind != "float"]
+    if not packed:
+        return [
+            f"config.json has a quantization_config ({quantisation.method}) and no tensor is packed; if these are the "
+            "weights of the BF16 release, remove it"
+        ]
+    found = ((row, quantisation.leaves(row.name)) for row in packed)
+    return [
+        f"{row.name} is {row.format.label}, and quantization_config leaves {module} as it is"
+        for row, module in found
+        if module is not None
+    ]

@@ -14,6 +14,7 @@ from moeslim.artifacts.fingerprint import hash_file
 from moeslim.checkpoint.config_json import read_config, side_files
 from moeslim.checkpoint.finite import not_finite
 from moeslim.checkpoint.index import INDEX_NAME, TENSOR_BYTES, Entry, Index, path_inside
+from moeslim.checkpoint.packed import shape_problems, value_dtypes
 from moeslim.checkpoint.structure import read_structure
 from moeslim.errors import CheckpointError, FamilyError
 from moeslim.families import text_config
@@ -46,17 +47,17 @@ def verify(
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder")
     problems: list[str] = []
-    index = None
+    index, dtypes = None, {}
     try:
         structure = read_structure(folder)
-        index = structure.index
+        index, dtypes = structure.stored, value_dtypes(structure.index)
         check_bound(max_memory, 4 * _BLOCK + TENSOR_BYTES * len(index.tensors), what="verifying")
-        problems += structure.problems()
+        problems += [*structure.problems(), *shape_problems(structure.index)]
     except (CheckpointError, FamilyError, OSError) as problem:
         problems.append(str(problem))
     hashes = dict(proven or {})
     if index is not None:
-        problems += _scan_all(index, hashes)
+        problems += _scan_all(index, hashes, dtypes=dtypes)
     problems += _side_problems(folder)
     stated, receipt_problems = _receipt_files(folder)
     problems += receipt_problems
@@ -86,10 +87,10 @@ def check_receipt(folder: Path) -> None:
         )
 
 
-def _scan_all(index: Index, hashes: dict[str, str]) -> Iterator[str]:
+def _scan_all(index: Index, hashes: dict[str, str], *, dtypes: Mapping[str, str]) -> Iterator[str]:
     """Read every weight file once: yields a line per tensor with NaN or Inf, fills `hashes` by file name.
 
-    Files whose hash is known are passed over.
+    Files whose hash is known are passed over. `dtypes`: what bytes mean where the header does not tell it.
     """
     with progress("verify", sum(index.files.values()), unit="bytes") as advance:
         for name in sorted(index.files.keys() - hashes.keys()):
@@ -102,7 +103,7 @@ def _scan_all(index: Index, hashes: dict[str, str]) -> Iterator[str]:
                     bad = 0
                     for block in _blocks(file, entry):
                         digest.update(block)
-                        bad += not_finite(block, entry.dtype)
+                        bad += not_finite(block, dtypes.get(tensor, entry.dtype))
                         advance(len(block))
                     if bad:
                         yield f"{name}: {tensor} has {bad} values that are NaN or Inf"

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moeslim.checkpoint.structure import Opened, Structure, check_structure, refuse_quantised
+from moeslim.checkpoint.packed import quantisation_of
+from moeslim.checkpoint.structure import Opened, Structure, check_structure
 from moeslim.commands.inputs import model_folder, options_recipe
 from moeslim.commands.settings import target_shape
 from moeslim.families import Shape, count
@@ -26,7 +27,7 @@ _SIZES = ("hidden", "experts", "top_k", "expert_size", "shared_size", "vocab")
 def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
     """Shape, parameters per component (total and active) and engine notes of a model."""
     opened = Opened.read(model_folder(model, revision=revision, config_only=True))
-    refuse_quantised(opened.config, opened.folder)
+    quantisation = quantisation_of(opened.config, opened.folder)
     shape = Shape.from_config(opened.config)
     counted = count(shape)
     record: dict[str, Any] = {
@@ -42,14 +43,16 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
         "warnings": engine_warnings(shape),
     }
     record |= {} if shape.family.mtp is not None else {"mtp": False}
+    record |= {} if quantisation is None else {"packed": quantisation.label}
     if opened.structure is not None:
         structure = opened.structure
         check_structure(structure)
         record |= {
             "mtp": opened.mtp,
             "layouts": dict(structure.layouts),
-            "dtypes": sorted({entry.dtype for entry in structure.index.tensors.values()}),
-            "bytes": structure.index.bytes,
+            "dtypes": sorted({entry.dtype for entry in structure.stored.tensors.values()}),
+            "bytes": structure.stored.bytes,
+            "bytes_read": structure.index.bytes,
             "untouched_bytes": structure.untouched_bytes,
             "files": len(structure.index.files),
         }
@@ -63,7 +66,7 @@ def preview(model: str, *, keep: Mapping[str, Any], overrides: Sequence[str] = (
     """
     recipe = options_recipe(model, keep=keep, overrides=overrides)
     opened = Opened.read(model_folder(model, revision=recipe.revision, config_only=True))
-    refuse_quantised(opened.config, opened.folder)
+    quantisation_of(opened.config, opened.folder)  # refuses what cannot be read
     shape = opened.shape
     target = resolve(shape, recipe.keep, methods=recipe.methods)
     after = target_shape(shape, target)
@@ -183,4 +186,7 @@ def _inspect_lines(record: Mapping[str, Any]) -> list[str]:
         if record["untouched_bytes"]:
             facts.append(f"{storage(record['untouched_bytes'])} of it beside the text model, copied as it is")
         lines.append(f"files: {record['files']}, {', '.join(facts)}")
+    if "packed" in record:
+        size = f", {storage(record['bytes_read'])} then" if "bytes_read" in record else ""
+        lines.append(f"packed: {record['packed']}, read and written as bf16{size}")
     return [*lines, *record["warnings"]]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moeslim.artifacts.fingerprint import folder_fingerprint
-from moeslim.checkpoint.structure import Opened, refuse_quantised
+from moeslim.checkpoint.packed import quantisation_of
+from moeslim.checkpoint.structure import Opened
 from moeslim.commands.describe import amount, storage
 from moeslim.commands.inputs import model_folder, options_recipe
 from moeslim.errors import PlanError, RecipeError
@@ -64,7 +65,7 @@ def propose(
     """
     recipe = options_recipe(model, keep=keep or {}, overrides=overrides)
     opened = Opened.read(model_folder(model, revision=recipe.revision, config_only=True))
-    refuse_quantised(opened.config, opened.folder)
+    quantisation_of(opened.config, opened.folder)  # refuses what cannot be read
     shape = opened.shape
     target = resolve(shape, recipe.keep, methods=recipe.methods)
     pinned = {axis: getattr(target, axis) for axis in AXES if getattr(recipe.keep, axis) is not None}

@@ -1,8 +1,9 @@
 """The table of every tensor that a checkpoint must hold, from its config alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from moeslim.families.formats import FLOAT, Format, Stored
 from moeslim.families.layouts import LIVE, Layouts, file_layouts, layout_lines
 from moeslim.families.shape import Shape
 from moeslim.families.spec import Tensor, size
@@ -16,7 +17,7 @@ class Row:
     """One tensor: its full name, shape and named axes, and whose it is.
 
     `layer` is the layer's key (None outside layers), `expert` the routed expert's number where it has a tensor of its
-    own, `tensor` the line of the family's page that it comes from.
+    own, `tensor` the line of the family's page that it comes from, `format` how its values lie in files.
     """
 
     name: str
@@ -25,6 +26,12 @@ class Row:
     expert: int | None
     subtree: str
     tensor: Tensor
+    format: Format = FLOAT
+
+    @property
+    def stored(self) -> dict[str, Stored]:
+        """The tensors of a file that hold it, by name; CheckpointError where its format cannot hold its shape."""
+        return self.format.stored(self.name, self.shape)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -45,12 +52,15 @@ class Row:
         return total
 
 
-def table(shape: Shape, layouts: Layouts | None = None) -> dict[str, Row]:
+def table(
+    shape: Shape, layouts: Layouts | None = None, *, formats: Mapping[str, Format] | None = None
+) -> dict[str, Row]:
     """Every expected tensor by name, outer tensors first, then layer by layer, then the MTP head.
 
-    `layouts` None: as a new model's files have them.
+    `layouts` None: those of new files. `formats` names the tensors that lie packed in files.
     """
-    return {row.name: row for row in _rows(shape, layouts or file_layouts(shape.family))}
+    rows = {row.name: row for row in _rows(shape, layouts or file_layouts(shape.family))}
+    return rows | {name: replace(rows[name], format=form) for name, form in (formats or {}).items() if name in rows}
 
 
 def expert_prefix(shape: Shape, key: str) -> str:

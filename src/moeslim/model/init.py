@@ -10,8 +10,10 @@ import torch
 
 from moeslim.artifacts.commit import committed_folder
 from moeslim.checkpoint.config_json import copy_side_files, write_config
+from moeslim.checkpoint.packed import quantisation_of
 from moeslim.checkpoint.reader import TORCH_DTYPES
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, write_receipt
+from moeslim.errors import CheckpointError
 from moeslim.families import Layouts, Row, expert_prefix, file_layouts, pieces, table, text_config
 from moeslim.families.config import with_mtp
 from moeslim.families.shape import Shape
@@ -66,10 +68,16 @@ def write_random(
     Every matrix comes from a generator of its own, seeded by (seed, name), so neither layout nor shard size nor order
     changes a value: the same seed is the same model, per expert or stacked. Values as transformers initialises them:
     normal with `initializer_range`, zero-centred norms 0, DeltaNet's A uniform in (0.01, 16), dt_bias 1; the
-    convolution as torch does (uniform within 1/sqrt(kernel)). Raises FamilyError for an impossible config and RunError
-    for a folder that is not empty.
+    convolution as torch does (uniform within 1/sqrt(kernel)). Raises FamilyError for an impossible config,
+    CheckpointError for one of packed weights and RunError for a folder that is not empty.
     """
     how = Form(**form)
+    quantisation = quantisation_of(config, folder)
+    if quantisation is not None:
+        raise CheckpointError(
+            f"{folder}: the config has a quantization_config ({quantisation.method}), and random weights are written "
+            "as floats; remove it"
+        )
     shape = Shape.from_config(config)
     shape = shape if how.mtp else shape.trunk
     layouts = how.layouts or file_layouts(shape.family)

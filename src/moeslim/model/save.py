@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moeslim.artifacts.commit import committed_folder
-from moeslim.checkpoint.config_json import copy_side_files
+from moeslim.checkpoint.config_json import copy_side_files, write_config
 from moeslim.checkpoint.index import path_inside
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, untouched, write_receipt
@@ -55,7 +55,10 @@ def save_student(
                 on_disk(name)
         return {}
     with committed_folder(out) as temporary:
-        shutil.copyfile(path_inside(reader.folder, "config.json"), temporary / "config.json")
+        if reader.structure.quantisation is None:
+            shutil.copyfile(path_inside(reader.folder, "config.json"), temporary / "config.json")
+        else:
+            write_config(temporary, reader.config)
         copy_side_files(source, temporary)
         planned = [(row.name, row.shape, reader.dtype(row.name)) for row in reader.rows.values()] + untouched(reader)
         writer = ShardWriter(temporary, planned, shard_bytes=shard_bytes)

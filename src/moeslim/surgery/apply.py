@@ -38,9 +38,10 @@ def cut(
 ) -> dict[str, Any]:
     """Write the model that `plan` leaves of the source to `out_folder`; returns its receipt.
 
-    Every tensor keeps its source's dtype and layout; an empty plan copies all tensors bit for bit. `beside` is
-    the folder with the files that the plan's `set_routers` steps name. Raises PlanError, CheckpointError, ResourceError
-    (disk, from the writer) or RunError (output in use); then nothing stands at `out_folder`.
+    Every tensor keeps its source's dtype and layout; an empty plan copies all tensors bit for bit; what lies packed is
+    written in bf16. `beside` is the folder with the files that the plan's `set_routers` steps name. Raises PlanError,
+    CheckpointError, ResourceError (disk, from the writer) or RunError (output in use); then nothing stands at
+    `out_folder`.
     """
     check_vacant(out_folder)
     reader = Reader(source_folder)
@@ -69,7 +70,9 @@ def cut(
         copy_side_files(reader.folder, folder)
         write_plan(folder / "plan.json", plan)
         parents = {"source": parent, "plan": plan.fingerprint}
-        receipt = write_receipt(folder, kind="cut", weights=weights, parents=parents, recipe=recipe)
+        packed = reader.structure.quantisation
+        facts = {} if packed is None else {"source_form": packed.label}
+        receipt = write_receipt(folder, kind="cut", weights=weights, parents=parents, recipe=recipe, **facts)
         proven = {name: facts["sha256"] for name, facts in weights.items()}
         problems = [*writer.problems, *verify(folder, proven=proven).problems]
         if problems:
