@@ -22,19 +22,24 @@ from cuts import cut_by, experts_step, moe_keys, plan_for, same, some, tensors
 from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.structure import read_structure
 from moeslim.checkpoint.verify import verify
+from moeslim.data.cursor import Cursor
+from moeslim.distill.optimizer import make_optimizer
+from moeslim.distill.state import Position, States, load_moments, slice_moments
 from moeslim.errors import FamilyError
 from moeslim.families import FAMILIES, Family, Shape, count, forward_operations
+from moeslim.losses import LossWeights, coefficients, term_counts
 from moeslim.model.experts import ExpertFile, FileExperts, activation_of, by_rows, check_layout
 from moeslim.model.load import load_student, stacked_experts
 from moeslim.model.save import save_student
 from moeslim.model.sorted_experts import NAME
 from moeslim.model.walk import WalkSettings, walk
+from moeslim.plan.file import for_moments
 from moeslim.plan.steps import CutExperts, CutExpertSize, CutHidden, LayerCut, Merge, SetTopK
 from moeslim.search.align import Aligner
 from moeslim.search.block import BlockSample, spread
 from moeslim.search.layer import become, merged_expert
 from moeslim.surgery.apply import cut
-from tiny import tiny_config, tiny_shape, write_tiny
+from tiny import tiny_config, tiny_shape, train_settings, write_tiny
 
 pytestmark = pytest.mark.bits("one model, however its experts lie, gives one set of bits")
 
@@ -467,3 +472,38 @@ def test_a_page_and_a_class_that_hold_experts_otherwise_are_refused(
     with pytest.raises(FamilyError, match="mend the page"):
         load_student(written(tmp_path / "other", "per_expert_ungated"))
     assert Shape.from_config(tiny_config("gpt_oss")).family.layouts == (TI,)
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("which", ["gpt_oss", "mixtral"])
+def test_moments_are_cut_as_the_experts_are(tmp_path: Path, which: str) -> None:
+    """States hold experts as the class does; the moments of a cut are those of the experts that stay."""
+    folder = write_tiny(tmp_path / "model", family=which)
+    student, settings = load_student(folder), train_settings(64, learning_rate=1e-2)
+    optimizer = make_optimizer(student, settings)
+    decayed = {id(tensor) for group in optimizer.param_groups if group["weight_decay"] for tensor in group["params"]}
+    names = {name: id(tensor) in decayed for name, tensor in student.disk_state().items()}
+    assert {decays for name, decays in names.items() if name.endswith("bias")} <= {False}
+    assert all(decays for name, decays in names.items() if name.endswith("experts.down_proj"))
+    rows, mask = torch.from_numpy(ROWS), torch.ones(3, 13, dtype=torch.bool)
+    factors = coefficients(LossWeights(alpha=0.1), counts=term_counts(mask, depths=0), tokens=mask.numel())
+    student(rows, mask, coefficients=factors).loss.backward()
+    optimizer.step()
+    with States(tmp_path / "states", settings=settings, fingerprint="one") as states:
+        states.save(Position(1, Cursor(seed=0)), student, optimizer=optimizer)
+    step = experts_step(KEYS, 5)
+    (state,) = (tmp_path / "states").glob("step-*")
+    plan = for_moments(plan_for(folder, step))
+    slice_moments(state, tmp_path / "moments", cut=lambda source, target: cut(source, plan, out_folder=target))
+    smaller = load_student(cut_by(folder, tmp_path / "cut", step))
+    fresh = make_optimizer(smaller, settings)
+    load_moments(tmp_path / "moments", smaller, optimizer=fresh)
+    old, new = student.disk_state(), smaller.disk_state()
+    stacks = [name for name in new if ".experts." in name and ".1." in name]
+    assert len(stacks) == (4 if which == "gpt_oss" else 2)
+    for name in stacks:
+        whole, found = (state_of.state[held[name]]["exp_avg"] for state_of, held in ((optimizer, old), (fresh, new)))
+        assert torch.equal(found, whole[list(step.kept["1"])])
+        assert found.abs().max() > 0
