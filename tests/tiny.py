@@ -169,6 +169,8 @@ def tiny_config(family: str = "qwen3_next", **changes: Any) -> dict[str, Any]:
         config["layer_types"] = [
             "linear_attention" if (i + 1) % interval else "full_attention" for i in range(config["num_hidden_layers"])
         ]
+    elif not hybrid and "layer_types" in config and "layer_types" not in changes:
+        config["layer_types"] = [config["layer_types"][i % 2] for i in range(config["num_hidden_layers"])]
     return config
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import grouped_mm, linear
+from transformers.integrations.moe import _default_apply_gate
 
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import FamilyError
@@ -71,6 +72,15 @@ def check_layout(experts: Any, shape: Shape) -> None:
 def activation_of(experts: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """A live experts module's own function between an expert's two products: from (N, F) to (N, I)."""
     return experts._apply_gate if experts.has_gate else experts.act_fn
+
+
+def by_rows(experts: Any) -> bool:
+    """Whether `activation_of` treats each token's row for itself, so that its bits do not depend on the others' number.
+
+    transformers' default gating does: gate and up are views with other values between their rows. What first makes a
+    tensor of its own of them goes over all rows as one, by vectors, and a remainder of values has other last bits.
+    """
+    return experts.has_gate and type(experts)._apply_gate is _default_apply_gate
 
 
 class ExpertFile:
@@ -135,6 +145,7 @@ class ExpertFile:
         sizes = self.reader.shape["hidden"], self.reader.shape["expert_size"]
         exact = self.device.type == "cpu" and self.dtype == torch.float32  # what a product's last bits may depend on
         exact = exact and not any(size * self.dtype.itemsize % _ALIGNMENT for size in sizes)
+        exact = exact and self.layout == "stacked"
         if not (self.whole and exact and are_small(self.reader.shape, items)):
             return None
         with self._lock:
@@ -247,13 +258,16 @@ class ExpertWatch(Protocol):
 class FileExperts(nn.Module):
     """Stands in a MoE block where the stacked experts were. `watch`, if set, sees what passes and changes nothing.
 
-    `activate` is their own function between an expert's two products (`activation_of`), from (N, F) to (N, I).
+    `activate` is their own function between an expert's two products (`activation_of`), from (N, F) to (N, I);
+    where it is not `by_rows`, experts run one by one.
     """
 
-    def __init__(self, file: ExpertFile, activate: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, file: ExpertFile, activate: Callable[[torch.Tensor], torch.Tensor], *, by_rows: bool = True
+    ) -> None:
         super().__init__()
         self.file = file
-        self.activate = activate
+        self.activate, self.by_rows = activate, by_rows
         self.watch: ExpertWatch | None = None
 
     def forward(self, x_Td: torch.Tensor, indices_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
@@ -261,7 +275,8 @@ class FileExperts(nn.Module):
         more_T = None if self.watch is None else self.watch.route(x_Td, indices_TK, gates_TK=gates_TK)
         routing = Routing.of(indices_TK, experts=self.file.count)
         beside = None if more_T is None else Routing.of(more_T[:, None], experts=self.file.count)
-        stack, gates_S = self.file.stacked(indices_TK.numel()), routing.items(gates_TK)
+        stack = self.file.stacked(indices_TK.numel()) if self.by_rows else None
+        gates_S = routing.items(gates_TK)
         if stack is None:
             out_Td = self._one_by_one(x_Td, routing, gates_S=gates_S, beside=beside)
         else:
@@ -319,16 +334,9 @@ class FileExperts(nn.Module):
         return out_Td
 
     def _run_all(self, x_Td: torch.Tensor, routing: Routing, *, stack: Weights) -> tuple[torch.Tensor, torch.Tensor]:
-        counts_E = torch.tensor(routing.counts)
-        ends_E = counts_E.cumsum(0).int()
-
-        def product(x_SI: torch.Tensor, place: int) -> torch.Tensor:
-            matrix = stack[place] if self.file.transposed else stack[place].mT
-            y_SO = grouped_mm(x_SI, matrix, offs=ends_E)
-            return y_SO if len(stack) == 2 else y_SO + stack[place + 2].repeat_interleave(counts_E, dim=0)
-
-        h_SI = self.activate(product(x_Td.index_select(0, routing.tokens), 0))
-        return h_SI, product(h_SI, 1)
+        ends_E = torch.tensor(routing.counts).cumsum(0).int()
+        h_SI = self.activate(grouped_mm(x_Td.index_select(0, routing.tokens), stack[0].mT, offs=ends_E))
+        return h_SI, grouped_mm(h_SI, stack[1].mT, offs=ends_E)
 
     def _run(self, x_Nd: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
         def product(x_NI: torch.Tensor, place: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import CheckpointError
-from moeslim.families import arrangement, expert_prefix, live_layout, size
+from moeslim.families import arrangement, expert_prefix, live_layout
 from moeslim.model.names import is_copy, live_dtype
 from moeslim.model.sharding import Sharding, as_shared, rows_here, shard
 from moeslim.model.student import Student
@@ -104,21 +104,12 @@ def stacked_experts(
     device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
     """Experts [start, stop) of a layer as its class holds them, copied: `gate_up_proj` and so on, an axis e first."""
-    shape = reader.shape
-    stop = shape["experts"] if stop is None else stop
-    lines = arrangement(live_layout(shape.family))
-    first = reader.expert(key, 0)
-    stacks = {
-        line.name: torch.empty(
-            (stop - start, *(size(axis, shape.sizes) for axis in line.axes[1:])),
-            dtype=dtype or first[next(iter(inside))].dtype,
-            device=device,
-        )
-        for line, inside in lines
-    }
+    stop = reader.shape["experts"] if stop is None else stop
+    layout = live_layout(reader.shape.family)
+    first = reader.expert_as(layout, key, expert=0)  # read even where this rank holds none
+    stacks = [torch.empty((stop - start, *t.shape), dtype=dtype or t.dtype, device=device) for t in first]
     for place, expert in enumerate(range(start, stop)):
-        found = reader.expert(key, expert)
-        for line, inside in lines:
-            for matrix, piece in inside.items():
-                piece.inside(stacks[line.name][place]).copy_(found[matrix])
-    return stacks
+        found = reader.expert_as(layout, key, expert=expert) if expert else first
+        for stack, tensor in zip(stacks, found, strict=True):
+            stack[place] = tensor
+    return {line.name: stack for (line, _), stack in zip(arrangement(layout), stacks, strict=True)}

@@ -35,7 +35,7 @@ from moeslim.artifacts.commit import flush, read_json, write_json
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import FamilyError, RunError
 from moeslim.families import Row, Shape, is_mtp
-from moeslim.model.experts import ExpertFile, FileExperts, activation_of
+from moeslim.model.experts import ExpertFile, FileExperts, activation_of, by_rows
 from moeslim.model.hidden import HiddenFiles
 from moeslim.model.load import check_copies
 from moeslim.model.moe import MoeBlock
@@ -238,7 +238,7 @@ class _Skeleton:
         if moe is not None:
             settings = self.settings
             file = ExpertFile(self.reader, key, dtype=settings.dtype, device=settings.device, group=settings.group)
-            moe.experts = FileExperts(file, activation_of(moe.experts))
+            moe.experts = FileExperts(file, activation_of(moe.experts), by_rows=by_rows(moe.experts))
         own = list(live_rows(self.reader.rows, self.names, key=key))
         self._fill(root, own)
         rows, places = tuple(row for row, _ in own), {row.name: place for row, place in own}

@@ -102,4 +102,5 @@ def _smaller(experts: FileExperts, key: str, *, cut: LayerCut) -> FileExperts:
     assert not isinstance(file.reader, CutReader), "the layer is cut already"
     view = cast(Reader, CutReader(file.reader, cut))
     group = None if file.whole else file.group
-    return FileExperts(ExpertFile(view, key, dtype=file.dtype, device=file.device, group=group), experts.activate)
+    smaller = ExpertFile(view, key, dtype=file.dtype, device=file.device, group=group)
+    return FileExperts(smaller, experts.activate, by_rows=experts.by_rows)
