@@ -14,17 +14,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 
+from command import MEASURE, SMALL, TOKENIZER, write_text
+from moeslim import pipeline
 from moeslim.calibrate.run import calibrate
 from moeslim.calibrate.sums import massive
 from moeslim.commands import files
 from moeslim.errors import PlanError
 from moeslim.model.walk import WalkSettings
-from moeslim.plan import make_plan
+from moeslim.plan import make_plan, read_plan
 from moeslim.plan.grouping import Wanted, cut_layer
 from moeslim.plan.schedule import Target
 from moeslim.plan.super_experts import KEPT, LOST, cut_with_super, kept_super_lines, lost_super_lines
 from moeslim.recipe import Methods
+from moeslim.report.collect import collect
 from moeslim.report.cuts import replay
+from moeslim.report.sections import what_was_cut
 from moeslim.search.align import neuron_order
 from moeslim.stats import LayerStats, Stats, super_expert_lines
 from stock import Stock
@@ -139,13 +143,14 @@ def test_the_mtp_head_and_dense_layers_are_left_out() -> None:
     assert super_expert_lines({}) == []
 
 
-def planted(folder: Path) -> Path:
+def planted(folder: Path, **changes: Any) -> Path:
     """A tiny model of four layers; the down projection of one expert of layer 1 is 30,000 times as large in one row."""
-    write_tiny(folder, family="qwen3_moe")
+    write_tiny(folder, family="qwen3_moe", **changes)
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
     tensors[f"model.layers.{LAYER}.mlp.experts.{SUPER}.down_proj.weight"][5] *= 30000.0
     save_file(tensors, file, metadata={"format": "pt"})
+    (folder / "receipt.json").unlink()  # it is of the file as it was
     return folder
 
 
@@ -190,6 +195,25 @@ def test_the_plan_command_says_which_stay(tmp_path: Path) -> None:
         one = files.plan(str(folder), tmp_path / "p", stats=tmp_path / "stats", keep={"experts": 4}, overrides=asked)
         assert not [line for line in one["lines"] if "super" in line]
     assert {len(lines) for lines in said.values()} == {0, 1}  # only where it would go
+
+
+def test_a_prune_says_which_stay(tmp_path: Path) -> None:
+    folder = planted(tmp_path / "m", vocab_size=2048, form={"tokenizer_from": TOKENIZER})
+    data, small = [str(write_text(tmp_path / "text.jsonl"))], [*SMALL, *MEASURE, "methods.experts=random"]
+    said: set[int] = set()
+    for seed in range(10):
+        one = pipeline.prune(
+            str(folder), tmp_path / f"cut-{seed}", keep={"experts": 4}, data=data, overrides=[*small, f"seed={seed}"]
+        )
+        said.add(sum(f"super experts {SUPER} stay for" in line for line in one["lines"]))
+        if 1 in said:
+            plan = read_plan(tmp_path / f"cut-{seed}.work" / "stage-1" / "plan.json")
+            assert plan.notes[KEPT] == {str(LAYER): [SUPER]}
+            facts = collect(tmp_path / f"cut-{seed}.work")
+            (line,) = kept_super_lines(plan)
+            assert f"Stage 1, {line}." in what_was_cut(facts)
+            return
+    raise AssertionError("no seed drops the super expert")
 
 
 # --- how they are kept -----------------------------------------------------------------------------------------------
@@ -305,6 +329,9 @@ def test_statistics_of_an_earlier_version_load_and_say_what_they_lack(tmp_path: 
     old = Stats.load(tmp_path / "stats")
     assert old.layers["0"].output_max.size == old.layers["0"].massive == 0
     assert old.super_experts() == {}
+    mixed = Stats.load(tmp_path / "stats")  # resumed with this version in the middle
+    mixed.layers["1"].output_max, mixed.layers["1"].massive = np.array([1.0] * 7 + [900.0]), 900.0
+    assert mixed.super_experts() == {}
     shape, target = tiny_shape(), Target(experts=4)
     assert make_plan(shape, stats=old, target=target, methods=Methods()).notes == {}
     with pytest.raises(PlanError, match=r"layer 0: reap_squared is not in these statistics of an earlier version"):

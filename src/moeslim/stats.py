@@ -245,10 +245,12 @@ class Stats:
         Those whose largest output entry exceeds the 99.5 % quantile over all experts of the trunk and a tenth of the
         largest. The paper looks in layers where massive activations form and does not say how these are told; its code
         takes the first three quarters of the layers (those with experts, rounded down). So do we, and only in a model
-        that has massive activations at all: the largest of any model's experts would pass the other two tests.
+        that has massive activations at all: the largest of any model's experts would pass the other two tests. None in
+        statistics of an earlier version.
         """
-        layers = {key: one for key, one in self.layers.items() if one.output_max.size and not key.startswith("mtp.")}
-        if not layers or not any(one.massive for one in self.layers.values()):
+        layers = {key: one for key, one in self.layers.items() if one.is_moe and not key.startswith("mtp.")}
+        known = all(one.output_max.size for one in layers.values())
+        if not layers or not known or not any(one.massive for one in self.layers.values()):
             return {}
         every = np.concatenate([one.output_max for one in layers.values()])
         least = max(float(np.quantile(every, SUPER_QUANTILE)), SUPER_SHARE * float(every.max()))
