@@ -21,7 +21,8 @@ _LARGEST_BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Packed(Entry):
-    """A packed tensor as it is read: bf16 of the whole shape. `parts` are the tensors of the file that hold it.
+    """A packed tensor as it is read: bf16 of the whole shape. `parts` are the stored tensors that hold it, by `Stored`'s
+    words, and `names` what those are called.
 
     `start` and `end` are no place in a file: they say how many bytes its values take in bf16.
     """
@@ -29,6 +30,7 @@ class Packed(Entry):
     name: str = ""
     format: Format = field(default_factory=Format)
     parts: Mapping[str, Entry] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -44,7 +46,9 @@ class Packed(Entry):
         found = tuple(int.from_bytes(raw[at : at + width], "little", signed=True) for at in range(0, len(raw), width))
         if found == self.shape:
             return None
-        return f"{self.file}: {self.name}_shape says {found}, the config asks for {self.shape}; fetch the file again"
+        return (
+            f"{self.file}: {self.names['shape']} says {found}, the config asks for {self.shape}; fetch the file again"
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def packed_index(stored: Index, rows: Mapping[str, Row]) -> Index:
     for row in rows.values():
         if row.format.kind == "float":
             continue
-        parts = {}
+        parts, names = {}, {wanted.part: name for name, wanted in row.stored.items()}
         for name, wanted in row.stored.items():
             entry = tensors.pop(name, None)
             if entry is not None and entry.shape in wanted.shapes and entry.dtype in wanted.dtypes:
@@ -135,7 +139,7 @@ def packed_index(stored: Index, rows: Mapping[str, Row]) -> Index:
             tensors.pop(name, None)
         if len(parts) == len(row.stored):
             tensors[row.name] = Packed(
-                parts["values"].file, "BF16", row.shape, 0, 2 * row.parameters, row.name, row.format, parts
+                parts["values"].file, "BF16", row.shape, 0, 2 * row.parameters, row.name, row.format, parts, names
             )
     return replace(stored, tensors=tensors)
 
@@ -153,8 +157,8 @@ def plain_headers(tensors: Mapping[str, Entry], formats: Mapping[str, Format]) -
 
 def value_dtypes(index: Index) -> dict[str, str]:
     """What the bytes of a tensor of the file mean where its header only says U8: the exponents of MXFP4."""
-    found = (entry for entry in index.tensors.values() if isinstance(entry, Packed) and entry.format.kind == "mxfp4")
-    return {name: "F8_E8M0" for entry in found for name in entry.format.companions(entry.name)}
+    packed = (entry for entry in index.tensors.values() if isinstance(entry, Packed))
+    return {entry.names["scales"]: "F8_E8M0" for entry in packed if entry.format.kind == "mxfp4"}
 
 
 def shape_problems(index: Index) -> Iterator[str]:

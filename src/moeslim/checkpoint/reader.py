@@ -120,10 +120,7 @@ class Reader:
         """
         found = {}
         for matrix, piece in self._pieces(key, expert).items():
-            if piece.stack is None:
-                found[matrix] = piece.inside(self.tensor(piece.name))
-            else:  # of a packed stack this expert alone is unpacked
-                found[matrix] = piece.inside(self.rows_of(piece.name, slice(piece.stack, piece.stack + 1))[0])
+            found[matrix] = piece.inside(self._mapped(piece.name, stack=piece.stack))
         return found
 
     def expert_as(self, layout: str, key: str, *, expert: int) -> tuple[torch.Tensor, ...]:
@@ -167,6 +164,9 @@ class Reader:
         if piece.name not in whole:
             whole[piece.name] = self.read(piece.name, stack=piece.stack)
         rows.copy_(piece.inside(whole[piece.name]))
+    def _mapped(self, name: str, *, stack: int | None) -> torch.Tensor:
+        """A whole tensor, or entry `stack` along its first axis, of which alone a packed one unpacks."""
+        return self.tensor(name) if stack is None else self.rows_of(name, slice(stack, stack + 1))[0]
 
     def _entry(self, name: str) -> tuple[Entry, torch.dtype]:
         entry = self.index.tensors.get(name)
@@ -180,31 +180,27 @@ class Reader:
         """Fill contiguous `rows` from the tensor, as from its row `first` on, all axes before the rows' own flat."""
         entry, _ = self._entry(name)
         if isinstance(entry, Packed):
-            self._unpack(rows, entry, first=first)
-            return
-        self._read_into(rows, name, start=entry.start + first * (rows.nbytes // max(1, rows.shape[0])))
+            flat_NC = rows.view(-1, entry.shape[-1])
+            self._unpack(flat_NC, entry, first=first * (len(flat_NC) // max(1, rows.shape[0])))
+        else:
+            self._read_into(rows, name, start=entry.start + first * (rows.nbytes // max(1, rows.shape[0])))
 
-    def _read_into(self, rows: torch.Tensor, name: str, *, start: int) -> None:
-        """Fill contiguous `rows` with the file's bytes from `start` on."""
-        entry = self.index.tensors[name]
-        assert start + rows.nbytes <= entry.end, f"{name}: rows beyond its end"
-        self._copy(rows.flatten().view(torch.uint8).numpy().data, entry, name=name, start=start)
-
-    def _unpack(self, rows: torch.Tensor, packed: Packed, *, first: int) -> None:
-        """The same of a packed tensor; `rows` are bf16."""
+    def _unpack(self, rows_NC: torch.Tensor, packed: Packed, *, first: int) -> None:
+        """Fill `rows_NC` (bf16) from row `first` on, the rows of stacked matrices counted one behind the other."""
 
         def read(part: str, start: int, count: int) -> np.ndarray:
-            entry, found = packed.parts[part], np.empty(count, np.uint8)
-            self._copy(found.data, entry, name=f"{packed.name} ({part})", start=entry.start + start)
-            return found
+            found = torch.empty(count, dtype=torch.uint8)
+            self._read_into(found, packed.names[part], start=packed.parts[part].start + start)
+            return found.numpy()
 
-        flat_NC = rows.view(-1, packed.shape[-1])
-        first *= len(flat_NC) // max(1, rows.shape[0])
-        assert first + len(flat_NC) <= packed.rows, f"{packed.name}: rows beyond its end"
-        unpack(flat_NC, packed, first=first, read=read)
+        assert first + len(rows_NC) <= packed.rows, f"{packed.name}: rows beyond its end"
+        unpack(rows_NC, packed, first=first, read=read)
 
-    def _copy(self, free: memoryview, entry: Entry, *, name: str, start: int) -> None:
-        """Fill memory with the file's bytes from `start` on."""
+    def _read_into(self, rows: torch.Tensor, name: str, *, start: int) -> None:
+        """Fill contiguous `rows` with the file's bytes from `start` on, all of them the stored tensor's."""
+        entry = self.structure.stored.tensors[name]
+        assert start + rows.nbytes <= entry.end, f"{name}: rows beyond its end"
+        free: memoryview = rows.flatten().view(torch.uint8).numpy().data
         while free.nbytes:
             try:
                 got = os.preadv(self._descriptor(entry.file), [free], start)
