@@ -74,7 +74,7 @@ def sections(text: str) -> dict[str, tuple[Tensor, ...]]:
 def keys(text: str) -> dict[str, str | tuple[str, int | str]]:
     """Pairs of an axis and the config key of its size, `key=default` where the config may leave it out.
 
-    A default is a number, another axis, or a rule like hidden//heads. `key?`: with no key or null there is no such axis.
+    A default is a number, another axis, or a rule like hidden//heads. `key?`: with no key or null there is no axis.
     """
     parts = text.split()
     pairs = zip(parts[::2], (part.partition("=") for part in parts[1::2]), strict=True)
