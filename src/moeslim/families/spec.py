@@ -165,6 +165,7 @@ class Family:
     more_types: tuple[str, ...] = ()  # other model_types that the page is of, a wrapper's text part among them
     wrapper: Wrapper | None = None  # None: no model of the family is wrapped
     untouched: tuple[str, ...] = ()  # see `Wrapper`
+    logits: tuple[str, str] | None = None  # what a head's product goes through: ("cap" | "times" | "over", config key)
     mtp_key: str = "num_nextn_predict_layers"  # says how many layers the MTP head has
 
     @property
