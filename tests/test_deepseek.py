@@ -1,4 +1,4 @@
-"""Multi-head latent attention live: trunk, MTP head and chains against transformers' model, from prune to drafts."""
+"""Multi-head latent attention live: trunk, MTP head and chains against transformers' own model, prune to drafts."""
 
 import json
 from pathlib import Path

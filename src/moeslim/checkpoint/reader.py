@@ -164,6 +164,7 @@ class Reader:
         if piece.name not in whole:
             whole[piece.name] = self.read(piece.name, stack=piece.stack)
         rows.copy_(piece.inside(whole[piece.name]))
+
     def _mapped(self, name: str, *, stack: int | None) -> torch.Tensor:
         """A whole tensor, or entry `stack` along its first axis, of which alone a packed one unpacks."""
         return self.tensor(name) if stack is None else self.rows_of(name, slice(stack, stack + 1))[0]

@@ -5,7 +5,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from moeslim.losses import Outcomes, Signal
+from moeslim.losses import Capped, Outcomes, Signal, weight_of
 from moeslim.model.student import Student
 
 
@@ -35,4 +35,5 @@ class OnlineTeacher:
     @torch.no_grad()
     def __call__(self, rows: torch.Tensor, numbers: np.ndarray) -> Signal:
         hidden, head = self.model.states_and_head(rows[:, :-1].to(self.model.head.device))
-        return Signal(hidden=hidden.to(rows.device), head=head.to(rows.device))
+        there = weight_of(head).to(rows.device)
+        return Signal(hidden.to(rows.device), head._replace(weight=there) if isinstance(head, Capped) else there)

@@ -6,9 +6,9 @@ from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
 from moeslim.figures import Figure, ratio
+from moeslim.losses import Outlet, logits_of, weight_of
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Head:
     logits: Callable[[torch.Tensor], torch.Tensor]
 
     @classmethod
-    def of(cls, weight_Vd: torch.Tensor) -> "Head":
+    def of(cls, outlet: Outlet) -> "Head":
         """The head that is held in memory."""
-        return cls(weight_Vd.shape[0], partial(F.linear, weight=weight_Vd))
+        return cls(weight_of(outlet).shape[0], partial(logits_of, outlet=outlet))
 
 
 class Windows(Protocol):

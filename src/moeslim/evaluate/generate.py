@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 
+from moeslim.losses import logits_of
 from moeslim.model.student import Student
 
 Choice = Callable[[torch.Tensor], torch.Tensor]
@@ -48,12 +48,11 @@ def generate(student: Student, prompts: torch.Tensor, *, new_tokens: int, choose
 
     EOS ends nothing: what follows it is the model's next document. The last token is not read.
     """
-    cache = DynamicCache(config=student.trunk.config)
+    cache = DynamicCache(config=student.parts.config)
     tokens, states = [prompts], []
     step = prompts
     for _ in range(new_tokens):
-        output = student.parts.body(input_ids=step, past_key_values=cache, use_cache=True)
-        states.append(output.last_hidden_state)
-        step = choose(F.linear(states[-1][:, -1], student.head))[:, None]
+        states.append(student.hidden(step, cache=cache))
+        step = choose(logits_of(states[-1][:, -1], student.outlet))[:, None]
         tokens.append(step)
     return Continuation(torch.cat(tokens, dim=1), torch.cat(states, dim=1))

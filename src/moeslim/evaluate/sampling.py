@@ -28,6 +28,7 @@ from moeslim.evaluate import drafting
 from moeslim.evaluate.drafting import DRAFTS, follow
 from moeslim.evaluate.generate import Choice, Continuation
 from moeslim.figures import Figure
+from moeslim.losses import Outlet, logits_of
 from moeslim.model.student import Student
 
 _LOGITS_AT_ONCE = 1 << 24
@@ -66,7 +67,7 @@ def kept(
         sides = trunk_BXd.flatten(0, 1), state_BXd.flatten(0, 1)
         chunk = max(16, _LOGITS_AT_ONCE // student.head.shape[0])
         parts = zip(*(side.split(chunk) for side in sides), written_BX.flatten().split(chunk), strict=True)
-        rates = [_step(both, written, head=student.head, temperature=temperature) for *both, written in parts]
+        rates = [_step(both, written, head=student.outlet, temperature=temperature) for *both, written in parts]
         here, on = torch.cat(rates, dim=-1)
         found.append(reached * here.view_as(reached))
         reached.mul_(on.view_as(reached))
@@ -78,13 +79,13 @@ def kept(
 
 
 def _step(
-    both_nd: Sequence[torch.Tensor], written_n: torch.Tensor, *, head: torch.Tensor, temperature: float
+    both_nd: Sequence[torch.Tensor], written_n: torch.Tensor, *, head: Outlet, temperature: float
 ) -> torch.Tensor:
     """(2, 2, n): the probability that a draft is kept, then its part in going on along the text; greedy and drawn.
 
     `both_nd`: the trunk's states and the block's.
     """
-    log_p, log_q = (F.log_softmax(F.linear(states, head).float() / temperature, dim=-1) for states in both_nd)
+    log_p, log_q = (F.log_softmax(logits_of(states, head).float() / temperature, dim=-1) for states in both_nd)
     likeliest_n = log_q.argmax(-1)
     here = _at(log_p, likeliest_n).exp(), torch.minimum(log_p, log_q).exp().sum(-1)
     on = likeliest_n == written_n, (_at(log_q, written_n) - _at(log_p, written_n)).clamp(max=0).exp()

@@ -166,7 +166,7 @@ def score(
     positions only, so each token counts once however windows overlap. Done by all processes together: the sums are
     over all windows, the states those of this process's.
     """
-    reading, head = Reading.of(documents, layout), Head.of(student.head.detach())
+    reading, head = Reading.of(documents, layout), Head.of(student.outlet)
     sums = np.zeros((3, len(documents)))
     states: list[torch.Tensor] = [torch.empty(0)] * len(reading.plan)
     assigned: dict[str, np.ndarray] = {}

@@ -51,10 +51,10 @@ def speed_figures(
 
 @torch.inference_mode()
 def _timed(student: Student, prompts: torch.Tensor, *, new_tokens: int) -> tuple[float, float]:
-    cache = DynamicCache(config=student.trunk.config)
+    cache = DynamicCache(config=student.parts.config)
     step, marks = prompts, [_now(prompts.device)]
     for _ in range(new_tokens + 1):
-        state = student.parts.body(input_ids=step, past_key_values=cache, use_cache=True).last_hidden_state
+        state = student.hidden(step, cache=cache)
         step = F.linear(state[:, -1:], student.head).argmax(-1)
         if len(marks) == 1:
             marks.append(_now(step.device))

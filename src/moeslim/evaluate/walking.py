@@ -31,6 +31,7 @@ from moeslim.evaluate.agreement import Head, TeacherStates
 from moeslim.evaluate.score import LOGITS_AT_ONCE, Layout, Reading, Scores, sums_of, together
 from moeslim.families import is_mtp
 from moeslim.log import progress
+from moeslim.losses import cap_logits
 from moeslim.machine import parallel
 from moeslim.machine.bound import memory_used
 from moeslim.machine.host import give_back
@@ -83,7 +84,7 @@ def file_head(reader: Reader, *, dtype: torch.dtype, device: str) -> Head:
             # Copied even where the file has this dtype: a matmul's last bits may depend on the memory's alignment.
             weight = reader.rows_of(name, rows).to(device, dtype, copy=True)
             logits_nV[:, rows] = F.linear(states_nd, weight)
-        return logits_nV
+        return cap_logits(logits_nV, reader.shape.logit_cap)
 
     return Head(vocab, logits)
 

@@ -22,6 +22,7 @@ class Shape:
     `mtp_layers` are those of the MTP head, 0 without one. A config alone does not say whether files have that head, so
     from one alone a family that may have it does: headers tell (`with_present`).
     `renormalise`: whether a router divides the scores of the chosen experts by their sum.
+    Logits are `logit_scale` times the head's product z, then `cap tanh(z / cap)` where there is a `logit_cap`.
     `flags` are the conditions of the family's tensors that hold: config keys that are true, names of tensors found.
     """
 
@@ -33,6 +34,8 @@ class Shape:
     mtp_layers: int
     renormalise: bool = True
     flags: frozenset[str] = frozenset()
+    logit_scale: float = 1.0
+    logit_cap: float = 0.0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Shape":
@@ -59,6 +62,7 @@ class Shape:
             mtp_layers=int(family.mtp is not None),
             renormalise=_renormalise(config, family),
             flags=frozenset(condition for condition in family.conditions if _holds(config, condition)),
+            **_logits(config, family),
         )
         shape._check()
         return shape
@@ -232,6 +236,17 @@ def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
 
 def _derived(family: Family, sizes: Mapping[str, int]) -> dict[str, int]:
     return {axis: _rule(rule, sizes) for axis, rule in family.derived.items()}
+
+
+def _logits(config: Mapping[str, Any], family: Family) -> dict[str, float]:
+    """`logit_scale` or `logit_cap`; a key that is missing or null means neither."""
+    how, key = family.logits or ("", "")
+    value = config.get(key)
+    if value is None:
+        return {}
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _ABSURD:
+        raise FamilyError(f"config.json: {key} must be a number above 0, found {str(value)[:60]}")
+    return {"logit_cap": float(value)} if how == "cap" else {"logit_scale": value if how == "times" else 1 / value}
 
 
 def _holds(config: Mapping[str, Any], condition: str) -> bool:

@@ -76,7 +76,7 @@ def sections(text: str) -> dict[str, tuple[Tensor, ...]]:
 def keys(text: str) -> dict[str, str | tuple[str, int | str]]:
     """Pairs of an axis and the config key of its size, `key=default` where the config may leave it out.
 
-    A default is a number, another axis, or a rule like hidden//heads. `key?`: no key, or null, means no such axis.
+    A default is a number, another axis, or a rule like hidden//heads. `key?`: with no key or null there is no axis.
     """
     parts = text.split()
     pairs = zip(parts[::2], (part.partition("=") for part in parts[1::2]), strict=True)
@@ -169,6 +169,7 @@ class Family:
     more_types: tuple[str, ...] = ()  # other model_types that the page is of, a wrapper's text part among them
     wrapper: Wrapper | None = None  # None: no model of the family is wrapped
     untouched: tuple[str, ...] = ()  # see `Wrapper`
+    logits: tuple[str, str] | None = None  # what a head's product goes through: ("cap" | "times" | "over", config key)
     mtp_key: str = "num_nextn_predict_layers"  # says how many layers the MTP head has
 
     @property

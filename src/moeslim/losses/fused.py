@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from moeslim.losses import products
+from moeslim.losses.capped import Outlet, cap_logits, cap_of, weight_of
 from moeslim.losses.outcomes import Outcomes, lm_and_outcomes_kd
 from moeslim.losses.rows import TeacherProbs, lm_and_kd, scale, teacher_log_probs
 from moeslim.losses.terms import Coefficients, term_names
@@ -39,7 +40,7 @@ class Signal:
     """A live teacher's output on a micro-batch: its final states (B, T, d_teacher) and its head (V, d_teacher)."""
 
     hidden: torch.Tensor
-    head: torch.Tensor
+    head: Outlet
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class _Task:
     teacher: Signal | Outcomes | None
     """A cached teacher's outcomes already lie by target."""
     temperature: float
+    cap: float
+    """Of the student's logits, 0 for none."""
 
     @property
     def num_learning(self) -> int:
@@ -122,6 +125,7 @@ def _largest_chunk(task: _Task, head_Vd: torch.Tensor, *, wide: torch.dtype) -> 
     narrow = products.operand_dtype(head_Vd, wide)
     row_bytes = (len(task.depths) + isinstance(task.teacher, Signal)) * wide.itemsize
     row_bytes += task.num_learning * narrow.itemsize if narrow != wide else 0
+    row_bytes += task.num_learning * wide.itemsize if task.cap else 0
     chunk_bytes, most = CHUNK_BYTES, LARGEST_CHUNK
     if head_Vd.is_cuda:
         chunk_bytes = max(chunk_bytes, torch.cuda.get_device_properties(head_Vd.device).total_memory // 32)
@@ -184,6 +188,11 @@ def _wide(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in [tensor.dtype for tensor in tensors] else torch.float32
 
 
+def _slope(capped: torch.Tensor, cap: float) -> torch.Tensor:
+    """The derivative of capped logits y by the plain ones: 1 - (y / cap)^2."""
+    return torch.square(capped / cap).neg_().add_(1)
+
+
 def _compute(
     task: _Task, head_Vd: torch.Tensor, *, states: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -196,7 +205,8 @@ def _compute(
     longest = max((part.stop - part.start for part in chunks), default=0)
     student = _buffer(len(task.depths) * longest, head_Vd, wide=wide)
     if isinstance(teacher := task.teacher, Signal):
-        teacher_Nd = _by_target(teacher.hidden, task.positions, depth=0).to(products.operand_dtype(teacher.head, wide))
+        theirs_Vd = weight_of(teacher.head)
+        teacher_Nd = _by_target(teacher.hidden, task.positions, depth=0).to(products.operand_dtype(theirs_Vd, wide))
         teacher_buffer = _buffer(longest, head_Vd, wide=wide)
     sums = student.new_zeros(2, len(task.depths))
     scales = sums.new_tensor([scale(depth.coefficients, task.temperature) for depth in task.depths[:num_learning]])
@@ -208,13 +218,17 @@ def _compute(
         own_MPd = rows_MNd[:, part]
         lines = own_MPd.shape[0] * own_MPd.shape[1]
         logits = products.logits(own_MPd.reshape(lines, -1), head_Vd, out=student[:lines])
-        student_MPV = logits.view(*own_MPd.shape[:2], -1)
+        student_MPV = cap_logits(logits, task.cap).view(*own_MPd.shape[:2], -1)
+        slope_MPV = _slope(student_MPV[:num_learning], task.cap) if task.cap and num_learning else None
         theirs = None
         if isinstance(teacher, Signal):
-            theirs = products.logits(teacher_Nd[part], teacher.head, out=teacher_buffer[: part.stop - part.start])
+            theirs = products.logits(teacher_Nd[part], theirs_Vd, out=teacher_buffer[: part.stop - part.start])
+            theirs = cap_logits(theirs, cap_of(teacher.head))
         sums += _losses(task, part, student_MPV=student_MPV, teacher_PV=theirs).sum(-1)
         if not num_learning:
             continue
+        if slope_MPV is not None:
+            student_MPV[:num_learning].mul_(slope_MPV)
         gradient = student_MPV[:num_learning].flatten(0, 1).to(narrow)
         if of_states is not None:
             of_own = products.to_states(gradient, head_Vd, wide=wide)
@@ -264,7 +278,7 @@ def _as_autocast(head: torch.Tensor) -> torch.Tensor:
 @torch.compiler.disable
 def fused_loss(
     states: Sequence[torch.Tensor],
-    head: torch.Tensor,
+    head: Outlet,
     *,
     targets: torch.Tensor,
     mask: torch.Tensor,
@@ -280,12 +294,13 @@ def fused_loss(
     """
     wanted = torch.is_grad_enabled()
     states_take = [wanted and state.requires_grad for state in states]
-    head_takes = wanted and head.requires_grad
+    weight = weight_of(head)
+    head_takes = wanted and weight.requires_grad
     depths = _depths(coefficients, taught=teacher is not None, head_takes=head_takes, states_take=states_take)
     positions_N = mask.flatten().nonzero().squeeze(-1)
     if isinstance(teacher, Outcomes):
         assert coefficients.temperature == 1.0, "kept outcomes are those at temperature 1"
-        teacher = teacher.by_target(positions_N, _wide(states[0], head))
+        teacher = teacher.by_target(positions_N, _wide(states[0], weight))
     place_N1 = (positions_N % targets.shape[1]).unsqueeze(-1)
     task = _Task(
         depths,
@@ -294,8 +309,9 @@ def fused_loss(
         alive=torch.stack([place_N1 >= depth.number for depth in depths]),
         teacher=teacher if any(depth.asked[1] for depth in depths) else None,
         temperature=coefficients.temperature,
+        cap=cap_of(head),
     )
-    loss, sums = _Fused.apply(task, head, *states)
+    loss, sums = _Fused.apply(task, weight, *states)
     named = {}
     for m, depth in sorted(enumerate(depths), key=lambda pair: pair[1].number):
         for kind, name in enumerate(term_names(depth.number)):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moeslim.errors import FamilyError
 from moeslim.families import Shape
 from moeslim.families.config import has_mtp
-from moeslim.losses import Coefficients, Outcomes, Signal, StepTerms, fused_loss
+from moeslim.losses import Capped, Coefficients, Outcomes, Outlet, Signal, StepTerms, fused_loss
 from moeslim.model.chain import Chain
 from moeslim.model.experts import check_layout
 from moeslim.model.moe import MoeBlock, RouterWatch
@@ -125,16 +125,22 @@ class Student(nn.Module):
                 f"tensors ({listed}); mend the page"
             )
 
-    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The trunk's states (B, T, d) after its last norm."""
-        return self.parts.body(input_ids=tokens, use_cache=False).last_hidden_state
+    @property
+    def outlet(self) -> Outlet:
+        """The output head with what its logits go through."""
+        return Capped(self.head, self.shape.logit_cap) if self.shape.logit_cap else self.head
 
-    def states_and_head(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def hidden(self, tokens: torch.Tensor, *, cache: Any = None) -> torch.Tensor:
+        """The trunk's states (B, T, d) after its last norm; `cache` is transformers', with the tokens before these."""
+        output = self.parts.body(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
+        return self.parts.before_head(output.last_hidden_state)
+
+    def states_and_head(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Outlet]:
         """`hidden` and the head, as a teacher gives them; where the model is sharded, the head is gathered here.
 
         It stays gathered on every rank, with embedding and last norm: a teacher's weights do not change.
         """
-        return self.hidden(tokens), self.head
+        return self.hidden(tokens), self.outlet
 
     def mtp_states(self, hidden: torch.Tensor, rows: torch.Tensor, *, depths: int) -> list[torch.Tensor]:
         """States of depth 1..depths; depth m (B, T-m, d) at i knows t_0..t_{i+m} of `rows` (B, T+1).
@@ -180,7 +186,7 @@ class Student(nn.Module):
         if self.detach_trunk:
             coefficients = replace(coefficients, detached=True)
         loss, sums = fused_loss(
-            states, self.head, targets=rows[:, 1:], mask=mask, coefficients=coefficients, teacher=teacher
+            states, self.outlet, targets=rows[:, 1:], mask=mask, coefficients=coefficients, teacher=teacher
         )
         balanced = self.routers.loss() if self.training else None
         if balanced is not None and coefficients.balance:

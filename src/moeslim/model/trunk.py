@@ -118,6 +118,10 @@ class Trunk:
         """The config of the text model."""
         return self.body.config
 
+    def before_head(self, states: torch.Tensor) -> torch.Tensor:
+        """States behind the last norm times what the class multiplies logits with: then the head's product is them."""
+        return states if self.shape.logit_scale == 1 else states * self.shape.logit_scale
+
     def layer_name(self, index: int) -> str:
         """Where a decoder layer is in the model."""
         return f"{self.body_name}.{self.layers_name}.{index}"

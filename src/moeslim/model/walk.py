@@ -285,7 +285,7 @@ class _Skeleton:
         return run
 
     def _run_norm(self, norm: nn.Module, x_BTd: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return norm(x_BTd)
+        return self.parts.before_head(norm(x_BTd))
 
     def _run_mtp(self, block: nn.Module, x_BTd: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         tokens = self.rows[start:stop, 1 : x_BTd.shape[1] + 1]  # the caller may run fewer positions

@@ -26,6 +26,7 @@ from moeslim.errors import CheckpointError, DataError, PlanError
 from moeslim.families import Shape, is_mtp
 from moeslim.figures import Figure, ratio
 from moeslim.log import progress
+from moeslim.losses import Capped
 from moeslim.model.hidden import HiddenFiles
 from moeslim.model.walk import LayerVisit, WalkSettings
 from moeslim.plan.experts import layer_scores
@@ -217,7 +218,8 @@ class _Trial:
         head = reader.tensor(reader.shape.outer("head"))
         # copied: a product's last bits may depend on where in a file a mapped operand lies
         head = head.to(self.visit.hidden.device, self.visit.hidden.dtype, copy=True)
-        targets = Targets(rows[:, 1 + skipped :], mask[:, skipped:], head)
+        cap = reader.shape.logit_cap
+        targets = Targets(rows[:, 1 + skipped :], mask[:, skipped:], Capped(head, cap) if cap else head)
         sums = compare(self.streams, self.probe.cuts, targets=targets)
         bad = [count for count, found in sums.items() if not np.isfinite([found["kl"], found["rise"]]).all()]
         if bad:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from moeslim.losses import Outlet, logits_of, weight_of
 from moeslim.losses.metrics import kl_and_top1, nats
 from moeslim.model.hidden import HiddenFiles
 from moeslim.model.walk import LayerVisit
@@ -93,7 +93,7 @@ class Targets:
 
     tokens: np.ndarray
     mask: np.ndarray
-    head: torch.Tensor
+    head: Outlet
 
 
 def compare(streams: Streams, counts: Sequence[int], *, targets: Targets) -> dict[int, Sums]:
@@ -108,11 +108,11 @@ def compare(streams: Streams, counts: Sequence[int], *, targets: Targets) -> dic
             for part in _chunks(targets):
                 counted = torch.from_numpy(targets.mask[row, part].copy()).to(uncut_Td.device)
                 wanted = torch.from_numpy(targets.tokens[row, part].astype(np.int64)).to(uncut_Td.device)[counted]
-                logits_NV = F.linear(uncut_Td[part][counted], targets.head)
+                logits_NV = logits_of(uncut_Td[part][counted], targets.head)
                 loss = nats(logits_NV, wanted).double().sum()
                 for count in counts:
                     states_Td = streams.outputs(count, row, stop=row + 1)[0]
-                    own_NV = F.linear(states_Td[part][counted], targets.head)
+                    own_NV = logits_of(states_Td[part][counted], targets.head)
                     sums = found[count]
                     sums["kl"][row] += float(kl_and_top1(own_NV, logits_NV)[0].double().sum())
                     sums["rise"][row] += float(nats(own_NV, wanted).double().sum() - loss)
@@ -121,5 +121,5 @@ def compare(streams: Streams, counts: Sequence[int], *, targets: Targets) -> dic
 
 
 def _chunks(targets: Targets) -> Iterator[slice]:
-    length, step = targets.mask.shape[1], max(16, _LOGITS_AT_ONCE // targets.head.shape[0])
+    length, step = targets.mask.shape[1], max(16, _LOGITS_AT_ONCE // weight_of(targets.head).shape[0])
     return (slice(start, min(start + step, length)) for start in range(0, length, step))

@@ -22,7 +22,8 @@ from moeslim.distill.vocab_check import check_knows, vocab_fingerprint
 from moeslim.errors import RecipeError
 from moeslim.families import text_config
 from moeslim.log import logger, progress
-from moeslim.losses import products
+from moeslim.losses import Outlet, cap_logits, products, weight_of
+from moeslim.losses.capped import cap_of
 from moeslim.machine import parallel
 from moeslim.model.load import load_student
 from moeslim.model.sorted_experts import NAME as SORTED
@@ -140,7 +141,7 @@ def _coded(model: Student, tokens: TokenSet, *, rows: range, settings: CacheSett
     inputs = torch.from_numpy(tokens.rows[rows.start : rows.stop, :-1].astype(np.int64)).to(settings.device)
     points = np.stack([sample_points(number, tokens.sequence_length, settings=settings) for number in rows])
     with torch.no_grad():
-        found = probs_of(model.hidden(inputs), model.head, k=settings.k, points_BTM=torch.from_numpy(points))
+        found = probs_of(model.hidden(inputs), model.outlet, k=settings.k, points_BTM=torch.from_numpy(points))
         return [encode(probs, vocab_size=model.head.shape[0]) for probs in found]
 
 
@@ -156,10 +157,9 @@ def sample_points(number: int, length: int, *, settings: CacheSettings) -> np.nd
     return (u[:, None] + np.arange(settings.samples)) / max(settings.samples, 1)
 
 
-def probs_of(
-    hidden_BTd: torch.Tensor, head_Vd: torch.Tensor, *, k: int, points_BTM: torch.Tensor
-) -> Iterator[CachedProbs]:
+def probs_of(hidden_BTd: torch.Tensor, head: Outlet, *, k: int, points_BTM: torch.Tensor) -> Iterator[CachedProbs]:
     """Row by row what `softmax(hidden head^T)` keeps; logits in fp32 (fp64 from fp64), some positions at a time."""
+    head_Vd = weight_of(head)
     wide = torch.float64 if head_Vd.dtype == torch.float64 else torch.float32
     most = max(1, LOGITS_AT_ONCE // head_Vd.shape[0])
     for hidden_Td, points_TM in zip(hidden_BTd, points_BTM.to(hidden_BTd.device), strict=True):
@@ -167,7 +167,7 @@ def probs_of(
         for start in range(0, len(hidden_Td), most):
             states = hidden_Td[start : start + most].to(products.operand_dtype(head_Vd, wide))
             buffer = torch.empty(len(states), head_Vd.shape[0], dtype=wide, device=states.device)
-            logits = products.logits(states, head_Vd, out=buffer)
+            logits = cap_logits(products.logits(states, head_Vd, out=buffer), cap_of(head))
             parts.append(outcomes(logits, k=k, points_NM=points_TM[start : start + most]))
         yield CachedProbs(*(torch.cat(tensors).cpu().numpy() for tensors in zip(*parts, strict=True)))
 
