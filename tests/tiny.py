@@ -106,12 +106,38 @@ _GLM4_MOE: dict[str, Any] = {
     "partial_rotary_factor": 0.5,
 }
 
+_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "initializer_range": 0.3,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "use_cache": True,
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {"qwen3_next": _QWEN3_NEXT, "qwen3_moe": _QWEN3_MOE, "glm4_moe": _GLM4_MOE}
+DENSE: dict[str, dict[str, Any]] = {"llama": _LLAMA}
+"""Families without routed experts."""
 
 
 def tiny_config(family: str = "qwen3_next", **changes: Any) -> dict[str, Any]:
     """A raw config.json of a few thousand parameters; a changed depth or interval gets its `layer_types`."""
-    config = {**FAMILIES[family], **changes}
+    config = {**(FAMILIES | DENSE)[family], **changes}
     hybrid = "full_attention_interval" in config
     if hybrid and "layer_types" not in changes and {"num_hidden_layers", "full_attention_interval"} & changes.keys():
         interval = config["full_attention_interval"]

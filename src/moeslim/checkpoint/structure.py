@@ -59,8 +59,8 @@ def _structure(folder: Path, config: dict[str, Any]) -> Structure:
     check_side_files(folder)
     index = read_index(folder)
     refuse_quantised_tensors(index)
-    if not any(shape.is_moe(key) for key in shape.trunk_keys):
-        raise CheckpointError(f"{folder}: the config makes every layer dense; there are no experts to work on")
+    if shape["experts"] and not any(shape.is_moe(key) for key in shape.trunk_keys):
+        raise CheckpointError(f"{folder}: the config names {shape['experts']} experts and makes every layer dense")
     shape = shape.with_present(index.tensors)
     found = detect(index.tensors, shape)
     layouts = {subtree: found.get(subtree, found.get("trunk", "per_expert")) for subtree in ("trunk", "mtp")}

@@ -44,7 +44,7 @@ def detect(names: Iterable[str], shape: Shape) -> dict[str, str]:
     found: dict[str, set[str]] = {}
     marker, head = f".{shape.family.expert_prefix}.", shape.prefix("mtp.0")
     for name in names:
-        if marker not in name:
+        if not shape.family.expert_prefix or marker not in name:
             continue
         subtree = "mtp" if head and name.startswith(head) else "trunk"
         found.setdefault(subtree, set()).add(_layout_of(name, name.split(marker, 1)[1]))

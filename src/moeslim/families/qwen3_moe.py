@@ -32,9 +32,9 @@ SPEC = Family(
         moe:
             router  mlp.gate.weight  experts, hidden
         dense:
-            dense  mlp.gate_proj.weight  dense_size, hidden
-            dense  mlp.up_proj.weight    dense_size, hidden
-            dense  mlp.down_proj.weight  hidden, dense_size
+            dense  mlp.gate_proj.weight  dense_size, hidden  gate
+            dense  mlp.up_proj.weight    dense_size, hidden  up
+            dense  mlp.down_proj.weight  hidden, dense_size  down
     """),
     expert_prefix="mlp.experts",
     renormalise=("norm_topk_prob", False),

@@ -1,6 +1,6 @@
 """Qwen3-Next: Gated DeltaNet and gated attention layers, routed and shared experts, an MTP block of its own."""
 
-from moeslim.families.spec import Family, Mtp, keys, sections
+from moeslim.families.spec import Family, Mtp, PerLayer, keys, sections
 
 SPEC = Family(
     model_type="qwen3_next",
@@ -12,7 +12,7 @@ SPEC = Family(
         value_heads linear_num_value_heads=32 value_dim linear_value_head_dim=128
     """),
     derived={"per_key": "value_heads // key_heads"},
-    default_interval=4,
+    lists={"layer_types": PerLayer("linear_attention", "full_attention", every=("full_attention_interval", 4))},
     layer_prefix="model.layers.{l}.",
     parts=sections("""
         outer:
@@ -44,9 +44,9 @@ SPEC = Family(
             shared  mlp.shared_expert.down_proj.weight  hidden, shared_size  down
             shared  mlp.shared_expert_gate.weight       1, hidden            shared_gate
         dense:
-            dense  mlp.gate_proj.weight  dense_size, hidden
-            dense  mlp.up_proj.weight    dense_size, hidden
-            dense  mlp.down_proj.weight  hidden, dense_size
+            dense  mlp.gate_proj.weight  dense_size, hidden  gate
+            dense  mlp.up_proj.weight    dense_size, hidden  up
+            dense  mlp.down_proj.weight  hidden, dense_size  down
         mtp:
             mtp_fc  mtp.fc.weight                     hidden, hidden|hidden
             norm    mtp.pre_fc_norm_embedding.weight  hidden  zero_centred

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeslim.errors import FamilyError
-from moeslim.families import glm4_moe, qwen3_moe, qwen3_next
+from moeslim.families import glm4_moe, llama, qwen3_moe, qwen3_next
 from moeslim.families.spec import Family
 
-FAMILIES: dict[str, Family] = {spec.model_type: spec for spec in (qwen3_next.SPEC, qwen3_moe.SPEC, glm4_moe.SPEC)}
+_PAGES = (qwen3_next, qwen3_moe, glm4_moe, llama)
+FAMILIES: dict[str, Family] = {page.SPEC.model_type: page.SPEC for page in _PAGES}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -33,9 +33,11 @@ def build_trunk(config: Mapping[str, Any], *, attn: str, experts: str) -> PreTra
     # `architectures` would be kept in the config and says nothing that the mapping does not
     live = CONFIG_MAPPING[kind].from_dict({key: value for key, value in config.items() if key != "architectures"})
     live._attn_implementation = attn
-    live._experts_implementation = experts
     live.use_cache = False
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(live)](live)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(live)]
+    if model_class._can_set_experts_implementation():  # a class without experts refuses a back end for them
+        live._experts_implementation = experts
+    return model_class(live)
 
 
 class Trunk:
