@@ -34,7 +34,7 @@ class Stock(nn.Module):
         weights: dict[str, torch.Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             weights |= {name: tensor.double() for name, tensor in load_file(file).items()}
-        weights = stacked(weights, getattr(config, "num_local_experts", 0))
+        weights = stacked(weights, getattr(config, "num_local_experts", getattr(config, "num_experts", 0)))
         behind = f"model.layers.{config.num_hidden_layers}."
         head = {name.removeprefix(behind): weights.pop(name) for name in list(weights) if name.startswith(behind)}
         self.trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float64).double().eval()
@@ -83,7 +83,7 @@ class Stock(nn.Module):
     def mask_neurons(self, key: str, expert: int | None, kept: Sequence[int]) -> None:
         """All other neurons of an expert (None: the shared one, or a dense layer) give 0."""
         mlp = self.layer(key).mlp
-        shared = getattr(mlp, "shared_experts", mlp)
+        shared = next((getattr(mlp, name) for name in ("shared_experts", "shared_expert") if hasattr(mlp, name)), mlp)
         down = shared.down_proj.weight if expert is None else mlp.experts.down_proj[expert]
         gone = torch.ones(down.shape[1], dtype=torch.bool)
         gone[list(kept)] = False

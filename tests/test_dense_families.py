@@ -87,6 +87,37 @@ def test_the_page_is_what_transformers_saves(tmp_path: Path, family: str, change
     assert count(structure.shape).active == sum(values.values())
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("qwen2", {}, ["full_attention"] * 2 + ["sliding_attention"] * 2),
+        ("qwen2", {"use_sliding_window": False}, ["full_attention"] * 4),
+        ("qwen3", {}, ["full_attention"] * 4),
+    ],
+)
+def test_kinds_of_layers_are_those_of_transformers(family: str, changes: dict[str, Any], words: list[str]) -> None:
+    config = tiny_config(family, **changes)
+    assert AutoConfig.for_model(**config).layer_types == words == list(Shape.from_config(config).layer_types)
+
+
+def test_lists_per_layer_are_cut_and_written_down() -> None:
+    """Kept layers keep their kind; the number of the rule stays where it says the same, and else it goes."""
+    config = tiny_config("smollm3")
+    shape = Shape.from_config(config)
+    assert list(shape.lists["no_rope_layers"]) == AutoConfig.for_model(**config).no_rope_layers == [1, 0, 1, 0]
+    first, odd = (edit_config(config, shape.keep_layers(kept)) for kept in ((0, 1), (0, 2, 3)))
+    assert (first["no_rope_layers"], first["no_rope_layer_interval"]) == ([1, 0], 2)
+    assert (odd["no_rope_layers"], odd["no_rope_layer_interval"]) == ([1, 1, 0], 3)
+    assert "no_rope_layer_interval" not in edit_config(config, shape.keep_layers((1, 2)))
+    sliding = tiny_config("qwen2")
+    edited = edit_config(sliding, Shape.from_config(sliding).keep_layers((0, 3)))
+    assert (edited["layer_types"], edited["max_window_layers"]) == (["full_attention", "sliding_attention"], 1)
+    for cut in (first, odd, edited):
+        live = AutoConfig.for_model(**cut)
+        assert getattr(live, "no_rope_layers", None) == cut.get("no_rope_layers")
+        assert live.layer_types == cut["layer_types"]
+
+
 def test_released_size() -> None:
     """8.03 B of the model card of Llama-3.1-8B."""
     counted = count(Shape.from_config(LLAMA_8B))
@@ -139,7 +170,7 @@ def silent(folder: Path, out: Path) -> Path:
     for name, tensor in found.items():
         if name == "model.embed_tokens.weight":
             tensor[:, gone] = 0.0
-        elif name.endswith(("o_proj.weight", "o_proj.bias", "down_proj.weight")) or "post_feedforward" in name:
+        elif name.endswith(("o_proj.weight", "o_proj.bias", "down_proj.weight")):
             tensor[gone] = 0.0
     save_file(found, out / "model.safetensors")
     return out
@@ -147,7 +178,8 @@ def silent(folder: Path, out: Path) -> Path:
 
 def hidden_of(folder: Path) -> CutHidden:
     """CHANNELS stay; every norm of 16 channels is scaled by sqrt(16/12)."""
-    scale = {name: math.sqrt(16 / 12) for name, t in tensors(folder).items() if t.shape == (16,) and "norm" in name}
+    scale = {name: math.sqrt(16 / 12) for name, t in tensors(folder).items() if t.shape == (16,) and "norm." in name}
+    scale = {name: factor for name, factor in scale.items() if "self_attn" not in name}
     return CutHidden(kept=CHANNELS, scale=scale, rescale="assume_zero")
 
 

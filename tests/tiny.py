@@ -130,8 +130,44 @@ _LLAMA: dict[str, Any] = {
     "use_cache": True,
 }
 
-FAMILIES: dict[str, dict[str, Any]] = {"qwen3_next": _QWEN3_NEXT, "qwen3_moe": _QWEN3_MOE, "glm4_moe": _GLM4_MOE}
-DENSE: dict[str, dict[str, Any]] = {"llama": _LLAMA}
+_QWEN2_MOE: dict[str, Any] = {
+    **{k: v for k, v in _QWEN3_MOE.items() if k != "attention_bias"},
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "shared_expert_intermediate_size": 24,
+    "qkv_bias": True,
+    "use_sliding_window": False,
+}
+
+_OLMOE: dict[str, Any] = {
+    **{k: v for k, v in _QWEN3_MOE.items() if k not in ("moe_intermediate_size", "decoder_sparse_step")},
+    "architectures": ["OlmoeForCausalLM"],
+    "model_type": "olmoe",
+    "intermediate_size": 12,
+    "head_dim": 4,
+}
+
+
+def _dense(model_type: str, class_name: str, **changes: Any) -> dict[str, Any]:
+    return {**_LLAMA, "model_type": model_type, "architectures": [f"{class_name}ForCausalLM"], **changes}
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_next": _QWEN3_NEXT,
+    "qwen3_moe": _QWEN3_MOE,
+    "glm4_moe": _GLM4_MOE,
+    "qwen2_moe": _QWEN2_MOE,
+    "olmoe": _OLMOE,
+}
+DENSE: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "mistral": _dense("mistral", "Mistral", sliding_window=6),
+    "olmo2": _dense("olmo2", "Olmo2"),
+    "phi3": _dense("phi3", "Phi3"),
+    "qwen2": _dense("qwen2", "Qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=2),
+    "qwen3": _dense("qwen3", "Qwen3"),
+    "smollm3": _dense("smollm3", "SmolLM3", no_rope_layer_interval=2, tie_word_embeddings=True),
+}
 """Families without routed experts."""
 
 

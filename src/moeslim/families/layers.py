@@ -22,10 +22,10 @@ def integer(config: Mapping[str, Any], key: str, *, default: int | None = None, 
 
 
 def holds(config: Mapping[str, Any], condition: str) -> bool:
-    """Whether `KEY`, `KEY=true` (true without the key) or `not KEY` holds: yes is true, or a number above 0."""
+    """Whether `KEY`, `KEY=true` (true without the key) or `not KEY` holds: for true, a number above 0, or a section."""
     key, _, default = condition.removeprefix("not ").partition("=")
     value = config.get(key, default == "true")
-    yes = value is True or (type(value) is int and value > 0)
+    yes = value is True or (type(value) is int and value > 0) or (isinstance(value, dict) and bool(value))
     return yes != condition.startswith("not ")
 
 

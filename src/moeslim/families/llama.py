@@ -34,5 +34,6 @@ SPEC = Family(
             dense  mlp.up_proj.bias      dense_size          bias  if mlp_bias
             dense  mlp.down_proj.bias    hidden              bias  if mlp_bias
     """),
+    hidden_multiple="heads",
     rope_defaults={"rope_theta": 10000.0},
 )

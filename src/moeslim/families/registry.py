@@ -4,10 +4,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeslim.errors import FamilyError
-from moeslim.families import glm4_moe, llama, qwen3_moe, qwen3_next
+from moeslim.families import (
+    glm4_moe,
+    llama,
+    mistral,
+    olmo2,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    qwen3_next,
+    smollm3,
+)
 from moeslim.families.spec import Family
 
-_PAGES = (qwen3_next, qwen3_moe, glm4_moe, llama)
+_PAGES = (
+    *(qwen3_next, qwen3_moe, glm4_moe, olmoe, qwen2_moe),
+    *(llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3),
+)
 FAMILIES: dict[str, Family] = {page.SPEC.model_type: page.SPEC for page in _PAGES}
 
 

@@ -65,7 +65,7 @@ class Shape:
             tied=bool(config.get("tie_word_embeddings", family.tied)),
             mtp_layers=int(family.mtp is not None),
             renormalise=_renormalise(config, family),
-            flags=frozenset(condition for condition in family.conditions if holds(config, condition)),
+            flags=frozenset(key for key in {*family.conditions, *family.fixed_width} if holds(config, key)),
             lists={key: entries for key, entries in sorted(lists.items()) if entries is not None},
         )
         shape._check()
@@ -102,6 +102,26 @@ class Shape:
     def trunk(self) -> "Shape":
         """The same model without its MTP head."""
         return replace(self, mtp_layers=0)
+
+    def width_problem(self, hidden: int) -> str | None:
+        """Why the model cannot be cut to `hidden` channels; None where it can."""
+        if hidden == self["hidden"]:
+            return None
+        for key, reason in self.family.fixed_width.items():
+            if not key or key in self.flags:
+                return f"a {self.family.model_type} keeps all {self['hidden']} channels: {reason}"
+        if hidden % self.hidden_multiple:
+            unit, axis = self.hidden_multiple, self.family.hidden_multiple
+            return (
+                f"{hidden} channels are no multiple of {unit} ({axis}), and transformers' class needs one; "
+                f"keep {max(unit, hidden // unit * unit)}"
+            )
+        return None
+
+    @property
+    def hidden_multiple(self) -> int:
+        """What the number of channels must be a multiple of; 1 where it need not."""
+        return 1 if self.family.hidden_multiple is None else self[self.family.hidden_multiple]
 
     def with_present(self, names: Collection[str]) -> "Shape":
         """The same shape, knowing by all tensors' `names` whether there is an MTP head, and what else may be or not."""

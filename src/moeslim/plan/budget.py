@@ -218,7 +218,7 @@ def _ladder(shape: Shape, axis: str) -> list[int]:
         tried = range(there, 0, -pattern_period(shape.layer_types))
     elif axis == "hidden":
         unit = 2 ** min(7, max(0, (there // 8).bit_length() - 1))
-        tried = range(unit, there, unit)
+        tried = [count for count in range(unit, there, unit) if shape.width_problem(count) is None]
     elif axis == "dense_size" and not shape["experts"]:
         unit = 2 ** min(9, max(0, (there // 8).bit_length() - 1))
         tried = range(unit, there, unit)

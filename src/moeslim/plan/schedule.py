@@ -5,6 +5,7 @@ arithmetic is in fractions, so a third of 12 layers is 4. Experts, their sizes a
 named schedule: the paper leaves expert size open, and we treat it as part of the experts.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -102,7 +103,7 @@ def units(shape: Shape, methods: Methods) -> Units:
     """
     whole = methods.depth != "last" and not single_layers(methods)
     layers = pattern_period(shape.layer_types) if whole else 1
-    return Units(layers=layers, hidden=methods.round_to, experts=shape.groups)
+    return Units(layers=layers, hidden=math.lcm(methods.round_to, shape.hidden_multiple), experts=shape.groups)
 
 
 def single_layers(methods: Methods) -> bool:
@@ -133,6 +134,7 @@ def resolve(shape: Shape, keep: Keep, *, methods: Methods) -> Target:
     check_protected(methods.protect, replace(shape, mtp_layers=1))  # whether there is an MTP head, the plan will know
     period = pattern_period(shape.layer_types)
     multiples = dict.fromkeys(("hidden", "expert_size", "shared_size", "dense_size"), methods.round_to)
+    multiples |= {"hidden": math.lcm(methods.round_to, shape.hidden_multiple)}
     multiples |= {"layers": 1 if methods.allow_irregular else period, "experts": shape.groups}
     have = {axis: shape.count(axis) for axis in axes_of(shape)}
     for axis in AXES:
@@ -144,6 +146,8 @@ def resolve(shape: Shape, keep: Keep, *, methods: Methods) -> Target:
             counts[axis] = parse_kept(getattr(keep, axis), there, multiple_of=multiples.get(axis, 1))
         except RecipeError as problem:
             raise RecipeError(f"keep.{axis}: {problem}") from None
+    if problem := shape.width_problem(counts["hidden"]):
+        raise PlanError(f"keep.hidden: {problem}")
     check_depth(shape.layers, counts["layers"], period=period, methods=methods)
     _check_reachable(shape, counts.get("experts", 0), top_k=counts.get("top_k", 0), where="keep")
     check_protected_count(methods.protect, counts.get("experts", 0), shape=shape)

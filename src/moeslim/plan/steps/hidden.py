@@ -23,6 +23,8 @@ class CutHidden(PlanStep):
 
     def check(self, shape: Shape, *, top_k: int) -> None:
         in_range(self.kept, shape["hidden"], where="kept", what="channels")
+        if problem := shape.width_problem(len(self.kept)):
+            raise PlanError(f"kept: {problem}")
         norms = [row.name for row in hidden_norms(shape)]
         unknown = [name for name in self.scale if name not in norms]
         if unknown:
