@@ -72,22 +72,22 @@ def mixers(config: Mapping[str, Any], family: Family, *, layers: int) -> tuple[s
     return (family.mixers[0],) * layers if found is None else found
 
 
-def dense(config: Mapping[str, Any], family: Family, *, words: Sequence[str]) -> frozenset[int]:
-    """The numbers of the layers without routed experts, by the family's rule; `words` are their mixers."""
-    ffn, layers = family.ffn, range(len(words))
+def dense(config: Mapping[str, Any], family: Family, *, kinds: Sequence[str]) -> frozenset[int]:
+    """The numbers of the layers without routed experts, by the family's rule; `kinds` are their mixers."""
+    ffn, layers = family.ffn, range(len(kinds))
     if ffn.rule == "all":
         return frozenset()
     if ffn.rule == "mixer":
-        return frozenset(i for i, word in enumerate(words) if word != "moe")
+        return frozenset(i for i, word in enumerate(kinds) if word != "moe")
     if ffn.rule == "first":
         return frozenset(layers[: integer(config, ffn.key, default=ffn.default, least=0)])
     if ffn.rule == "list":
-        given = per_layer(config, ffn.key, rule=_first_dense(ffn), layers=len(words))
+        given = per_layer(config, ffn.key, rule=_first_dense(ffn), layers=len(kinds))
         assert given is not None
         return frozenset(i for i, word in enumerate(given) if word == "dense")
     if ffn.rule == "interval":
         first = integer(config, "moe_layer_start_index", default=1, least=0)
-        last = integer(config, "moe_layer_end_index", default=-1, least=-1) % len(words)
+        last = integer(config, "moe_layer_end_index", default=-1, least=-1) % len(kinds)
         step = integer(config, "moe_layer_interval", default=1)
         return frozenset(i for i in layers if (i + 1) % step or not first <= i <= last)
     step = integer(config, "decoder_sparse_step", default=1)
@@ -113,7 +113,7 @@ def write_dense(edited: dict[str, Any], family: Family, *, numbers: Collection[i
     elif ffn.rule == "interval":
         for step in (edited.get("moe_layer_interval") or 1, *range(1, layers + 1)) if moe else ():
             said = {"moe_layer_interval": step, "moe_layer_start_index": moe[0], "moe_layer_end_index": moe[-1]}
-            if dense(said, family, words=[""] * layers) == set(numbers):
+            if dense(said, family, kinds=[""] * layers) == set(numbers):
                 edited |= said
                 return
         raise ValueError("moe_layer_interval can only say that each n-th layer of a range has experts")

@@ -61,7 +61,7 @@ class Shape:
             family=family,
             sizes=sizes,
             layer_types=words,
-            dense_layers=dense(config, family, words=words) if experts else frozenset(range(layers)),
+            dense_layers=dense(config, family, kinds=words) if experts else frozenset(range(layers)),
             tied=bool(config.get("tie_word_embeddings", family.tied)),
             mtp_layers=int(family.mtp is not None),
             renormalise=_renormalise(config, family),

@@ -146,8 +146,8 @@ def resolve(shape: Shape, keep: Keep, *, methods: Methods) -> Target:
             counts[axis] = parse_kept(getattr(keep, axis), there, multiple_of=multiples.get(axis, 1))
         except RecipeError as problem:
             raise RecipeError(f"keep.{axis}: {problem}") from None
-    if problem := shape.width_problem(counts["hidden"]):
-        raise PlanError(f"keep.hidden: {problem}")
+    if reason := shape.width_problem(counts["hidden"]):
+        raise PlanError(f"keep.hidden: {reason}")
     check_depth(shape.layers, counts["layers"], period=period, methods=methods)
     _check_reachable(shape, counts.get("experts", 0), top_k=counts.get("top_k", 0), where="keep")
     check_protected_count(methods.protect, counts.get("experts", 0), shape=shape)
