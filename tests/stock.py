@@ -100,7 +100,7 @@ class Stock(nn.Module):
         """Norms over `hidden` channels get another eps."""
         for name, module in self.named_modules():
             if "norm" in name and getattr(module, "weight", torch.empty(0)).numel() == hidden:
-                module.variance_epsilon = eps
+                module.variance_epsilon = module.eps = eps
 
     @contextmanager
     def _in_float64(self) -> Iterator[None]:

@@ -23,10 +23,13 @@ from moeslim.families import Shape, count, forward_operations
 from moeslim.families.config import edit_config
 from moeslim.model.load import load_student
 from moeslim.model.walk import WalkSettings
-from moeslim.plan.budget import Budget, resized
+from moeslim.plan.budget import Budget, candidates, resized
 from moeslim.plan.footprint import Footprints
 from moeslim.plan.importance import dense_neuron_importance
+from moeslim.plan.schedule import resolve
 from moeslim.plan.steps import CutExpertSize, CutHidden, DropLayers
+from moeslim.plan.view import View
+from moeslim.recipe import Keep, Methods
 from moeslim.stats import LayerStats
 from stock import Stock
 from tiny import DENSE, tiny_config, tiny_shape, write_tiny
@@ -35,6 +38,8 @@ __all__ = ["moeslim"]  # a fixture
 
 pytestmark = pytest.mark.bits("a cut copies values, keep-all copies all of them")
 
+LIVE = [family for family in DENSE if family != "gemma3_text"]
+"""Without the one whose embedding multiplies: a walk takes the vectors as they are in the file."""
 CHANNELS = tuple(c for c in range(16) if c not in (0, 6, 7, 13))
 LLAMA_8B = {
     "model_type": "llama",
@@ -90,6 +95,7 @@ def test_the_page_is_what_transformers_saves(tmp_path: Path, family: str, change
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
+        ("gemma3_text", {}, ["sliding_attention", "full_attention"] * 2),
         ("qwen2", {}, ["full_attention"] * 2 + ["sliding_attention"] * 2),
         ("qwen2", {"use_sliding_window": False}, ["full_attention"] * 4),
         ("qwen3", {}, ["full_attention"] * 4),
@@ -131,12 +137,14 @@ def test_random_models_open_in_transformers(tmp_path: Path, family: str) -> None
     assert verify(folder).ok
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
-    student = load_student(folder, dtype=torch.float64).eval()
+    oracle = Stock(folder).run(TOKENS)
     with torch.no_grad():
-        logits, found = model(TOKENS).logits, student.hidden(TOKENS) @ student.head.T
-    assert logits.std() > 0.1, "a model whose logits are all alike proves nothing"
-    assert (found - logits).abs().max() < 1e-4
-    assert (found - Stock(folder).run(TOKENS)).abs().max() < 1e-4
+        logits = model(TOKENS).logits
+        assert logits.std() > 0.1, "a model whose logits are all alike proves nothing"
+        assert (oracle - logits).abs().max() < 1e-4
+        if family in LIVE:
+            student = load_student(folder, dtype=torch.float64).eval()
+            assert (oracle - student.hidden(TOKENS) @ student.head.T).abs().max() < 1e-4
 
 
 # ---- cuts
@@ -191,6 +199,41 @@ def test_hidden(source: Path, tmp_path: Path) -> None:
     assert (cut.run(TOKENS) - whole).abs().max() > 1e-9
     cut.set_hidden_eps(1e-6 * 16 / 12, 12)
     assert (cut.run(TOKENS) - whole).abs().max() < 1e-11
+
+
+def test_a_class_that_multiplies_by_its_width_gets_it_back(tmp_path: Path) -> None:
+    """Gemma's embedding x sqrt(16) becomes x sqrt(12): the table takes sqrt(16/12), the norm before the tied head its
+    inverse; moments take nothing, and two cuts multiply."""
+    source = write_tiny(tmp_path / "model", family="gemma3_text", form={"dtype": "float64"})
+    step, was = CutHidden(kept=CHANNELS), tensors(source)
+    now = tensors(cut_by(source, tmp_path / "out", step))
+    factor, ids = math.sqrt(16 / 12), list(CHANNELS)
+    embedding, norm = "model.embed_tokens.weight", "model.norm.weight"
+    assert torch.allclose(now[embedding], was[embedding][:, ids] * factor, rtol=1e-15, atol=0)
+    assert torch.allclose(1 + now[norm], (1 + was[norm][ids]) / factor, rtol=1e-14, atol=0)
+    view = View.whole(Shape.from_config(json.loads((source / "config.json").read_text())))
+    twice = CutHidden(kept=tuple(range(8))).apply(step.apply(view))
+    assert twice.scale[embedding] == pytest.approx(math.sqrt(2)) == pytest.approx(1 / twice.scale[norm])
+    assert step.for_moments().apply(view).scale == {}
+    assert step.for_moments().apply(view).count("hidden") == 12
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "hidden", "message"),
+    [
+        ("llama", {}, 10, r"10 channels are no multiple of 4 \(heads\).*keep 8"),
+        ("phi3", {"rope_scaling": {"type": "longrope"}}, 12, "phi3 keeps all 16 channels.*rope_scaling"),
+        ("olmoe", {}, 12, "olmoe keeps all 16 channels.*norm of all queries"),
+    ],
+)
+def test_widths_that_a_class_cannot_have(family: str, changes: dict[str, Any], hidden: int, message: str) -> None:
+    shape = tiny_shape(family, **changes)
+    with pytest.raises(PlanError, match=f"keep.hidden: {message}"):
+        resolve(shape, Keep(hidden=hidden), methods=Methods())
+    with pytest.raises(PlanError, match=message):
+        CutHidden(kept=tuple(range(hidden))).check(shape, top_k=2)
+    assert all(shape.width_problem(each["hidden"]) is None for each in candidates(shape, {}))
+    assert resolve(tiny_shape("llama"), Keep(hidden="60%"), methods=Methods(round_to=2)).hidden == 8  # not 10
 
 
 def test_keeping_everything_is_bit_identical_and_cuts_compose(source: Path, tmp_path: Path) -> None:
@@ -257,7 +300,7 @@ def test_a_bare_config_gives_servable_shapes(tmp_path: Path) -> None:
 # ---- verbs
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", LIVE)
 def test_what_needs_experts_is_refused_in_one_sentence(moeslim: Command, tmp_path: Path, family: str) -> None:
     model = write_tiny(tmp_path / "model", family=family, vocab_size=2048, form={"tokenizer_from": TOKENIZER})
     data = ["--data", write_text(tmp_path / "text.jsonl")]
@@ -269,7 +312,7 @@ def test_what_needs_experts_is_refused_in_one_sentence(moeslim: Command, tmp_pat
     assert "has no routed experts" in moeslim.fails("probe", model, tmp_path / "out", *data, *settings(*SMALL)).err
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", LIVE)
 def test_the_command_line_from_prune_to_distill(moeslim: Command, tmp_path: Path, family: str) -> None:
     """Depth and width by statistics, under a bound of memory; trained against the uncut model, and measured."""
     model = write_tiny(tmp_path / "model", family=family, vocab_size=2048, form={"tokenizer_from": TOKENIZER})
@@ -289,7 +332,7 @@ def test_the_command_line_from_prune_to_distill(moeslim: Command, tmp_path: Path
     assert "Bits per byte" in told
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", LIVE)
 def test_statistics_of_a_walk(tmp_path: Path, family: str) -> None:
     """Inputs and outputs of the layers are those of transformers' own model."""
     folder = write_tiny(tmp_path / "model", family=family)

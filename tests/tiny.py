@@ -161,6 +161,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 DENSE: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
+    "gemma3_text": _dense(
+        "gemma3_text",
+        "Gemma3",
+        hidden_activation="gelu_pytorch_tanh",
+        sliding_window=6,
+        sliding_window_pattern=2,
+        tie_word_embeddings=True,
+    ),
     "mistral": _dense("mistral", "Mistral", sliding_window=6),
     "olmo2": _dense("olmo2", "Olmo2"),
     "phi3": _dense("phi3", "Phi3"),

@@ -5,6 +5,7 @@ from typing import Any
 
 from moeslim.errors import FamilyError
 from moeslim.families import (
+    gemma3_text,
     glm4_moe,
     llama,
     mistral,
@@ -22,7 +23,7 @@ from moeslim.families.spec import Family
 
 _PAGES = (
     *(qwen3_next, qwen3_moe, glm4_moe, olmoe, qwen2_moe),
-    *(llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3),
+    *(gemma3_text, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3),
 )
 FAMILIES: dict[str, Family] = {page.SPEC.model_type: page.SPEC for page in _PAGES}
 

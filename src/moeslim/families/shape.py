@@ -109,7 +109,7 @@ class Shape:
             return None
         for key, reason in self.family.fixed_width.items():
             if not key or key in self.flags:
-                return f"a {self.family.model_type} keeps all {self['hidden']} channels: {reason}"
+                return f"{self.family.model_type} keeps all {self['hidden']} channels: {reason}"
         if hidden % self.hidden_multiple:
             unit, axis = self.hidden_multiple, self.family.hidden_multiple
             return (

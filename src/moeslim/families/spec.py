@@ -180,7 +180,8 @@ class Family:
     `lists` are the config's lists with an entry per layer, which a cut of depth cuts too; None: no rule makes one.
 
     `fixed_width` says why channels cannot be cut, by the config key with which that is so, "" for always. The number of
-    channels must be a multiple of the size of the axis `hidden_multiple`, if any.
+    channels must be a multiple of the size of the axis `hidden_multiple`, if any. `multiplied` names tensors (as in
+    `parts`) whose output the class multiplies with a power of the number of channels, and the power.
 
     `router` is how a router makes scores of its logits: "softmax" over all experts, "sigmoid" of each. A
     `correction_bias` is added to the scores for choosing and not for weighing. `renormalise`: whether the chosen ones'
@@ -198,6 +199,7 @@ class Family:
     mixer_key: str = "layer_types"
     fixed_width: Mapping[str, str] = field(default_factory=dict)
     hidden_multiple: str | None = None
+    multiplied: Mapping[str, float] = field(default_factory=dict)
     tied: bool = False  # whether a config without tie_word_embeddings means one matrix
     router: str = "softmax"
     renormalise: bool | tuple[str, bool] = True
