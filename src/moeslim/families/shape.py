@@ -281,6 +281,8 @@ def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
         else:
             given = {} if absent else {key: config[key]}
             sizes[axis] = integer(given, key, default=None if isinstance(default, str) else default)
+    if "experts" not in sizes:
+        sizes = {axis: size for axis, size in sizes.items() if axis not in ("expert_size", "top_k")}
     return {**sizes, **_derived(family, sizes)}
 
 
