@@ -34,7 +34,7 @@ class Stock(nn.Module):
         weights: dict[str, torch.Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             weights |= {name: tensor.double() for name, tensor in load_file(file).items()}
-        weights = stacked(weights, config.num_local_experts)
+        weights = stacked(weights, getattr(config, "num_local_experts", getattr(config, "num_experts", 0)))
         weights = {name.replace(".block_sparse_moe.", ".mlp."): tensor for name, tensor in weights.items()}
         behind = f"model.layers.{config.num_hidden_layers}."
         head = {name.removeprefix(behind): weights.pop(name) for name in list(weights) if name.startswith(behind)}
@@ -87,9 +87,10 @@ class Stock(nn.Module):
                 gate.forward = masked_router(gate, gone)
 
     def mask_neurons(self, key: str, expert: int | None, kept: Sequence[int]) -> None:
-        """All other neurons of an expert (None: the shared one) give 0."""
+        """All other neurons of an expert (None: the shared one, or a dense layer) give 0."""
         mlp = self.layer(key).mlp
-        down = mlp.shared_experts.down_proj.weight if expert is None else mlp.experts.down_proj[expert]
+        shared = next((getattr(mlp, name) for name in ("shared_experts", "shared_expert") if hasattr(mlp, name)), mlp)
+        down = shared.down_proj.weight if expert is None else mlp.experts.down_proj[expert]
         if expert is not None and mlp.experts.is_transposed:
             down = down.T
         gone = torch.ones(down.shape[1], dtype=torch.bool)
@@ -107,7 +108,7 @@ class Stock(nn.Module):
         """Norms over `hidden` channels get another eps."""
         for name, module in self.named_modules():
             if "norm" in name and getattr(module, "weight", torch.empty(0)).numel() == hidden:
-                module.variance_epsilon = eps
+                module.variance_epsilon = module.eps = eps
 
     @contextmanager
     def _in_float64(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from moeslim.plan.budget import CONTEXT, Budget, axis_weights, proposals
 from moeslim.plan.carried import carried
 from moeslim.plan.engines import FAST_EXPERTS
 from moeslim.plan.footprint import ROW, Footprints
-from moeslim.plan.schedule import AXES, Target
+from moeslim.plan.schedule import Target, axes_of
 from moeslim.plan.training import Gpus, TrainingPlan, largest_memory, price
 from moeslim.recipe import Methods
 from moeslim.stats import LayerStats, NormStats, Stats
@@ -198,7 +198,7 @@ def test_axes_that_are_named_stay_where_they_are_put() -> None:
         (256, 9, 384)
     }
     (alone,) = proposals(WHOLE, Budget(), pinned={"layers": 36})
-    assert alone.counts == {axis: WHOLE.sizes.get(axis, 36) for axis in AXES}
+    assert alone.counts == {axis: WHOLE.sizes.get(axis, 36) for axis in axes_of(WHOLE)}
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def test_a_proposal_becomes_a_plan(moeslim: Command, tmp_path: Path) -> None:
         assert f"{out}: " in answer.out
         made, wanted = read_plan(out), record["proposals"][number - 1]["shape"]
         after = final_shape(made, tiny_shape(torch_dtype="float32"))
-        assert {axis: after.count(axis) for axis in AXES} == wanted
+        assert {axis: after.count(axis) for axis in axes_of(after)} == wanted
 
 
 @pytest.mark.parametrize(

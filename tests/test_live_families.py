@@ -63,11 +63,15 @@ class Direct:
         block.experts.register_forward_hook(
             lambda _m, inputs, _o: seen.update(zip(("x", "ids", "gates"), inputs, strict=True))
         )
-        shared = getattr(block, "shared_experts", None)
+        shared = getattr(block, "shared_experts", getattr(block, "shared_expert", None))
         if shared is not None:
-            shared.down_proj.register_forward_hook(lambda _m, inputs, _o: seen.update(shared=inputs[0].flatten(0, 1)))
+            shared.down_proj.register_forward_hook(lambda _m, inputs, _o: seen.update(shared=inputs[0]))
         stock.run(TOKENS)
-        self.block, self.shared = block, seen.get("shared")
+        self.block, self.shared = block, None
+        if shared is not None:
+            self.shared = seen["shared"].flatten(0, -2)
+            gate = getattr(block, "shared_expert_gate", None)
+            self.shared = self.shared if gate is None else gate(seen["x"]).sigmoid() * self.shared
         self.x, self.ids, self.gates, self.logits = (seen[name] for name in ("x", "ids", "gates", "logits"))
         sigmoid = hasattr(stock.router(key), "e_score_correction_bias")
         scores = self.logits.sigmoid() if sigmoid else self.logits.softmax(-1)
@@ -120,7 +124,7 @@ def test_statistics_equal_a_direct_computation(tmp_path: Path, family: str) -> N
         direct, found = Direct(folder, key), stats.layers[key]
         for name, expected in direct.sums().items():
             np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-4, atol=1e-5, err_msg=f"{key} {name}")
-        if direct.shared is not None:  # an ungated shared expert counts every token whole
+        if direct.shared is not None:  # an ungated shared expert counts every token whole, a gated one by its gate
             np.testing.assert_allclose(found.neuron_shared_sum, direct.shared.abs().sum(0), rtol=1e-4)
     assert stats.layers["0"].is_moe == (family != "glm4_moe")
     assert ("mtp.0" in stats.layers) == (family == "glm4_moe")
@@ -187,11 +191,12 @@ def test_the_command_line_from_prune_to_distill(moeslim: Command, tmp_path: Path
     data = ["--data", write_text(tmp_path / "text.jsonl")]
     moeslim("probe", model, tmp_path / "probe", *data, *settings(*SMALL, "calibrate.sequences=16"))
     cut = tmp_path / "cut"
-    said = moeslim("prune", model, cut, "--experts", "50%", "--hidden", 12, *data, *settings(*SMALL, *MEASURE)).out
+    width = 16 if PAGES[family].fixed_width else 12
+    said = moeslim("prune", model, cut, "--experts", "50%", "--hidden", width, *data, *settings(*SMALL, *MEASURE)).out
     assert "calibrated on" in said
     assert verify(cut).ok
     shape = Reader(cut).shape
-    assert (shape["experts"], shape["hidden"], shape.mtp_layers) == (4, 12, int(heads))
+    assert (shape["experts"], shape["hidden"], shape.mtp_layers) == (4, width, int(heads))
     out = tmp_path / "trained"
     more = settings(*SMALL, *TRAIN, "distill.micro_rows=1", "distill.alpha=0.01")
     record = moeslim("distill", cut, out, "--teacher", model, *data, *more, "--json").json

@@ -137,7 +137,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ),
         (
             "model: m\ndistill:\n  train_only: [rooter]",
-            "line 3: distill.train_only.0: Input should be 'embedding', 'head', 'norm', 'attention', 'deltanet', 'r",
+            "line 3: distill.train_only.0: Input should be 'embedding', 'head', 'norm', 'attention', 'mla', 'd",
         ),
         ("model: m\ndistill:\n  parts: {rooter: {}}", "line 3: distill.parts.rooter: Input should be 'embedding', 'h"),
         (

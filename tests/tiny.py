@@ -150,6 +150,51 @@ _GPT_OSS: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "initializer_range": 0.3,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "use_cache": True,
+}
+
+_QWEN2_MOE: dict[str, Any] = {
+    **{k: v for k, v in _QWEN3_MOE.items() if k != "attention_bias"},
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "shared_expert_intermediate_size": 24,
+    "qkv_bias": True,
+    "use_sliding_window": False,
+}
+
+_OLMOE: dict[str, Any] = {
+    **{k: v for k, v in _QWEN3_MOE.items() if k not in ("moe_intermediate_size", "decoder_sparse_step")},
+    "architectures": ["OlmoeForCausalLM"],
+    "model_type": "olmoe",
+    "intermediate_size": 12,
+    "head_dim": 4,
+}
+
+
+def _dense(model_type: str, class_name: str, **changes: Any) -> dict[str, Any]:
+    return {**_LLAMA, "model_type": model_type, "architectures": [f"{class_name}ForCausalLM"], **changes}
+
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": _QWEN3_NEXT,
@@ -157,12 +202,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": _GLM4_MOE,
     "mixtral": _MIXTRAL,
     "gpt_oss": _GPT_OSS,
+    "qwen2_moe": _QWEN2_MOE,
+    "olmoe": _OLMOE,
 }
+DENSE: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "gemma3_text": _dense(
+        "gemma3_text",
+        "Gemma3",
+        hidden_activation="gelu_pytorch_tanh",
+        sliding_window=6,
+        sliding_window_pattern=2,
+        tie_word_embeddings=True,
+    ),
+    "mistral": _dense("mistral", "Mistral", sliding_window=6),
+    "olmo2": _dense("olmo2", "Olmo2"),
+    "phi3": _dense("phi3", "Phi3"),
+    "qwen2": _dense("qwen2", "Qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=2),
+    "qwen3": _dense("qwen3", "Qwen3"),
+    "smollm3": _dense("smollm3", "SmolLM3", no_rope_layer_interval=2, tie_word_embeddings=True),
+}
+"""Families without routed experts."""
 
 
 def tiny_config(family: str = "qwen3_next", **changes: Any) -> dict[str, Any]:
     """A raw config.json of a few thousand parameters; a changed depth or interval gets its `layer_types`."""
-    config = {**{**FAMILIES, **OTHERS}[family], **changes}
+    config = {**(FAMILIES | OTHERS | DENSE)[family], **changes}
     hybrid = "full_attention_interval" in config
     if hybrid and "layer_types" not in changes and {"num_hidden_layers", "full_attention_interval"} & changes.keys():
         interval = config["full_attention_interval"]

@@ -30,8 +30,10 @@ def sample_positions(tokens: int, *, experts: int, top_k: int) -> np.ndarray:
     """Which of all calibration tokens every expert is run on: one in each whole block of ceil(20 E / K), at least one.
 
     Blocks are longer where that would be more than 4096. With s of them, s E <= 0.05 tokens K. The place in the block
-    moves by the golden ratio, for an even step could fall on the same position of every sequence.
+    moves by the golden ratio, for an even step could fall on the same position of every sequence. None without experts.
     """
+    if not experts:
+        return np.empty(0, dtype=np.int64)
     block = max(-(-SAMPLE_SHARE * experts // top_k), -(-tokens // SAMPLE_MOST))
     if tokens < block:
         return np.array([int(_GOLDEN * tokens)])

@@ -21,8 +21,8 @@ _LARGEST_BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Packed(Entry):
-    """A packed tensor as it is read: bf16 of the whole shape. `parts` are the stored tensors that hold it, by `Stored`'s
-    words, and `names` what those are called.
+    """A packed tensor as it is read: bf16 of the whole shape. `parts` are the stored tensors that hold it, by the
+    words of `Stored`, and `names` what those are called.
 
     `start` and `end` are no place in a file: they say how many bytes its values take in bf16.
     """

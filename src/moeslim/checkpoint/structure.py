@@ -92,8 +92,8 @@ def _structure(folder: Path, config: dict[str, Any]) -> Structure:
         refuse_unexplained(text, folder)
     formats = {} if quantisation is None else quantisation.packed(text)
     headers = plain_headers(text, formats)
-    if not any(shape.is_moe(key) for key in shape.trunk_keys):
-        raise CheckpointError(f"{folder}: the config makes every layer dense; there are no experts to work on")
+    if shape["experts"] and not any(shape.is_moe(key) for key in shape.trunk_keys):
+        raise CheckpointError(f"{folder}: the config names {shape['experts']} experts and makes every layer dense")
     shape = shape.with_present(headers)
     found = detect(headers, shape)
     trunk = found.get("trunk", shape.family.layouts[0])

@@ -87,6 +87,7 @@ def plan(
     experts: Kept = None,
     expert_size: Kept = None,
     shared_size: Kept = None,
+    dense_size: Kept = None,
     top_k: Kept = None,
     settings: Settings = None,
     as_json: AsJson = False,
@@ -97,9 +98,8 @@ def plan(
     """
     from moeslim.commands import files, propose
 
-    keep = options.kept(
-        layers=layers, hidden=hidden, experts=experts, expert_size=expert_size, shared_size=shared_size, top_k=top_k
-    )
+    sizes = {"expert_size": expert_size, "shared_size": shared_size, "dense_size": dense_size}
+    keep = options.kept(layers=layers, hidden=hidden, experts=experts, **sizes, top_k=top_k)
     budget = propose.Budget.parse(target=target, memory=memory, speedup=speedup, precision=precision)
     priced = cost or (tokens, gpus, gpu) != (None, None, None)
     machines = propose.Machines.parse(tokens, gpus=gpus, gpu=gpu) if priced else None
@@ -142,6 +142,7 @@ def prune(
     hidden: Kept = None,
     expert_size: Kept = None,
     shared_size: Kept = None,
+    dense_size: Kept = None,
     top_k: Kept = None,
     data: DataOption = None,
     settings: Settings = None,
@@ -154,9 +155,8 @@ def prune(
     from moeslim import pipeline
     from moeslim.commands import describe
 
-    keep = options.kept(
-        layers=layers, hidden=hidden, experts=experts, expert_size=expert_size, shared_size=shared_size, top_k=top_k
-    )
+    sizes = {"expert_size": expert_size, "shared_size": shared_size, "dense_size": dense_size}
+    keep = options.kept(layers=layers, hidden=hidden, experts=experts, **sizes, top_k=top_k)
     settings = options.bounded(settings, max_memory)
     preview = describe.preview(model, keep=keep, overrides=settings)
     if not as_json:

@@ -19,9 +19,10 @@ _NAMES = {
     "hidden": "channels",
     "expert_size": "neurons per expert",
     "shared_size": "neurons in the shared expert",
+    "dense_size": "neurons per dense layer",
     "top_k": "experts per token",
 }
-_SIZES = ("hidden", "experts", "top_k", "expert_size", "shared_size", "vocab")
+_SIZES = ("hidden", "experts", "top_k", "expert_size", "shared_size", "dense_size", "vocab")
 
 
 def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
@@ -163,10 +164,13 @@ def _inspect_lines(record: Mapping[str, Any]) -> list[str]:
     kinds = " + ".join(f"{number} {kind}" for kind, number in record["layer_types"].items())
     total, mtp = record["parameters"], record["mtp_parameters"]
     shared = f"shared expert of {record['shared_size']}" if record["shared_size"] else "no shared expert"
+    mlp = f"dense layers of {record['dense_size']} neurons, no routed experts"
+    if record["experts"]:
+        routed = f"{record['experts']} routed experts of {record['expert_size']} per layer"
+        mlp = f"{routed}, {record['top_k']} per token, {shared}"
     lines = [
         f"{record['model']}: {record['model_type']}, {record['layers']} layers ({kinds}), hidden {record['hidden']}",
-        f"{record['experts']} routed experts of {record['expert_size']} per layer, {record['top_k']} per token, "
-        f"{shared}, vocabulary {record['vocab']}",
+        f"{mlp}, vocabulary {record['vocab']}",
         f"parameters: {amount(total)}, active {amount(record['active'])} (embedding and head counted whole)",
     ]
     if record.get("mtp") is False:
@@ -178,11 +182,8 @@ def _inspect_lines(record: Mapping[str, Any]) -> list[str]:
     for name, parameters in record["components"].items():
         lines.append(f"  {name:<{width}}  {amount(parameters):>10}  {100 * parameters / total:5.1f} %")
     if "bytes" in record:
-        facts = [
-            f"{record['bytes'] / _GIGA:.3f} GB",
-            "/".join(record["dtypes"]),
-            f"experts {record['layouts']['trunk']}",
-        ]
+        facts = [f"{record['bytes'] / _GIGA:.3f} GB", "/".join(record["dtypes"])]
+        facts += [f"experts {record['layouts']['trunk']}"] if record["experts"] else []
         if record["untouched_bytes"]:
             facts.append(f"{storage(record['untouched_bytes'])} of it beside the text model, copied as it is")
         lines.append(f"files: {record['files']}, {', '.join(facts)}")

@@ -11,7 +11,7 @@ from moeslim.commands.inputs import model_folder
 from moeslim.commands.settings import device, prepare, stage_targets, target_shape
 from moeslim.families import STACKED, Shape, forward_operations, table, training_operations
 from moeslim.machine.gpus import device_peak, measured_rate, peak_of
-from moeslim.plan.schedule import NAMED, StageTarget
+from moeslim.plan.schedule import AXES, NAMED, StageTarget
 from moeslim.plan.training import UTILISATION
 from moeslim.recipe import Recipe
 
@@ -193,9 +193,8 @@ def _seconds(teraflops: float, rate: float) -> float:
 def _lines(record: Mapping[str, Any], *, known: str) -> list[str]:
     before, costs = record["before"], record["costs"]
     lines = [f"source: {amount(before['parameters'])} parameters, {amount(before['active'])} active"]
-    axes = ("layers", "hidden", "experts", "expert_size", "shared_size", "top_k")
     for number, stage in enumerate(record["stages"], start=1):
-        shape = ", ".join(f"{axis} {stage[axis]}" for axis in axes if stage[axis] is not None)
+        shape = ", ".join(f"{axis} {stage[axis]}" for axis in AXES if stage[axis] is not None)
         sizes = f"{amount(stage['parameters'])} parameters, {amount(stage['active'])} active"
         lines.append(f"stage {number}: {shape}; {sizes}, {stage['tokens']:,} tokens; {_cost(stage)}")
     if record["random_init"]:

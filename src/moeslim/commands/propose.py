@@ -167,9 +167,11 @@ def _proposal_facts(proposal: Proposal, before: Footprint, *, shape: Shape) -> d
 
 def _table(shown: Sequence[Mapping[str, Any]], before: Footprint) -> list[list[str]]:
     """One row per proposal; the first row is the head, the second the model as it is."""
-    sizes = [axis for axis in ("expert_size", "shared_size") if any(axis in each["keep"] for each in shown)]
+    always = ("layers", "hidden", "experts", "top_k")
+    there = shown[0]["shape"]
+    axes = [axis for axis in always if axis in there]
+    axes += [axis for axis in there if axis not in always and any(axis in each["keep"] for each in shown)]
     idle = {"+ MTP head": not before.mtp, "state": not before.state}
-    axes = ["layers", "hidden", "experts", "top_k", *sizes]
     head = ["", *(axis.replace("_", " ") for axis in axes), "total", "active", "+ MTP head", "bf16", "fp8 ~", "int4 ~"]
     head += ["cache/1k", "state", "GFLOP/token", "fewer", "cost"]
     rows = [head, ["model", *[""] * len(axes), *_cells(_sizes(before)), "", ""]]
@@ -208,7 +210,7 @@ def _lines(record: Mapping[str, Any], *, recipe: Recipe, machines: Machines | No
     found = f"{record['meeting']} shapes meet it" if record["meeting"] > 1 else "one shape meets it"
     known = "if there is one: a bare config does not say" if record["mtp"] is None else "as the weights have it"
     head = f"with the MTP head ({known}); " if record["before"]["mtp_parameters"] else ""
-    state = "state: DeltaNet, per sequence; " if record["before"]["state_bytes"] else ""
+    state = "state: what a sequence takes however long it is; " if record["before"]["state_bytes"] else ""
     lines = [
         f"{found}, the best {len(shown)} above; cost: what the cut takes away, by the rules",
         f"bytes: {head}fp8 and int4 are estimates, moeslim writes bf16; cache: keys and values of {_CACHE_TOKENS} "

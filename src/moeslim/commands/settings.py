@@ -6,7 +6,7 @@ from typing import Any
 
 from moeslim.errors import RecipeError
 from moeslim.families import Shape
-from moeslim.families.config import check_first_layer
+from moeslim.families.config import check_layers
 from moeslim.plan.budget import resized
 from moeslim.plan.grouping import needs_search
 from moeslim.plan.schedule import StageTarget, Target, axes_of, resolve, stages, units
@@ -43,7 +43,7 @@ def target_shape(shape: Shape, target: Target) -> Shape:
     """
     counts = {axis: getattr(target, axis) for axis in axes_of(shape)}
     after = resized(shape, {axis: count for axis, count in counts.items() if count is not None})
-    check_first_layer(after)
+    check_layers(after)
     return after
 
 

@@ -101,11 +101,19 @@ def activations(case: MemoryCase, settings: TrainSettings, *, whole: bool) -> in
 
 def _kept(shape: Shape, key: str) -> int:
     """Values per token of a layer: the normed input of both halves; of attention its queries, keys, values and result
-    before and after the gate, of DeltaNet what its convolution, its gate and its output projection get; of the MLP what
-    the down projections get, and gate and up before them."""
-    if shape.mixer(key) == "linear_attention":
+    before and after the gate, of DeltaNet, Mamba and convolutions what the convolution, the gate and the output
+    projection get; of the MLP what the down projections get, and gate and up before them."""
+    kind, mixer = shape.kind(key), 0
+    if kind == "deltanet":
         mixer = 2 * shape["key_heads"] * shape["key_dim"] + 3 * shape["value_heads"] * shape["value_dim"]
-    else:
+    elif kind == "mamba":
+        mixer = 3 * shape["mamba_heads"] * shape["mamba_dim"] + 2 * shape["mamba_groups"] * shape["state"]
+    elif kind == "conv":
+        mixer = 4 * shape["hidden"]
+    elif kind == "mla":
+        mixer = 2 * shape["heads"] * (shape["nope_dim"] + shape["rope_dim"] + shape["v_dim"])
+        mixer += shape["kv_lora"] + shape.sizes.get("q_lora", 0)
+    elif kind == "attention":
         mixer = (3 * shape["heads"] + 2 * shape["kv_heads"]) * shape["head_dim"]
     if shape.is_moe(key):
         mlp = shape["top_k"] * (shape["hidden"] + 3 * shape["expert_size"]) + 3 * shape.sizes.get("shared_size", 0)

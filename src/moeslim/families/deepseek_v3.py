@@ -1,6 +1,6 @@
 """DeepSeek-V3, R1, Moonlight, Kimi K2 (K2.5 beside vision): MLA, a router with groups, GLM-4.5's form of MTP head."""
 
-from moeslim.families.spec import Family, Mtp, Wrapper, keys, sections
+from moeslim.families.spec import Family, Ffn, Mtp, Wrapper, keys, sections
 
 SPEC = Family(
     model_type="deepseek_v3",
@@ -51,7 +51,7 @@ SPEC = Family(
             head       model.layers.{L}.shared_head.head.weight  vocab, hidden  if present
     """),
     expert_prefix="mlp.experts",
-    first_dense=("first_k_dense_replace", 3),
+    ffn=Ffn("first", "first_k_dense_replace", 3),
     router="sigmoid",
     renormalise=("norm_topk_prob", True),
     mtp=Mtp("model.layers.{L}.", "", "eh_proj", "enorm", "hnorm", "shared_head.norm"),

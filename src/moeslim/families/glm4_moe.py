@@ -4,7 +4,7 @@ The MTP head is one more layer behind the trunk's last, so its names move with t
 [embedding; hidden]. Files may hold the trunk's embedding and head a second time inside it.
 """
 
-from moeslim.families.spec import Family, Mtp, keys, sections
+from moeslim.families.spec import Family, Ffn, Mtp, keys, sections
 
 SPEC = Family(
     model_type="glm4_moe",
@@ -53,7 +53,7 @@ SPEC = Family(
             head       model.layers.{L}.shared_head.head.weight  vocab, hidden  if present
     """),
     expert_prefix="mlp.experts",
-    first_dense=("first_k_dense_replace", 1),
+    ffn=Ffn("first", "first_k_dense_replace", 1),
     router="sigmoid",
     renormalise=("norm_topk_prob", True),
     mtp=Mtp("model.layers.{L}.", "", "eh_proj", "enorm", "hnorm", "shared_head.norm"),

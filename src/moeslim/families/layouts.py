@@ -138,7 +138,7 @@ def detect(headers: Mapping[str, Header], shape: Shape) -> dict[str, str]:
     found: dict[str, dict[str, frozenset[str]]] = {}
     family, marker, head = shape.family, f".{shape.family.expert_prefix}.", shape.prefix("mtp.0")
     others = {tensor.name for part in family.parts.values() for tensor in part}
-    for name in headers:
+    for name in headers if family.expert_prefix else ():
         tail = name.partition(marker)[2]
         if tail and f"{family.expert_prefix}.{tail}" not in others:
             subtree = "mtp" if head and name.startswith(head) else "trunk"

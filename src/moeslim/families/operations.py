@@ -5,9 +5,12 @@ kernel does besides, so that a share of a device's peak can only rise by going f
 
 - a matrix: 2 per value that the token meets (k of E routed experts); the embedding is a look-up and costs nothing;
 - attention: scores and their sum over values are 2 + 2 per head channel and earlier position, (T+1)/2 of them on the
-  average of a row of T (the masked half is left out);
+  average of a row of T (the masked half is left out), or fewer where a window slides; MLA's heads have one size for
+  scores and one for values;
 - DeltaNet: reading the state with k, writing the correction, reading with q: 6 dk dv per value head (Yang et al., arXiv
   2412.06464, equation 10, as a recurrence); what working in chunks adds is the kernel's own;
+- Mamba-2: writing to its state and reading from it, 4 values per head channel and state (Dao and Gu, arXiv 2405.21060);
+- convolutions: 2 per value of their kernels, which are counted with the matrices;
 - not counted: norms, activations, softmax, decay, the optimizer, and what activation checkpointing computes again.
 
 The backward pass computes each matrix product's two gradients: that of the input, and that of the weight if it is
@@ -44,13 +47,22 @@ def forward_operations(shape: Shape, *, length: int, subtree: str = "trunk") -> 
         met = row.parameters // shape["experts"] * shape["top_k"] if row.component == "experts" else row.parameters
         matrices[row.component] = matrices.get(row.component, 0) + 2 * met
     keys = shape.trunk_keys if subtree == "trunk" else shape.mtp_keys
-    return Forward(matrices, sum(_mixing(shape, shape.mixer(key), length=length) for key in keys))
+    return Forward(matrices, sum(_mixing(shape, key, length=length) for key in keys))
 
 
-def _mixing(shape: Shape, mixer: str, *, length: int) -> float:
-    if mixer == "linear_attention":
+def _mixing(shape: Shape, key: str, *, length: int) -> float:
+    kind = shape.kind(key)
+    if kind == "deltanet":
         return 6 * shape["value_heads"] * shape["key_dim"] * shape["value_dim"]
-    return 4 * shape["heads"] * shape["head_dim"] * (length + 1) / 2
+    if kind == "mamba":
+        return 4 * shape["mamba_heads"] * shape["mamba_dim"] * shape["state"]
+    if kind not in ("attention", "mla"):
+        return 0
+    window = min(shape.window(key) or length, length)
+    met = window - window * (window - 1) / (2 * length)  # positions, itself among them; (T+1)/2 without a window
+    if kind == "mla":
+        return 2 * shape["heads"] * (shape["nope_dim"] + shape["rope_dim"] + shape["v_dim"]) * met
+    return 4 * shape["heads"] * shape["head_dim"] * met
 
 
 def training_operations(

@@ -1,6 +1,6 @@
 """Qwen3.5 and 3.6 MoE: Qwen3-Next, DeltaNet's projections apart, all layers with experts, often beside vision."""
 
-from moeslim.families.spec import Family, Mtp, Wrapper, keys, sections
+from moeslim.families.spec import Family, Ffn, Mtp, PerLayer, Wrapper, keys, sections
 
 SPEC = Family(
     model_type="qwen3_5_moe",
@@ -14,7 +14,8 @@ SPEC = Family(
         value_heads linear_num_value_heads=32 value_dim linear_value_head_dim=128
     """),
     derived={"per_key": "value_heads // key_heads"},
-    default_interval=4,
+    lists={"layer_types": PerLayer("linear_attention", "full_attention", every=("full_attention_interval", 4))},
+    ffn=Ffn("all"),
     layer_prefix="model.layers.{l}.",
     parts=sections("""
         outer:

@@ -1,6 +1,6 @@
 """Qwen3-Next: Gated DeltaNet and gated attention layers, routed and shared experts, an MTP block of its own."""
 
-from moeslim.families.spec import Family, Mtp, keys, sections
+from moeslim.families.spec import Family, Mtp, PerLayer, keys, sections
 
 SPEC = Family(
     model_type="qwen3_next",
@@ -12,7 +12,7 @@ SPEC = Family(
         value_heads linear_num_value_heads=32 value_dim linear_value_head_dim=128
     """),
     derived={"per_key": "value_heads // key_heads"},
-    default_interval=4,
+    lists={"layer_types": PerLayer("linear_attention", "full_attention", every=("full_attention_interval", 4))},
     layer_prefix="model.layers.{l}.",
     parts=sections("""
         outer:

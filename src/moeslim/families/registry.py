@@ -4,10 +4,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeslim.errors import FamilyError
-from moeslim.families import deepseek_v3, glm4_moe, gpt_oss, mixtral, qwen3_5_moe, qwen3_moe, qwen3_next
+from moeslim.families import (
+    deepseek_v3,
+    gemma3_text,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_5_moe,
+    qwen3_moe,
+    qwen3_next,
+    smollm3,
+)
 from moeslim.families.spec import Family
 
-_PAGES = (qwen3_next, qwen3_moe, glm4_moe, qwen3_5_moe, deepseek_v3, mixtral, gpt_oss)
+_PAGES = (
+    *(qwen3_next, qwen3_moe, glm4_moe, qwen3_5_moe, deepseek_v3, mixtral, gpt_oss, olmoe, qwen2_moe),
+    *(gemma3_text, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3),
+)
 FAMILIES: dict[str, Family] = {page.SPEC.model_type: page.SPEC for page in _PAGES}
 
 

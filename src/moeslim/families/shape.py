@@ -1,18 +1,20 @@
 """A model's shape, read from a raw config.json and checked."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeslim.errors import FamilyError
+from moeslim.families.layers import MOST, dense, holds, integer, mixers, per_layer
 from moeslim.families.registry import family_of, text_config
 from moeslim.families.spec import Family
 
 RANKED_BY = 2
 """Experts whose scores rank a group, where a router chooses groups first."""
-_ABSURD = 1 << 31
 _MOST_LAYERS, _MOST_EXPERTS = 4096, 1 << 18
 """Of all layers together: ten times those of the largest models. Tables of names are made for each, in memory."""
+_LACKED = frozenset({"experts", "top_k", "expert_size", "dense_size"})
+"""Axes that a family may lack: their size is 0 then."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Shape:
     `renormalise`: whether a router divides the scores of the chosen experts by their sum.
     Logits are `logit_scale` times the head's product z, then `cap tanh(z / cap)` where there is a `logit_cap`.
     `flags` are the conditions of the family's tensors that hold: config keys that are true, names of tensors found.
+    `dense_layers` are those without routed experts, `lists` the config's further lists with an entry per layer.
     """
 
     family: Family
@@ -36,6 +39,7 @@ class Shape:
     flags: frozenset[str] = frozenset()
     logit_scale: float = 1.0
     logit_cap: float = 0.0
+    lists: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Shape":
@@ -45,23 +49,28 @@ class Shape:
         taken to be there: see `with_present`.
         """
         family = family_of(config)
-        tied = bool(config.get("tie_word_embeddings", False))
+        tied = bool(config.get("tie_word_embeddings", family.tied))
         config = _one_spelling(text_config(config), family)
-        sizes, layers = _sizes(config, family), _integer(config, "num_hidden_layers")
-        if layers > _MOST_LAYERS or layers * sizes["experts"] > _MOST_EXPERTS:
+        sizes, layers = _sizes(config, family), integer(config, "num_hidden_layers")
+        experts = sizes.get("experts", 0)
+        if layers > _MOST_LAYERS or layers * experts > _MOST_EXPERTS:
             raise FamilyError(
-                f"config.json: {layers:,} layers (num_hidden_layers) of {sizes['experts']:,} experts; at most "
+                f"config.json: {layers:,} layers (num_hidden_layers) of {experts:,} experts; at most "
                 f"{_MOST_LAYERS:,} layers and {_MOST_EXPERTS:,} experts in all of them can be worked on"
             )
+        words = mixers(config, family, layers=layers)
+        named = {family.mixer_key, family.ffn.key}
+        lists = {key: per_layer(config, key, rule=family.lists[key], layers=layers) for key in {*family.lists} - named}
         shape = cls(
             family=family,
             sizes=sizes,
-            layer_types=_layer_types(config, family, layers=layers),
-            dense_layers=_dense_layers(config, family, layers=layers),
+            layer_types=words,
+            dense_layers=dense(config, family, kinds=words) if experts else frozenset(range(layers)),
             tied=tied,
             mtp_layers=int(family.mtp is not None),
             renormalise=_renormalise(config, family),
-            flags=frozenset(condition for condition in family.conditions if _holds(config, condition)),
+            flags=frozenset(key for key in {*family.conditions, *family.fixed_width} if holds(config, key)),
+            lists={key: entries for key, entries in sorted(lists.items()) if entries is not None},
             **_logits(config, family),
         )
         shape._check()
@@ -73,11 +82,12 @@ class Shape:
         return len(self.layer_types)
 
     def __getitem__(self, axis: str) -> int:
-        return self.sizes[axis]
+        """The size of a named axis; 0 for experts, their size and the like where the model has none."""
+        return self.sizes.get(axis, 0) if axis in _LACKED else self.sizes[axis]
 
     def count(self, axis: str) -> int:
         """The size of a named axis, or the trunk's number of "layers"."""
-        return self.layers if axis == "layers" else self.sizes[axis]
+        return self.layers if axis == "layers" else self[axis]
 
     def resized(self, **sizes: int) -> "Shape":
         """The same model with other sizes of named axes, and of those that follow from them."""
@@ -90,12 +100,33 @@ class Shape:
             self,
             layer_types=tuple(self.layer_types[old] for old in kept),
             dense_layers=frozenset(new for new, old in enumerate(kept) if old in self.dense_layers),
+            lists={key: tuple(entries[old] for old in kept) for key, entries in self.lists.items()},
         )
 
     @property
     def trunk(self) -> "Shape":
         """The same model without its MTP head."""
         return replace(self, mtp_layers=0)
+
+    def width_problem(self, hidden: int) -> str | None:
+        """Why the model cannot be cut to `hidden` channels; None where it can."""
+        if hidden == self["hidden"]:
+            return None
+        for key, reason in self.family.fixed_width.items():
+            if not key or key in self.flags:
+                return f"{self.family.model_type} keeps all {self['hidden']} channels: {reason}"
+        if hidden % self.hidden_multiple:
+            unit, axis = self.hidden_multiple, self.family.hidden_multiple
+            return (
+                f"{hidden} channels are no multiple of {unit} ({axis}), and transformers' class needs one; "
+                f"keep {max(unit, hidden // unit * unit)}"
+            )
+        return None
+
+    @property
+    def hidden_multiple(self) -> int:
+        """What the number of channels must be a multiple of; 1 where it need not."""
+        return 1 if self.family.hidden_multiple is None else self[self.family.hidden_multiple]
 
     def with_present(self, names: Collection[str]) -> "Shape":
         """The same shape, knowing by all tensors' `names` whether there is an MTP head, and what else may be or not."""
@@ -144,6 +175,11 @@ class Shape:
         return tuple(key for key in self.layer_keys if self.is_moe(key))
 
     @property
+    def dense_keys(self) -> tuple[str, ...]:
+        """The layers with a dense MLP whose size is an axis, those of the MTP head last."""
+        return tuple(key for key in self.layer_keys if "dense_size" in self.sizes and self.ffn(key) == "dense")
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """What a walk visits, in order: the trunk's layers, its last norm ("norm"), the MTP head's layers."""
         return (*self.trunk_keys, "norm", *self.mtp_keys)
@@ -162,9 +198,28 @@ class Shape:
         """The token mixer of a layer: a word of `layer_types`."""
         return self.family.mtp_mixer if is_mtp(key) else self.layer_types[int(key)]
 
+    def kind(self, key: str) -> str:
+        """What the layer's token mixer is: attention, mla, deltanet, mamba or conv; "" where it has none."""
+        return self.family.kind(self.mixer(key))
+
+    def window(self, key: str) -> int | None:
+        """How many tokens a layer's attention meets at most; None where that is all of them.
+
+        Sliding are the layers whose word says so, or all where the family has no such word.
+        """
+        words = [word for word in self.family.mixers if "sliding" in word]
+        return self.sizes.get("window") if self.mixer(key) in words or not words else None
+
     def is_moe(self, key: str) -> bool:
-        """Whether the layer has routed experts (the MTP block always does)."""
-        return is_mtp(key) or int(key) not in self.dense_layers
+        """Whether the layer has routed experts (the MTP block of a model that has any always does)."""
+        return "experts" in self.sizes and (is_mtp(key) or int(key) not in self.dense_layers)
+
+    def ffn(self, key: str) -> str:
+        """The layer's part of the page behind its mixer: moe, dense, or "" where a layer is a mixer alone."""
+        if self.is_moe(key):
+            return "moe"
+        alone = self.family.ffn.rule == "mixer" and not is_mtp(key) and self.mixer(key) != "mlp"
+        return "" if alone else "dense"
 
     @property
     def period(self) -> int:
@@ -176,6 +231,8 @@ class Shape:
 
     def _check(self) -> None:
         key = self.family.key
+        if self["experts"] and not self["top_k"]:
+            raise FamilyError(f"config.json: {key('top_k')} is missing; it says how many experts a token is sent to")
         if self["top_k"] > self["experts"]:
             raise FamilyError(
                 f"config.json: {key('top_k')} is {self['top_k']} but there are {self['experts']} experts; "
@@ -197,7 +254,7 @@ class Shape:
                 f"{self['experts'] // self.groups} experts, which must hold the {self['top_k']} experts per token "
                 f"({key('top_k')})"
             )
-        if self["heads"] % self["kv_heads"]:
+        if "kv_heads" in self.sizes and self["heads"] % self["kv_heads"]:
             raise FamilyError(
                 f"config.json: {key('heads')} ({self['heads']}) must be a multiple of {key('kv_heads')} "
                 f"({self['kv_heads']})"
@@ -222,15 +279,19 @@ def _one_spelling(config: Mapping[str, Any], family: Family) -> Mapping[str, Any
 
 
 def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
-    """Every named axis, those that follow from others last."""
+    """Every named axis that there is, those that follow from others last."""
     sizes: dict[str, int] = {}
-    for axis, where in family.sizes.items():
-        key, default = where if isinstance(where, tuple) else (where, None)
-        if key.endswith("?") and config.get(key := key.removesuffix("?")) is None:
+    for axis, (key, default, nullable) in family.sizes.items():
+        absent = config.get(key) is None if nullable else key not in config
+        if nullable and (absent or not config[key]) and default is None:
             continue
-        if isinstance(default, str):
-            default = None if key in config else _rule(default, sizes)
-        sizes[axis] = _integer(config, key if default is None else (key, default))
+        if absent and isinstance(default, str):
+            sizes[axis] = _rule(default, sizes)
+        else:
+            given = {} if absent else {key: config[key]}
+            sizes[axis] = integer(given, key, default=None if isinstance(default, str) else default)
+    if "experts" not in sizes:
+        sizes = {axis: size for axis, size in sizes.items() if axis not in ("expert_size", "top_k")}
     return {**sizes, **_derived(family, sizes)}
 
 
@@ -244,23 +305,16 @@ def _logits(config: Mapping[str, Any], family: Family) -> dict[str, float]:
     value = config.get(key)
     if value is None:
         return {}
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _ABSURD:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST:
         raise FamilyError(f"config.json: {key} must be a number above 0, found {str(value)[:60]}")
     return {"logit_cap": float(value)} if how == "cap" else {"logit_scale": value if how == "times" else 1 / value}
 
 
-def _holds(config: Mapping[str, Any], condition: str) -> bool:
-    """Whether `KEY` or `not KEY` holds: yes is true, or a number above 0."""
-    value = config.get(condition.removeprefix("not "))
-    yes = value is True or (type(value) is int and value > 0)
-    return yes != condition.startswith("not ")
-
-
 def _rule(rule: str, sizes: Mapping[str, int]) -> int:
     """The value of "a", of "a // b", which must be whole, or of "a * b"."""
-    if " " not in rule:
-        return sizes[rule]
-    left, operation, right = rule.split()
+    left, operation, right = rule.split() if " " in rule else (rule, "", "")
+    if not operation:
+        return sizes[left]
     if operation == "*":
         return sizes[left] * sizes[right]
     if sizes[left] % sizes[right]:
@@ -268,42 +322,7 @@ def _rule(rule: str, sizes: Mapping[str, int]) -> int:
     return sizes[left] // sizes[right]
 
 
-def _integer(config: Mapping[str, Any], where: str | tuple[str, int], *, least: int = 1) -> int:
-    key, value = (where, config.get(where)) if isinstance(where, str) else (where[0], config.get(*where))
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _ABSURD:
-        found = "nothing" if value is None else repr(value)[:60]
-        raise FamilyError(
-            f"config.json: {key} must be a whole number of at least {least} and below {_ABSURD:,}, found {found}"
-        )
-    return value
-
-
-def _layer_types(config: Mapping[str, Any], family: Family, *, layers: int) -> tuple[str, ...]:
-    given = config.get("layer_types")
-    if given is None:
-        if family.default_interval is None:
-            return ("full_attention",) * layers
-        interval = _integer(config, ("full_attention_interval", family.default_interval))
-        return tuple("full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers))
-    allowed = family.mixers
-    if not isinstance(given, list) or len(given) != layers or any(mixer not in allowed for mixer in given):
-        raise FamilyError(
-            f"config.json: layer_types must list {layers} words (num_hidden_layers) out of {', '.join(allowed)}"
-        )
-    return tuple(given)
-
-
 def _renormalise(config: Mapping[str, Any], family: Family) -> bool:
     if isinstance(family.renormalise, bool):
         return family.renormalise
     return bool(config.get(*family.renormalise))
-
-
-def _dense_layers(config: Mapping[str, Any], family: Family, *, layers: int) -> frozenset[int]:
-    if family.first_dense is not None:
-        return frozenset(range(min(layers, _integer(config, family.first_dense, least=0))))
-    step = _integer(config, ("decoder_sparse_step", 1))
-    only = config.get("mlp_only_layers") or []
-    if not isinstance(only, list) or any(type(i) is not int for i in only):
-        raise FamilyError("config.json: mlp_only_layers must be a list of layer numbers")
-    return frozenset(i for i in range(layers) if i in only or (i + 1) % step)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def tensors(text: str) -> tuple[Tensor, ...]:
     """The lines of a page: component, name, axes by commas, at most one of `_MARKS`; two spaces part columns.
 
     Behind them `if KEY`: a tensor of models whose config says true there, or a number above 0; `if not KEY`: of all
-    others; `if present`: files may hold it or not.
+    others; `if KEY=true`: a config without the key says true. `if present`: files may hold it or not.
     """
     found = []
     for line in text.strip().splitlines():
@@ -68,23 +69,74 @@ def tensors(text: str) -> tuple[Tensor, ...]:
 
 
 def sections(text: str) -> dict[str, tuple[Tensor, ...]]:
-    """The tensors of a page by part: a line that ends with a colon names the part of the lines below it."""
-    found = re.split(r"^\s*(\w+):\s*$", text, flags=re.MULTILINE)[1:]
-    return {part: tensors(lines) for part, lines in zip(found[::2], found[1::2], strict=True)}
+    """The tensors of a page by part: a line that ends with a colon names the parts that the lines below it are.
+
+    Several names, parted by commas, are token mixers with the same tensors.
+    """
+    found = re.split(r"^\s*(\w+(?:, \w+)*):\s*$", text, flags=re.MULTILINE)[1:]
+    pairs = zip(found[::2], (tensors(lines) for lines in found[1::2]), strict=True)
+    return {part: lines for parts, lines in pairs for part in parts.split(", ")}
 
 
-def keys(text: str) -> dict[str, str | tuple[str, int | str]]:
+class Key(NamedTuple):
+    """Where the config has an axis' size: the key `name`, and what it is without one (None: there must be one).
+
+    `nullable`: null, and with no default 0 too, is like no key; with no default there is then no such axis.
+    """
+
+    name: str
+    default: int | str | None = None
+    nullable: bool = False
+
+
+def keys(text: str) -> dict[str, Key]:
     """Pairs of an axis and the config key of its size, `key=default` where the config may leave it out.
 
-    A default is a number, another axis, or a rule like hidden//heads. `key?`: with no key or null there is no axis.
+    A default is a number, another axis, or a rule like hidden//heads. `key?=default`: null is like no key; `key?`: with
+    no key, null or 0 there is no such axis.
     """
     parts = text.split()
     pairs = zip(parts[::2], (part.partition("=") for part in parts[1::2]), strict=True)
-    return {axis: (key, _default(text)) if text else key for axis, (key, _, text) in pairs}
+    return {
+        axis: Key(key.removesuffix("?"), _default(text) if text else None, key.endswith("?"))
+        for axis, (key, _, text) in pairs
+    }
 
 
 def _default(text: str) -> int | str:
     return int(text) if text.isdigit() else text.replace("//", " // ")
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """Which layers have routed experts and which a dense MLP.
+
+    `rule`: "all": every layer has experts; "steps": every `decoder_sparse_step`-th but those of `mlp_only_layers`;
+    "first": the first ones are dense, as many as `key` says; "list": `key` has a word per layer, dense or another, and
+    without it the first ones are dense, as many as `first` says; "interval": each n-th of a range has experts
+    (`moe_layer_interval`, `moe_layer_start_index`, `moe_layer_end_index`); "mixer": the words of `Family.mixer_key` say
+    it: "moe", "mlp" (dense), or a mixer's, and such a layer has neither. A model without experts is dense in any case.
+    """
+
+    rule: str = "steps"
+    key: str = ""
+    default: int = 0  # of the number of first dense layers
+    first: str = ""
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """A list in the config with an entry per layer, and what it is where a config has none: `most` in every layer, but
+    `other` in each n-th (n by `every`) or from layer n on (n by `start`), both (key, default), "" for a fixed n.
+
+    `when`: a key that must say yes for `other`; a config that says so must have the list if no rule is given here.
+    """
+
+    most: str | int
+    other: str | int | None = None
+    every: tuple[str, int] | None = None
+    start: tuple[str, int] | None = None
+    when: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,14 +186,26 @@ class Wrapper:
 
 @dataclass(frozen=True)
 class Family:
-    """The facts of one architecture. `sizes` maps an axis to its config key, or to (key, default).
+    """The facts of one architecture. `sizes` maps an axis to its config key.
 
-    A router that chooses groups of experts first has the sizes `groups` (n_group) and `topk_group`, default 1.
+    A router that chooses groups of experts first has the sizes `groups` (n_group) and `topk_group`, default 1. A family
+    without the sizes `experts`, `expert_size` and `top_k` is dense.
+
+    What mixing tokens costs is computed from sizes of these names: `heads`, `kv_heads`, `head_dim` and perhaps `window`
+    of attention; `heads`, `nope_dim`, `rope_dim`, `v_dim`, `kv_lora`, perhaps `q_lora` of mla; `mamba_heads`,
+    `mamba_dim`, `mamba_groups`, `state`, `kernel` of mamba; `kernel` of conv. Which of these a mixer is, the component
+    of its tensors says.
 
     `parts` holds the tensors by part: "outer" outside the layers; "every" in all layers, one entry per token mixer (the
     words of `layer_types`), "moe" and "dense"; "mtp" in the MTP head outside its layer. `expert_prefix` is where
     `layouts.py` puts the routed experts, `layouts` are its keys that files of this family may have, first that of new
     files. `{L}` in a name of the MTP head is the trunk's number of layers.
+
+    `lists` are the config's lists with an entry per layer, which a cut of depth cuts too; None: no rule makes one.
+
+    `fixed_width` says why channels cannot be cut, by the config key with which that is so, "" for always. The number of
+    channels must be a multiple of the size of the axis `hidden_multiple`, if any. `multiplied` names tensors (as in
+    `parts`) whose output the class multiplies with a power of the number of channels, and the power.
 
     `router` is how a router makes scores of its logits: "softmax" over all experts, "sigmoid" or "sqrtsoftplus" of
     each, "softmax_topk" over the chosen ones (the same as "softmax" and renormalised), "sparsemixer"; or
@@ -151,20 +215,25 @@ class Family:
     """
 
     model_type: str
-    sizes: Mapping[str, str | tuple[str, int | str]]
+    sizes: Mapping[str, Key]
     layer_prefix: str
     parts: Mapping[str, tuple[Tensor, ...]]
-    expert_prefix: str
+    expert_prefix: str = ""
     layouts: tuple[str, ...] = ("per_expert", "stacked")
     derived: Mapping[str, str] = field(default_factory=dict)  # axis -> "a // b" or "a * b" of two other axes
-    default_interval: int | None = None  # of full attention in a hybrid; None: every layer is full attention
-    first_dense: tuple[str, int] | None = None  # (key, default) of how many first layers are dense; None: by number
+    ffn: Ffn = field(default_factory=Ffn)
+    lists: Mapping[str, PerLayer | None] = field(default_factory=dict)
+    mixer_key: str = "layer_types"
+    fixed_width: Mapping[str, str] = field(default_factory=dict)
+    hidden_multiple: str | None = None
+    multiplied: Mapping[str, float] = field(default_factory=dict)
+    tied: bool = False  # whether a config without tie_word_embeddings means one matrix
     router: str = "softmax"
     renormalise: bool | tuple[str, bool] = True
     mtp: Mtp | None = None  # None: the family has no MTP head
     mtp_mixer: str = "full_attention"
     mtp_default: int = 0  # MTP layers that a config without num_nextn_predict_layers is taken to have
-    rope_defaults: Mapping[str, float] = field(default_factory=dict)  # what a config without these keys means
+    rope_defaults: Mapping[str, float] = field(default_factory=dict)  # what no key means; {}: ropes stay as they are
     spellings: Mapping[str, str] = field(default_factory=dict)  # another name of a key -> the key of `sizes`
     more_types: tuple[str, ...] = ()  # other model_types that the page is of, a wrapper's text part among them
     wrapper: Wrapper | None = None  # None: no model of the family is wrapped
@@ -176,6 +245,10 @@ class Family:
     def mixers(self) -> tuple[str, ...]:
         """The token mixers that `layer_types` may name."""
         return tuple(part for part in self.parts if part not in ("outer", "every", "moe", "dense", "mtp"))
+
+    def kind(self, mixer: str) -> str:
+        """What a token mixer is by its tensors: attention, mla, deltanet, mamba or conv; "" where it has none."""
+        return next((tensor.component for tensor in self.parts.get(mixer, ())), "")
 
     @property
     def conditions(self) -> frozenset[str]:
@@ -203,8 +276,7 @@ class Family:
 
     def key(self, axis: str) -> str:
         """The config key of an axis."""
-        where = self.sizes[axis]
-        return (where if isinstance(where, str) else where[0]).removesuffix("?")
+        return self.sizes[axis].name
 
 
 @lru_cache(maxsize=4096)

@@ -40,7 +40,7 @@ class Row:
 
     @property
     def component(self) -> str:
-        """embedding, head, norm, attention, deltanet, router, experts, shared, dense or mtp_fc."""
+        """embedding, head, norm, attention, mla, deltanet, mamba, conv, router, experts, shared, dense or mtp_fc."""
         return self.tensor.component
 
     @property
@@ -80,7 +80,7 @@ def _rows(shape: Shape, layouts: Layouts) -> Iterator[Row]:
 
     def layer_rows(key: str, subtree: str) -> Iterator[Row]:
         prefix = shape.prefix(key)
-        parts = ("every", shape.mixer(key), "moe" if shape.is_moe(key) else "dense")
+        parts = dict.fromkeys(("every", shape.mixer(key), shape.ffn(key)))  # a mixer's word may be "moe" itself
         yield from (row(tensor, prefix, key, subtree) for name in parts for tensor in part(name))
         if shape.is_moe(key):
             own = layout_lines(family, layouts[subtree])

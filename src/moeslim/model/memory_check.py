@@ -57,7 +57,9 @@ class WalkMemoryNeed:
         return self.process + round(_WASTE * (self.layer + passing + self.batch + self.watched)) + _SLACK
 
     def experts(self, bound: int) -> int:
-        """How many experts may be in memory under a bound."""
+        """How many experts may be in memory under a bound; of a model without any 1 if it fits and 0 if not."""
+        if not self.expert:
+            return int(bound >= self.least)
         return 1 + int((bound - self.least) / (_WASTE * self.expert))
 
 
@@ -92,7 +94,7 @@ def fit_to_memory(reader: Reader, settings: WalkSettings, *, batch: BatchSize) -
         return settings
     return_memory()
     need = needed(reader, settings, batch=batch)
-    group = min(need.experts(bound), settings.group or reader.shape["experts"])
+    group = min(need.experts(bound), settings.group or max(1, reader.shape["experts"]))
     sizes = (
         f"the process {_gb(need.process)}, a layer without its experts {_gb(need.layer)}, "
         f"{batch.rows} x {batch.length} tokens {_gb(need.batch)}, statistics {_gb(need.watched)}, "
@@ -128,13 +130,22 @@ def _values(shape: Shape, key: str, *, attn: str, length: int) -> int:
     v in the order of the heads, their products with beta and the decay, a chunk of scores, and its state per row.
     """
     d = shape["hidden"]
-    if shape.mixer(key) == "linear_attention":
+    kind, scores = shape.kind(key), 3 * length if attn == "eager" else 0
+    mixer = 0
+    if kind == "deltanet":
         keys, values = shape["key_heads"] * shape["key_dim"], shape["value_heads"] * shape["value_dim"]
         states = 3 * shape["key_dim"] * values // length + 3 * _CHUNK * shape["value_heads"]
         mixer = 4 * keys + 6 * shape["value_heads"] * shape["key_dim"] + 10 * values + states
-    else:
-        scores = 3 * shape["heads"] * length if attn == "eager" else 0
-        mixer = (5 * shape["heads"] + 2 * shape["kv_heads"]) * shape["head_dim"] + scores
+    elif kind == "mamba":  # of the reference kernel: states of every head, and scores within a chunk
+        inner, chunk = shape["mamba_heads"] * shape["mamba_dim"], shape.sizes.get("chunk", 256)
+        mixer = 10 * inner + 4 * shape["mamba_heads"] * (shape["state"] + chunk)
+    elif kind == "conv":
+        mixer = 8 * d
+    elif kind == "mla":
+        sizes = 6 * (shape["nope_dim"] + shape["rope_dim"]) + 4 * shape["v_dim"]
+        mixer = shape["heads"] * (sizes + scores) + 2 * shape["kv_lora"] + 2 * shape.sizes.get("q_lora", 0)
+    elif kind == "attention":
+        mixer = (5 * shape["heads"] + 2 * shape["kv_heads"]) * shape["head_dim"] + shape["heads"] * scores
     if not shape.is_moe(key):
         return 6 * d + max(mixer, 3 * shape["dense_size"])
     # All tokens may go to the same expert: gathered, gate and up, their product, the output.

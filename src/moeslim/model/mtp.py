@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
 from moeslim.families import Family
+from moeslim.families.layers import write_dense
 from moeslim.model import chain as chains
 from moeslim.model.chain import Chain, ChainCall
 from moeslim.model.trunk import Trunk
@@ -31,10 +32,10 @@ def mtp_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
     block.num_hidden_layers = 1
     if getattr(block, "layer_types", None) is not None:
         block.layer_types = [family.mtp_mixer]
-    if family.first_dense is not None:
-        setattr(block, family.first_dense[0], 0)
-    else:
-        block.mlp_only_layers, block.decoder_sparse_step = [], 1
+    facts = {"decoder_sparse_step": 1} if family.ffn.rule == "steps" else {}
+    write_dense(facts, family, numbers=(), layers=1)
+    for key, value in facts.items():
+        setattr(block, key, value)
     return block
 
 

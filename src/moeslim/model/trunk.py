@@ -34,7 +34,8 @@ def build_trunk(config: Mapping[str, Any], *, attn: str, experts: str) -> PreTra
     live = CONFIG_MAPPING[kind].from_dict({**raw, "model_type": kind})
     found = _class_of(live, config)
     live._attn_implementation = "eager" if attn == "sdpa" and not found._supports_sdpa else attn
-    live._experts_implementation = experts
+    if found._can_set_experts_implementation():  # a class without experts refuses a back end for them
+        live._experts_implementation = experts
     live.get_text_config().use_cache = False
     model = found(live)
     _drop_all_but(model, (model.get_decoder(), model.get_output_embeddings()))

@@ -15,12 +15,10 @@ import numpy as np
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape
 from moeslim.plan.engines import FAST_EXPERTS, engine_warnings
-from moeslim.plan.footprint import PRECISIONS, Footprint, Footprints
+from moeslim.plan.footprint import CONTEXT, PRECISIONS, Footprint, Footprints
 from moeslim.plan.groups import check_groups
 from moeslim.plan.schedule import axes_of, pattern_period
 
-CONTEXT = 32_768
-"""Tokens of the one sequence whose cache and state count against a memory."""
 FILLED = 0.9
 """Share of a memory that weights, cache and state may take; the rest is for activations and the engine itself."""
 ROUGHLY = 0.03
@@ -28,8 +26,9 @@ ROUGHLY = 0.03
 RULES = (
     "target: met within half a unit of its last digit, or 3 % where that is more; never above the memory",
     "servable: whole periods of layers; channels in multiples of 128 (of an eighth of them in a small model); counts "
-    "of experts that fused top-k kernels are compiled for; top-k its own or a power of two, at most a quarter of them",
-    "kept: heads, expert sizes and vocabulary stay, unless an option gives another size",
+    "of experts that fused top-k kernels are compiled for; top-k its own or a power of two, at most a quarter of them; "
+    "without experts neurons in multiples of 512",
+    "kept: heads, expert sizes (and dense ones beside experts) and vocabulary stay, unless an option gives another",
     "rank: first what engines do not object to, then the least sum over axes of weight x ln(there / kept)^2",
     "weight: how fast sqrt(total x active parameters) falls with the axis, so what costs the model more is spared more",
 )
@@ -195,12 +194,13 @@ def candidates(shape: Shape, pinned: Mapping[str, int]) -> Iterator[Shape]:
     """Every shape that the model can be cut to and that can be served well, the model itself among them."""
     axes = axes_of(shape)
     choices = [[pinned[axis]] if axis in pinned else _ladder(shape, axis) for axis in axes]
-    dense = shape["top_k"] / shape["experts"]
+    dense = shape["top_k"] / max(1, shape["experts"])
     for counts in product(*choices):
         sizes = dict(zip(axes, counts, strict=True))
         after = resized(shape, sizes)
+        routed = shape["experts"] > 0
         sparse = after["top_k"] <= max(1 / 4, dense) * after["experts"] or {"experts", "top_k"} <= pinned.keys()
-        if sparse and len(after.dense_layers) < after.layers and _reachable(after):
+        if not routed or (sparse and len(after.dense_layers) < after.layers and _reachable(after)):
             yield after
 
 
@@ -218,6 +218,9 @@ def _ladder(shape: Shape, axis: str) -> list[int]:
         tried = range(there, 0, -pattern_period(shape.layer_types))
     elif axis == "hidden":
         unit = 2 ** min(7, max(0, (there // 8).bit_length() - 1))
+        tried = [count for count in range(unit, there, unit) if shape.width_problem(count) is None]
+    elif axis == "dense_size" and not shape["experts"]:
+        unit = 2 ** min(9, max(0, (there // 8).bit_length() - 1))
         tried = range(unit, there, unit)
     elif axis == "experts":
         tried = [count for count in FAST_EXPERTS if count < there]
@@ -257,7 +260,7 @@ def _parsed(option: str, text: str, *, form: str, such: str) -> re.Match[str]:
 def _nothing(nearest: Shape | None, weigh: Footprints, *, before: Footprint, budget: Budget) -> str:
     """Why there is no proposal, with the nearest shape and what it has."""
     if nearest is None:
-        return "no servable shape has these counts; give fewer of --layers, --hidden, --experts and --top-k"
+        return "no servable shape has these counts; give fewer of the options for counts"
     found = weigh.of(nearest)
     if budget.total and budget.total.value - budget.total.within > before.parameters:
         return f"the model has {before.parameters / 1e9:.3f} B parameters and a cut adds none; ask for fewer"
@@ -269,8 +272,7 @@ def _nothing(nearest: Shape | None, weigh: Footprints, *, before: Footprint, bud
     ]
     axes = axes_of(nearest)
     sizes = ", ".join(f"{axis} {nearest.count(axis)}" for axis in axes)
-    stay = " and ".join(f"--{axis.replace('_', '-')}" for axis in ("expert_size", "shared_size") if axis in axes)
-    return (
-        f"no servable shape meets all of that; the nearest is {sizes}: {', '.join(has)}. Ask for less, or cut "
-        f"{stay} too: kept whole unless given"
-    )
+    stay = [axis for axis in ("expert_size", "shared_size", "dense_size") if axis in axes and nearest["experts"]]
+    options = " and ".join(f"--{axis.replace('_', '-')}" for axis in stay)
+    more = f", or cut {options} too: kept whole unless given" if stay else ""
+    return f"no servable shape meets all of that; the nearest is {sizes}: {', '.join(has)}. Ask for less{more}"

@@ -23,15 +23,12 @@ def carried(stats: Stats, shape: Shape, *, methods: Methods, seed: int = 0) -> d
     hidden   of the squared inputs of the trunk's norms (the f of the rescaling)
     layers   of the sum of `1 - cos(x, y)`, how far the layers turn the hidden state
 
-    Heads, expert sizes and top-k are not judged. PlanError for statistics of another model.
+    Heads, sizes of experts and dense layers, and top-k are not judged. PlanError for statistics of another model.
     """
     learnt = [_layer(stats, key, shape=shape) for key in shape.trunk_keys]
     norms = [_norm(stats, row.name, shape=shape) for row in hidden_norms(shape.trunk)]
-    return {
-        "layers": _depth(learnt, shape, methods=methods),
-        "hidden": _width(norms, methods=methods),
-        "experts": _experts(learnt, shape, methods=methods, seed=seed),
-    }
+    found = {"layers": _depth(learnt, shape, methods=methods), "hidden": _width(norms, methods=methods)}
+    return found | ({"experts": _experts(learnt, shape, methods=methods, seed=seed)} if shape["experts"] else {})
 
 
 def _experts(learnt: list[LayerStats], shape: Shape, *, methods: Methods, seed: int) -> np.ndarray:

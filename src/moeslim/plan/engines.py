@@ -1,6 +1,7 @@
 """What serving engines can load, and load fast, as warnings about a shape (vLLM 0.32, SGLang 0.5.23)."""
 
 from moeslim.families import Shape
+from moeslim.plan.schedule import axes_of
 
 FAST_EXPERTS = frozenset({1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 192, 320, 384, 448, 576})
 """Expert counts that the fused top-k kernels are compiled for."""
@@ -22,10 +23,14 @@ def engine_warnings(after: Shape, *, before: Shape | None = None) -> list[str]:
 
 
 def _pattern(shape: Shape) -> list[str]:
-    if "full_attention" not in shape.layer_types:
+    kinds = [shape.kind(key) for key in shape.trunk_keys]
+    attends = [kind in ("attention", "mla") for kind in kinds]
+    if not any(attends):
         return ["no full-attention layer: engines do not serve such a model; keep at least one period of layers"]
-    interval = shape.layer_types.index("full_attention") + 1
-    if all((word == "full_attention") == ((i + 1) % interval == 0) for i, word in enumerate(shape.layer_types)):
+    if "full_attention_interval" not in _intervals(shape):
+        return []
+    interval = attends.index(True) + 1
+    if all(attention == ((i + 1) % interval == 0) for i, attention in enumerate(attends)):
         return []
     return [
         "the layers' pattern is not one attention layer per full_attention_interval: transformers and vLLM load it by "
@@ -33,10 +38,15 @@ def _pattern(shape: Shape) -> list[str]:
     ]
 
 
+def _intervals(shape: Shape) -> set[str]:
+    """The config keys that say of how many layers one is of another kind."""
+    return {rule.every[0] for rule in shape.family.lists.values() if rule is not None and rule.every is not None}
+
+
 def _parallel(before: Shape, after: Shape) -> list[str]:
     found = []
-    for axis in ("expert_size", "shared_size"):
-        if axis not in after.family.sizes:
+    for axis in ("expert_size", "shared_size", "dense_size"):
+        if axis not in axes_of(after):
             continue
         key = after.family.key(axis)
         lost = [ways for ways in (2, 4, 8) if before[axis] % ways == 0 and after[axis] % ways]
@@ -47,13 +57,15 @@ def _parallel(before: Shape, after: Shape) -> list[str]:
 
 def _kernels(shape: Shape, *, real: bool) -> list[str]:
     found = []
-    if shape["experts"] not in FAST_EXPERTS:
+    if shape["experts"] and shape["experts"] not in FAST_EXPERTS:
         found.append(
             f"{shape['experts']} experts: the fast top-k kernels take powers of two up to 512, or 192, 320, 384, 448, "
             "576; other counts run on a slower path"
         )
     if real:
-        for axis, key, unit in (("hidden", "hidden_size", 128), ("expert_size", "moe_intermediate_size", 64)):
-            if shape[axis] % unit:
-                found.append(f"{key} {shape[axis]} is no multiple of {unit}: GPU kernels pad it or refuse it")
+        for axis, unit in (("hidden", 128), ("expert_size", 64), ("dense_size", 64)):
+            if axis in axes_of(shape) and shape[axis] % unit:
+                found.append(
+                    f"{shape.family.key(axis)} {shape[axis]} is no multiple of {unit}: GPU kernels pad it or refuse it"
+                )
     return found

@@ -22,7 +22,7 @@ from moeslim.plan.steps.base import Strict
 
 
 class SourceShape(Strict):
-    """The sizes of the model that the plan was made for; `shared_size` null: it has no shared expert.
+    """The sizes of the model that the plan was made for; null: it has no experts, shared expert or dense layers.
 
     `mtp`: whether the checkpoint has an MTP head.
     """
@@ -30,10 +30,11 @@ class SourceShape(Strict):
     model_type: str
     layers: PositiveInt
     hidden: PositiveInt
-    experts: PositiveInt
-    expert_size: PositiveInt
+    experts: PositiveInt | None
+    expert_size: PositiveInt | None
     shared_size: PositiveInt | None
-    top_k: PositiveInt
+    dense_size: PositiveInt | None = None
+    top_k: PositiveInt | None
     mtp: bool
 
     @property
@@ -44,7 +45,8 @@ class SourceShape(Strict):
 
 def source_shape(shape: Shape) -> SourceShape:
     """The sizes that a plan for models of `shape` says it is for."""
-    sizes = {axis: shape.sizes.get(axis) for axis in ("hidden", "experts", "expert_size", "shared_size", "top_k")}
+    axes = ("hidden", "experts", "expert_size", "shared_size", "dense_size", "top_k")
+    sizes = {axis: shape.sizes.get(axis) for axis in axes if axis != "dense_size" or shape.dense_keys}
     return SourceShape.model_validate(
         {"model_type": shape.family.model_type, "layers": shape.layers, "mtp": shape.mtp_layers > 0, **sizes}
     )

@@ -28,15 +28,16 @@ def config_after(plan: Plan, config: Mapping[str, Any], *, after: Shape) -> dict
 def source_view(source: SourceShape) -> View:
     """All of a source that is known by a plan alone, for following numbers: which layers are dense it does not know.
 
-    KeyError for a family that is not known.
+    Only that all of them are, where it has no experts. KeyError for a family that is not known.
     """
+    words = (FAMILIES[source.model_type].mixers[0],) * source.layers
     sizes = {axis: size for axis, size in source.sizes.items() if axis != "layers"}
     return View.whole(
         Shape(
             family=FAMILIES[source.model_type],
             sizes=sizes,
-            layer_types=("full_attention",) * source.layers,
-            dense_layers=frozenset(),
+            layer_types=words,
+            dense_layers=frozenset() if source.experts else frozenset(range(source.layers)),
             tied=False,
             mtp_layers=int(source.mtp),
         )

@@ -30,15 +30,18 @@ _INT4 = (4 + 20 / 128) / 8
 _LEFT = {"embedding", "head", "router", "mtp_fc"}
 """Components whose matrices stay in bf16 in fp8."""
 _INTEGER = {"experts", "shared", "dense"}
-_SIZES = ("hidden", "experts", "expert_size", "shared_size")
+_SIZES = ("hidden", "experts", "expert_size", "shared_size", "dense_size")
+CONTEXT = 32_768
+"""Tokens of the one sequence whose cache and state count against a memory."""
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Parameters of the trunk, in all and per token (method section 7), and of the MTP head; bytes; operations.
 
-    `cache`: bytes of keys and values per token of context, bf16, the MTP block's own included; `state`: bytes of
-    DeltaNet per sequence, however long: the state in fp32, as transformers keeps it, the convolution's inputs in bf16.
+    `cache`: bytes of keys and values (MLA: of what they are made from) per token of context, bf16, the MTP block's own
+    included; `state`: bytes per sequence, however long: keys and values of windows shorter than CONTEXT; of DeltaNet
+    and Mamba the state in fp32, as transformers keeps it, and convolutions' inputs in bf16.
     `operations`: of a forward pass per token in rows of ROW tokens, with the head, without the MTP block.
     """
 
@@ -56,8 +59,8 @@ class Footprints:
 
     def __init__(self) -> None:
         self._outside: dict[tuple[int, ...], np.ndarray] = {}
-        self._layers: dict[tuple[int | str | bool, ...], np.ndarray] = {}
-        self._kinds: dict[tuple[tuple[str, ...], frozenset[int]], Counter[tuple[str, bool]]] = {}
+        self._layers: dict[tuple[int | str, ...], np.ndarray] = {}
+        self._kinds: dict[tuple[tuple[str, ...], frozenset[int]], Counter[tuple[str, str]]] = {}
 
     def of(self, shape: Shape) -> Footprint:
         """The footprint of `shape`; of other families, heads or MTP heads than before it needs another `Footprints`."""
@@ -67,20 +70,20 @@ class Footprints:
         sums = self._outside[sizes].copy()
         layers = shape.layer_types, shape.dense_layers
         if layers not in self._kinds:
-            self._kinds[layers] = Counter((shape.mixer(key), shape.is_moe(key)) for key in shape.trunk_keys)
-        for (mixer, moe), number in self._kinds[layers].items():
-            if (*sizes, mixer, moe) not in self._layers:
-                dense = frozenset() if moe else frozenset({0})
+            self._kinds[layers] = Counter((shape.mixer(key), shape.ffn(key)) for key in shape.trunk_keys)
+        for (mixer, ffn), number in self._kinds[layers].items():
+            if (*sizes, mixer, ffn) not in self._layers:
+                dense = frozenset() if ffn == "moe" else frozenset({0})
                 alone = self._sums(replace(shape, layer_types=(mixer,), dense_layers=dense))
-                self._layers[(*sizes, mixer, moe)] = alone - self._outside[sizes]
-            sums += number * self._layers[(*sizes, mixer, moe)]
+                self._layers[(*sizes, mixer, ffn)] = alone - self._outside[sizes]
+            sums += number * self._layers[(*sizes, mixer, ffn)]
         trunk, mtp, routed, fp8, int4, once, each = sums.tolist()
         whole = trunk + mtp
         sized = {"bf16": 2 * whole, "fp8": 2 * (whole - fp8) + _FP8 * fp8, "int4": 2 * (whole - int4) + _INT4 * int4}
         cache, state = _kept_between_tokens(shape)
         return Footprint(
             parameters=round(trunk),
-            active=round(trunk - routed + routed * shape["top_k"] / shape["experts"]),
+            active=round(trunk - routed + routed * shape["top_k"] / max(1, shape["experts"])),
             mtp=round(mtp),
             bytes={precision: round(size) for precision, size in sized.items()},
             cache=cache,
@@ -106,12 +109,23 @@ class Footprints:
 
 def _kept_between_tokens(shape: Shape) -> tuple[int, int]:
     """Bytes per token of context, and per sequence."""
-    deltanet = shape.layer_types.count("linear_attention")
-    attention = shape.layers - deltanet + shape.mtp_layers
-    cache = 2 * 2 * attention * shape["kv_heads"] * shape["head_dim"]
-    if not deltanet:
-        return cache, 0
-    heads, keys = shape["value_heads"], shape["key_heads"] * shape["key_dim"]
-    state = 4 * heads * shape["key_dim"] * shape["value_dim"]
-    inputs = 2 * (shape["kernel"] - 1) * (2 * keys + heads * shape["value_dim"])
-    return cache, deltanet * (state + inputs)
+    cache = state = 0
+    for key in shape.layer_keys:
+        kind, window = shape.kind(key), shape.window(key)
+        if kind == "mla":
+            cache += 2 * (shape["kv_lora"] + shape["rope_dim"])
+        elif kind == "attention" and window is not None and window < CONTEXT:
+            state += window * 2 * 2 * shape["kv_heads"] * shape["head_dim"]
+        elif kind == "attention":
+            cache += 2 * 2 * shape["kv_heads"] * shape["head_dim"]
+        elif kind == "deltanet":
+            heads, keys = shape["value_heads"], shape["key_heads"] * shape["key_dim"]
+            state += 4 * heads * shape["key_dim"] * shape["value_dim"]
+            state += 2 * (shape["kernel"] - 1) * (2 * keys + heads * shape["value_dim"])
+        elif kind == "mamba":
+            inner, groups = shape["mamba_heads"] * shape["mamba_dim"], shape["mamba_groups"]
+            state += 4 * inner * shape["state"]
+            state += 2 * (shape["kernel"] - 1) * (inner + 2 * groups * shape["state"])
+        elif kind == "conv":
+            state += 2 * (shape["kernel"] - 1) * shape["hidden"]
+    return cache, state

@@ -118,6 +118,17 @@ def shared_neuron_importance(stats: LayerStats) -> np.ndarray:
     return sums / max(float(stats.tokens), 1.0) * np.asarray(stats.down_norm_shared, dtype=np.float64)
 
 
+def dense_neuron_importance(stats: LayerStats) -> np.ndarray:
+    """`mean over tokens of |h_i| * ||W_down[:, i]||` (I) of a dense layer, h the gated activation.
+
+    PlanError for statistics that say nothing of them.
+    """
+    if not np.size(stats.neuron_dense_sum):
+        raise PlanError("the statistics say nothing of the neurons of dense layers; calibrate again")
+    sums = np.asarray(stats.neuron_dense_sum, dtype=np.float64)
+    return sums / _tokens(stats) * np.asarray(stats.down_norm_dense, dtype=np.float64)
+
+
 def mean_abs(norms: Sequence[NormStats]) -> np.ndarray:
     """Mean over norms of `mean_{b,t} |RMSNorm(x)_c|`."""
     means = [np.asarray(norm.abs_sum, dtype=np.float64) / float(norm.tokens) for norm in norms]

@@ -5,7 +5,7 @@ keeps its size gets no step, so a plan that keeps everything is empty. The MTP b
 sizes by its own statistics, since engines build it from the same config fields.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,13 +42,13 @@ def make_plan(shape: Shape, *, stats: Stats | None, target: Target, methods: Met
         steps.append(maker.drop_layers(wanted["layers"]))
     if wanted["hidden"] not in (None, shape["hidden"]):
         steps.append(maker.cut_hidden(wanted["hidden"]))
-    if wanted["experts"] not in (None, shape["experts"]):
+    if wanted.get("experts") not in (None, shape["experts"]):
         steps.extend(maker.cut_experts(wanted["experts"]))
-    resized = ("expert_size", "shared_size")
+    resized = ("expert_size", "shared_size", "dense_size")
     sizes = {axis: wanted[axis] for axis in resized if axis in wanted and wanted[axis] not in (None, shape[axis])}
     if sizes:
-        steps.append(maker.cut_expert_size(sizes.get("expert_size"), sizes.get("shared_size")))
-    if wanted["top_k"] not in (None, shape["top_k"]):
+        steps.append(maker.cut_neurons(sizes))
+    if wanted.get("top_k") not in (None, shape["top_k"]):
         steps.append(SetTopK(top_k=wanted["top_k"]))
     return Plan(
         model=stats.model if stats is not None else None,
@@ -141,22 +141,32 @@ class _Maker:
             self.notes.setdefault(KEPT, {})[key] = kept
         return cut
 
-    def cut_expert_size(self, expert_size: int | None, shared_size: int | None) -> CutExpertSize:
+    def cut_neurons(self, sizes: Mapping[str, int]) -> CutExpertSize:
+        """Of experts, shared experts and dense layers, those that `sizes` names by their axes."""
         neurons: dict[str, tuple[tuple[int, ...], ...]] = {}
         shared: dict[str, tuple[int, ...]] = {}
-        for new, old in self._moe_keys():
+        for new, old in self._moe_keys() if sizes.keys() - {"dense_size"} else ():
             learnt = self._layer(old, "neurons")
-            if expert_size is not None:
+            if "expert_size" in sizes:
                 scores = experts.neuron_scores(learnt, self.cuts, key=old)
-                neurons[new] = tuple(tuple(importance.keep_highest(score, expert_size)) for score in scores)
-            if shared_size is not None:
-                shared[new] = tuple(importance.keep_highest(importance.shared_neuron_importance(learnt), shared_size))
-        return CutExpertSize(experts=neurons, shared=shared)
+                neurons[new] = tuple(tuple(importance.keep_highest(score, sizes["expert_size"])) for score in scores)
+            if "shared_size" in sizes:
+                score = importance.shared_neuron_importance(learnt)
+                shared[new] = tuple(importance.keep_highest(score, sizes["shared_size"]))
+        dense: dict[str, tuple[int, ...]] = {}
+        for new, old in self._keys_of(self.shape.dense_keys) if "dense_size" in sizes else ():
+            score = importance.dense_neuron_importance(self._layer(old, "neurons"))
+            dense[new] = tuple(importance.keep_highest(score, sizes["dense_size"]))
+        return CutExpertSize(experts=neurons, shared=shared, dense=dense)
 
     def _moe_keys(self) -> list[tuple[str, str]]:
         """(key after drop_layers, key in the source) of every layer with routed experts."""
-        pairs = [(str(new), str(old)) for new, old in enumerate(self.layers) if self.shape.is_moe(str(old))]
-        return [*pairs, *((key, key) for key in self.shape.mtp_keys)]
+        return self._keys_of(self.shape.moe_keys)
+
+    def _keys_of(self, wanted: Collection[str]) -> list[tuple[str, str]]:
+        """The same of the layers `wanted` of the source."""
+        pairs = [(str(new), str(old)) for new, old in enumerate(self.layers) if str(old) in wanted]
+        return [*pairs, *((key, key) for key in self.shape.mtp_keys if key in wanted)]
 
     def _layer(self, key: str, what: str) -> LayerStats:
         if self.stats is None:

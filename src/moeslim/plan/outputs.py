@@ -35,7 +35,7 @@ class Slot:
     """Sources and how one tensor is made of them.
 
     `take`: one source as it is. Else a key of `surgery/functions.py`, called with the sources and the `arguments`:
-    `rescale`, a norm times a factor; `merge`, the weighted mean of all.
+    `rescale`, a norm or another tensor times a factor; `merge`, the weighted mean of all.
     """
 
     sources: tuple[Source, ...]

@@ -5,6 +5,7 @@ arithmetic is in fractions, so a third of 12 layers is 4. Experts, their sizes a
 named schedule: the paper leaves expert size open, and we treat it as part of the experts.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,12 +16,13 @@ from moeslim.plan.groups import check_groups
 from moeslim.plan.protect import check_protected, check_protected_count
 from moeslim.recipe import Keep, Methods, Stage, parse_kept
 
-AXES = ("layers", "hidden", "experts", "expert_size", "shared_size", "top_k")
+AXES = ("layers", "hidden", "experts", "expert_size", "shared_size", "dense_size", "top_k")
 
 
 def axes_of(shape: Shape) -> tuple[str, ...]:
-    """The axes that can be cut in models of the shape's family: a size that it lacks, or that follows, is none."""
-    return tuple(axis for axis in AXES if axis == "layers" or axis in shape.family.sizes)
+    """The axes that can be cut in the model: a size that it lacks, or that follows, is none."""
+    there = {"layers", *shape.family.sizes} & {"layers", *shape.sizes}
+    return tuple(axis for axis in AXES if axis in there and (axis != "dense_size" or shape.dense_keys))
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Target:
     experts: int | None = None
     expert_size: int | None = None
     shared_size: int | None = None
+    dense_size: int | None = None
     top_k: int | None = None
 
 
@@ -100,7 +103,7 @@ def units(shape: Shape, methods: Methods) -> Units:
     """
     whole = methods.depth != "last" and not single_layers(methods)
     layers = pattern_period(shape.layer_types) if whole else 1
-    return Units(layers=layers, hidden=methods.round_to, experts=shape.groups)
+    return Units(layers=layers, hidden=math.lcm(methods.round_to, shape.hidden_multiple), experts=shape.groups)
 
 
 def single_layers(methods: Methods) -> bool:
@@ -130,22 +133,35 @@ def resolve(shape: Shape, keep: Keep, *, methods: Methods) -> Target:
     """
     check_protected(methods.protect, replace(shape, mtp_layers=1))  # whether there is an MTP head, the plan will know
     period = pattern_period(shape.layer_types)
-    multiples = {"hidden": methods.round_to, "expert_size": methods.round_to, "shared_size": methods.round_to}
+    multiples = dict.fromkeys(("hidden", "expert_size", "shared_size", "dense_size"), methods.round_to)
+    multiples |= {"hidden": math.lcm(methods.round_to, shape.hidden_multiple)}
     multiples |= {"layers": 1 if methods.allow_irregular else period, "experts": shape.groups}
     have = {axis: shape.count(axis) for axis in axes_of(shape)}
     for axis in AXES:
         if axis not in have and getattr(keep, axis) is not None:
-            raise RecipeError(f"keep.{axis}: {shape.family.model_type} has no size of its own for this; leave it out")
+            raise RecipeError(f"keep.{axis}: {_lacking(shape, axis)}")
     counts = {}
     for axis, there in have.items():
         try:
             counts[axis] = parse_kept(getattr(keep, axis), there, multiple_of=multiples.get(axis, 1))
         except RecipeError as problem:
             raise RecipeError(f"keep.{axis}: {problem}") from None
+    if reason := shape.width_problem(counts["hidden"]):
+        raise PlanError(f"keep.hidden: {reason}")
     check_depth(shape.layers, counts["layers"], period=period, methods=methods)
-    _check_reachable(shape, counts["experts"], top_k=counts["top_k"], where="keep")
-    check_protected_count(methods.protect, counts["experts"], shape=shape)
+    _check_reachable(shape, counts.get("experts", 0), top_k=counts.get("top_k", 0), where="keep")
+    check_protected_count(methods.protect, counts.get("experts", 0), shape=shape)
     return Target(**counts)
+
+
+def _lacking(shape: Shape, axis: str) -> str:
+    """Why the model has no such axis, and which it has."""
+    kind = shape.family.model_type
+    if axis in ("experts", "expert_size", "top_k") and not shape["experts"]:
+        return f"{kind} has no routed experts; what can be cut is {', '.join(axes_of(shape))}"
+    if axis == "dense_size":
+        return f"this {kind} has no dense layers with a size of their own; leave it out"
+    return f"{kind} has no size of its own for this; leave it out"
 
 
 def _check_reachable(shape: Shape, experts: int, *, top_k: int, where: str) -> None:
@@ -179,7 +195,7 @@ def stages(schedule: str | Sequence[Stage], shape: Shape, *, target: Target, uni
         then = {axis: _between(axis, have[axis], goal=goal[axis], done=done[axis], unit=unit.of(axis)) for axis in axes}
         if then != now:
             where = f"stage {len(found) + 1} of the schedule"
-            _check_reachable(shape, then["experts"], top_k=then["top_k"], where=where)
+            _check_reachable(shape, then.get("experts", 0), top_k=then.get("top_k", 0), where=where)
             found.append(StageTarget(**then, token_share=waiting))
             now, waiting = then, Fraction(0)
     if not found:

@@ -45,8 +45,8 @@ class View:
     `layers` are the trunk's kept layers. `kept[key, axis]` is what stays of a named axis in layer `key`, or everywhere
     (key None): on place i lies unit `kept[key, axis][i]` of the source; an axis without an entry keeps all, in order.
     Of "experts" it names the router rows; `experts[key]` says of which parts each of these experts is made, since the
-    neurons of each part are its own. `scale[name]` is what a norm's effective weight is multiplied with,
-    `routers[key]` where other router rows lie.
+    neurons of each part are its own. `scale[name]` is what a tensor is multiplied with, of a
+    norm its effective weight, `routers[key]` where other router rows lie.
     """
 
     shape: Shape

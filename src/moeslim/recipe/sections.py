@@ -131,6 +131,8 @@ class Keep(Section):
     """Neurons of each routed expert."""
     shared_size: Kept = None
     """Neurons of the shared expert."""
+    dense_size: Kept = None
+    """Neurons of each dense layer."""
     top_k: Kept = None
     """Experts that each token is sent to."""
 
@@ -204,6 +206,8 @@ class Stage(Section):
     """Share of the routed experts' neurons to go."""
     shared_size: Fractional = 0.0
     """Share of the shared expert's neurons to go."""
+    dense_size: Fractional = 0.0
+    """Share of the dense layers' neurons to go."""
     top_k: Fractional = 0.0
     """Share of the change of top-k."""
     tokens: Fractional

@@ -6,9 +6,8 @@ from pydantic import Field, model_validator
 
 from moeslim.recipe.sections import Count, Fractional, Section
 
-Part = Literal[
-    "embedding", "head", "norm", "attention", "mla", "deltanet", "router", "shared", "experts", "dense", "mtp"
-]
+_Mixer = Literal["attention", "mla", "deltanet", "mamba", "conv"]
+Part = Literal["embedding", "head", "norm", _Mixer, "router", "shared", "experts", "dense", "mtp"]
 """What a tensor belongs to: its kind in the trunk, or the MTP head with all that is in it. A tied head is embedding."""
 
 

@@ -65,6 +65,7 @@ _WORDS = {
     "top_k": "experts per token",
     "expert_size": "neurons per expert",
     "shared_size": "neurons in the shared expert",
+    "dense_size": "neurons per dense layer",
 }
 
 
@@ -88,7 +89,7 @@ def replay(plans: Sequence[Plan]) -> CutFacts:
         LayerCut(
             key=key,
             lost=0 if is_mtp(key) else lost.get((None, "layers", int(key)), 0),
-            experts=tuple(lost.get((key, "experts", e), 0) for e in range(source.experts)),
+            experts=tuple(lost.get((key, "experts", e), 0) for e in range(source.experts or 0)),
         )
         for key in first.source_keys
     )

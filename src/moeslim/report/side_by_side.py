@@ -17,6 +17,7 @@ _SIZES = {
     "experts": "routed experts",
     "expert_size": "expert size",
     "shared_size": "shared expert size",
+    "dense_size": "dense layers' size",
     "top_k": "experts per token",
 }
 _RECORDED = (

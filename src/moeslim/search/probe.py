@@ -130,6 +130,11 @@ def _counts(reader: Reader, settings: ProbeSettings) -> tuple[int, ...]:
         raise PlanError(
             f"{' and '.join(keys)}: a probe decides from statistics alone; leave it out, or try with `moeslim prune`"
         )
+    if not reader.shape["experts"]:
+        raise PlanError(
+            f"{reader.folder}: a {reader.shape.family.model_type} has no routed experts, and a probe tries how many "
+            "are needed; `moeslim prune` cuts layers, hidden and dense_size"
+        )
     counts = grid(reader.shape, parts=settings.parts)
     if len(counts) < 2:
         raise PlanError(

@@ -70,17 +70,15 @@ def in_range(ids: Sequence[int], there: int, *, where: str, what: str) -> None:
         raise PlanError(f"{where}: {ids[-1]} is out of range; the model has {there} {what} here (0..{there - 1})")
 
 
-def same_layers(given: Iterable[str], wanted: Sequence[str], *, where: str) -> None:
-    """PlanError unless the layer keys `given` are those `wanted`."""
+def same_layers(given: Iterable[str], wanted: Sequence[str], *, where: str, what: str = "layer with experts") -> None:
+    """PlanError unless the layer keys `given` are those `wanted`, which are all of a kind."""
     given = list(given)
     unknown = [key for key in given if key not in wanted]
     if unknown:
-        raise PlanError(f"{where}: {unknown[0]!r} is no layer with experts here; they are {span(wanted)}")
+        raise PlanError(f"{where}: {unknown[0]!r} is no {what} here; they are {span(wanted)}")
     missing = [key for key in wanted if key not in given]
     if missing:
-        raise PlanError(
-            f"{where}: layer {missing[0]} is not listed; every layer with experts must be, the MTP block too"
-        )
+        raise PlanError(f"{where}: layer {missing[0]} is not listed; every {what} must be, the MTP block too")
 
 
 def same_count(counts: Mapping[str, int], what: str) -> None:

@@ -1,5 +1,6 @@
 """Width: which channels of the residual stream stay, and the correction of the norms for those that are gone."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat
@@ -23,6 +24,8 @@ class CutHidden(PlanStep):
 
     def check(self, shape: Shape, *, top_k: int) -> None:
         in_range(self.kept, shape["hidden"], where="kept", what="channels")
+        if problem := shape.width_problem(len(self.kept)):
+            raise PlanError(f"kept: {problem}")
         norms = [row.name for row in hidden_norms(shape)]
         unknown = [name for name in self.scale if name not in norms]
         if unknown:
@@ -37,16 +40,22 @@ class CutHidden(PlanStep):
         return shape.resized(hidden=len(self.kept))
 
     def apply(self, view: View) -> View:
-        """Scales multiply those of an earlier cut."""
+        """Scales multiply those of an earlier cut; what a class multiplies with its number of channels is undone."""
         scale = dict(view.scale)
-        for name, factor in self.scale.items():
-            old = _source_name(view, name)
+        factors = [(_source_name(view, name), factor) for name, factor in self.scale.items()]
+        for old, factor in [*factors, *_undone(view, len(self.kept))]:
             scale[old] = scale.get(old, 1.0) * factor
         return view.keep("hidden", {None: self.kept}).changed(scale=scale)
 
     def for_moments(self) -> "CutHidden":
-        """A moment is no weight, so no norm is rescaled."""
-        return self.model_copy(update={"scale": {}, "rescale": "none"})
+        return _CutMoments.model_validate(self.model_dump() | {"scale": {}, "rescale": "none"})
+
+
+class _CutMoments(CutHidden):
+    """The same channels of moments: these are no weights, so nothing is multiplied."""
+
+    def apply(self, view: View) -> View:
+        return view.keep("hidden", {None: self.kept})
 
 
 def hidden_norms(shape: Shape) -> list[Row]:
@@ -63,3 +72,18 @@ def _source_name(view: View, name: str) -> str:
         if prefix and name.startswith(prefix):
             return view.shape.prefix(view.source_key(new)) + name.removeprefix(prefix)
     return name
+
+
+def _undone(view: View, count: int) -> Iterator[tuple[str, float]]:
+    """(name in the source, factor) of what keeps the model's function with `count` channels instead of those left.
+
+    The class multiplies with count^p in place of before^p, so the weight takes (before / count)^p. Where it is the
+    head's too, the last norm takes the inverse, for the head has no such factor.
+    """
+    shape, change = view.shape, view.count("hidden") / count
+    for row in table(shape, STACKED).values():
+        if row.tensor.name in shape.family.multiplied:
+            factor = change ** shape.family.multiplied[row.tensor.name]
+            yield row.name, factor
+            if shape.tied and row.name == shape.outer("head"):
+                yield shape.outer("norm"), 1 / factor

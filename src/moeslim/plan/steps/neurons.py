@@ -1,4 +1,4 @@
-"""Expert size: which neurons of the routed experts and of the shared expert stay."""
+"""Neurons: which of the routed experts', the shared expert's and the dense layers' stay."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -10,11 +10,13 @@ from moeslim.plan.view import View
 
 
 class CutExpertSize(PlanStep):
-    """Neurons that stay: by layer key one list per expert, and one list for the shared expert; {} leaves all."""
+    """Neurons that stay: by layer key one list per expert, one for the shared expert, and one list for each dense
+    layer; {} leaves all."""
 
     step: Literal["cut_expert_size"] = "cut_expert_size"
     experts: dict[str, tuple[Ids, ...]] = {}
     shared: dict[str, Ids] = {}
+    dense: dict[str, Ids] = {}
 
     def check(self, shape: Shape, *, top_k: int) -> None:
         if self.experts:
@@ -35,10 +37,13 @@ class CutExpertSize(PlanStep):
             for key, ids in self.shared.items():
                 in_range(ids, shape["shared_size"], where=f"shared.{key}", what="neurons")
             same_count({key: len(ids) for key, ids in self.shared.items()}, "neurons of the shared expert")
+        if self.dense:
+            self._check_dense(shape)
 
     def after(self, shape: Shape) -> Shape:
         shared = {"shared_size": len(next(iter(self.shared.values())))} if self.shared else {}
-        return shape.resized(**self._expert_size(), **shared)
+        dense = {"dense_size": len(next(iter(self.dense.values())))} if self.dense else {}
+        return shape.resized(**self._expert_size(), **shared, **dense)
 
     def apply(self, view: View) -> View:
         """Each expert that is left has a list of its own; of a merged one, its places of the mean."""
@@ -48,10 +53,19 @@ class CutExpertSize(PlanStep):
             pairs = zip(view.parts_of(old), lists, strict=True)
             experts[old] = tuple(tuple(view.neurons(part, ids) for part in parts) for parts, ids in pairs)
         shared = {view.source_key(key): ids for key, ids in self.shared.items()}
-        return view.keep("shared_size", shared).changed(experts=experts)
+        dense = {view.source_key(key): ids for key, ids in self.dense.items()}
+        return view.keep("shared_size", shared).keep("dense_size", dense).changed(experts=experts)
 
     def _expert_size(self) -> Mapping[str, int]:
         return {"expert_size": len(next(iter(self.experts.values()))[0])} if self.experts else {}
+
+    def _check_dense(self, shape: Shape) -> None:
+        if not shape.dense_keys:
+            raise PlanError("dense: the model has no dense layers with a size of their own here; leave it out")
+        same_layers(self.dense, shape.dense_keys, where="dense", what="dense layer")
+        for key, ids in self.dense.items():
+            in_range(ids, shape["dense_size"], where=f"dense.{key}", what="neurons")
+        same_count({key: len(ids) for key, ids in self.dense.items()}, "neurons of the dense layers")
 
     def _check_shared(self, shape: Shape) -> None:
         """The shared expert is there if it is cut, and follows where the config gives it no size of its own."""

@@ -1,0 +1,39 @@
+"""Llama 2 and 3, and the many models of their form: every layer dense, no biases in most."""
+
+from moeslim.families.spec import Family, keys, sections
+
+SPEC = Family(
+    model_type="llama",
+    sizes=keys("""
+        vocab vocab_size    hidden hidden_size    dense_size intermediate_size
+        heads num_attention_heads    kv_heads num_key_value_heads?=heads    head_dim head_dim?=hidden//heads
+    """),
+    layer_prefix="model.layers.{l}.",
+    parts=sections("""
+        outer:
+            embedding  model.embed_tokens.weight  vocab, hidden
+            norm       model.norm.weight          hidden         plain_norm
+            head       lm_head.weight             vocab, hidden
+        every:
+            norm  input_layernorm.weight           hidden  plain_norm
+            norm  post_attention_layernorm.weight  hidden  plain_norm
+        full_attention:
+            attention  self_attn.q_proj.weight  heads*head_dim, hidden
+            attention  self_attn.k_proj.weight  kv_heads*head_dim, hidden
+            attention  self_attn.v_proj.weight  kv_heads*head_dim, hidden
+            attention  self_attn.o_proj.weight  hidden, heads*head_dim
+            attention  self_attn.q_proj.bias    heads*head_dim     bias  if attention_bias
+            attention  self_attn.k_proj.bias    kv_heads*head_dim  bias  if attention_bias
+            attention  self_attn.v_proj.bias    kv_heads*head_dim  bias  if attention_bias
+            attention  self_attn.o_proj.bias    hidden             bias  if attention_bias
+        dense:
+            dense  mlp.gate_proj.weight  dense_size, hidden  gate
+            dense  mlp.up_proj.weight    dense_size, hidden  up
+            dense  mlp.down_proj.weight  hidden, dense_size  down
+            dense  mlp.gate_proj.bias    dense_size          bias  if mlp_bias
+            dense  mlp.up_proj.bias      dense_size          bias  if mlp_bias
+            dense  mlp.down_proj.bias    hidden              bias  if mlp_bias
+    """),
+    hidden_multiple="heads",
+    rope_defaults={"rope_theta": 10000.0},
+)

@@ -1,0 +1,31 @@
+"""Mistral 7B, Nemo, Small: dense; where there is a sliding window every layer has it."""
+
+from moeslim.families.spec import Family, keys, sections
+
+SPEC = Family(
+    model_type="mistral",
+    sizes=keys("""
+        vocab vocab_size    hidden hidden_size    dense_size intermediate_size    window sliding_window?
+        heads num_attention_heads    kv_heads num_key_value_heads=8    head_dim head_dim?=hidden//heads
+    """),
+    layer_prefix="model.layers.{l}.",
+    parts=sections("""
+        outer:
+            embedding  model.embed_tokens.weight  vocab, hidden
+            norm       model.norm.weight          hidden         plain_norm
+            head       lm_head.weight             vocab, hidden
+        every:
+            norm  input_layernorm.weight           hidden  plain_norm
+            norm  post_attention_layernorm.weight  hidden  plain_norm
+        full_attention:
+            attention  self_attn.q_proj.weight  heads*head_dim, hidden
+            attention  self_attn.k_proj.weight  kv_heads*head_dim, hidden
+            attention  self_attn.v_proj.weight  kv_heads*head_dim, hidden
+            attention  self_attn.o_proj.weight  hidden, heads*head_dim
+        dense:
+            dense  mlp.gate_proj.weight  dense_size, hidden  gate
+            dense  mlp.up_proj.weight    dense_size, hidden  up
+            dense  mlp.down_proj.weight  hidden, dense_size  down
+    """),
+    rope_defaults={"rope_theta": 10000.0},
+)
