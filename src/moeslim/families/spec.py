@@ -137,6 +137,7 @@ class Family:
     first_dense: tuple[str, int] | None = None  # (key, default) of how many first layers are dense; None: by number
     router: str = "softmax"
     renormalise: bool | tuple[str, bool] = True
+    eager_attention: bool = False  # the class has no "sdpa" attention, so all scores are in memory
     mtp: Mtp | None = None  # None: the family has no MTP head
     mtp_mixer: str = "full_attention"
     mtp_default: int = 0  # MTP layers that a config without num_nextn_predict_layers is taken to have

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
 from moeslim.errors import ResourceError
-from moeslim.families import Shape
+from moeslim.families import Shape, arrangement, live_layout
 from moeslim.log import logger
 from moeslim.machine.bound import memory_used
 from moeslim.machine.host import return_memory
@@ -133,13 +133,19 @@ def _values(shape: Shape, key: str, *, attn: str, length: int) -> int:
         states = 3 * shape["key_dim"] * values // length + 3 * _CHUNK * shape["value_heads"]
         mixer = 4 * keys + 6 * shape["value_heads"] * shape["key_dim"] + 10 * values + states
     else:
-        scores = 3 * shape["heads"] * length if attn == "eager" else 0
+        eager = 4 if shape.family.eager_attention else 3 if attn == "eager" else 0  # 4: with a sink for each query
+        scores = eager * shape["heads"] * length
         mixer = (5 * shape["heads"] + 2 * shape["kv_heads"]) * shape["head_dim"] + scores
     if not shape.is_moe(key):
         return 6 * d + max(mixer, 3 * shape["dense_size"])
     # All tokens may go to the same expert: gathered, gate and up, their product, the output.
-    one = 2 * d + 3 * shape["expert_size"]
+    one = 2 * d + (8 if _biased(shape) else 3) * shape["expert_size"]
     return 6 * d + max(mixer, one + 3 * shape.sizes.get("shared_size", 0) + 8 * shape["experts"])
+
+
+def _biased(shape: Shape) -> bool:
+    """Whether experts add a bias, and clamp what they have added: each time a tensor more."""
+    return any("up_bias" in inside for _, inside in arrangement(live_layout(shape.family)))
 
 
 def _gb(size: int) -> str:
