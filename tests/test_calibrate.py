@@ -220,7 +220,7 @@ def test_every_norm_equals_a_direct_computation(stats: Stats, trace: Trace) -> N
 class HandFile:
     """Three experts with d = 2, I = 1: h = x_0 * x_1 (no activation) and down projections (3, 4), (0, 2), (6, 8)."""
 
-    count = 3
+    count, transposed = 3, False
 
     def expect(self, experts: Iterable[int]) -> None:
         """Nothing is read ahead."""

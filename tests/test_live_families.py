@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from command import MEASURE, SMALL, TOKENIZER, TRAIN, Command, moeslim, settings, write_text
 from moeslim.calibrate.observe import Observe
@@ -299,3 +301,10 @@ def test_copies_in_another_dtype_are_refused(tmp_path: Path) -> None:
 def test_a_group_needs_as_many_experts_as_rank_it() -> None:
     with pytest.raises(FamilyError, match="ranks a group by its 2 best; there must be at least 4"):
         Student.from_config(tiny_config("glm4_moe", n_routed_experts=2, num_experts_per_tok=1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pages_say_which_classes_have_eager_attention_alone(family: str) -> None:
+    """A walk then has all scores of a layer in memory, which its bound counts."""
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(family))]
+    assert PAGES[family].eager_attention == (not found._supports_sdpa)

@@ -1,7 +1,7 @@
 """gpt-oss (20b, 120b): sliding and full attention with sinks in turns, experts and router with biases, no MTP head.
 
-The router's softmax runs over the chosen logits, which is that over all of them, renormalised. Its class knows no
-"sdpa" attention. The pages' files are in bfloat16; the releases hold their experts in MXFP4.
+The router's softmax runs over the chosen logits, which is that over all of them, renormalised. These are the tensors of
+files in bfloat16; the releases hold their experts in MXFP4.
 """
 
 from moeslim.families.spec import Family, Ffn, PerLayer, keys, sections
@@ -40,6 +40,7 @@ SPEC = Family(
     expert_prefix="mlp.experts",
     layouts=("stacked_interleaved",),
     ffn=Ffn("all"),
+    eager_attention=True,
     rope_defaults={"rope_theta": 150000.0},
     spellings={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
 )

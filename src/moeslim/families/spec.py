@@ -230,6 +230,7 @@ class Family:
     tied: bool = False  # whether a config without tie_word_embeddings means one matrix
     router: str = "softmax"
     renormalise: bool | tuple[str, bool] = True
+    eager_attention: bool = False  # the class has no "sdpa" attention, so all scores are in memory
     mtp: Mtp | None = None  # None: the family has no MTP head
     mtp_mixer: str = "full_attention"
     mtp_default: int = 0  # MTP layers that a config without num_nextn_predict_layers is taken to have

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
 from moeslim.errors import ResourceError
-from moeslim.families import Shape
+from moeslim.families import Shape, arrangement, live_layout
 from moeslim.log import logger
 from moeslim.machine.bound import memory_used
 from moeslim.machine.host import return_memory
@@ -130,7 +130,8 @@ def _values(shape: Shape, key: str, *, attn: str, length: int) -> int:
     v in the order of the heads, their products with beta and the decay, a chunk of scores, and its state per row.
     """
     d = shape["hidden"]
-    kind, scores = shape.kind(key), 3 * length if attn == "eager" else 0
+    eager = 4 if shape.family.eager_attention else 3 if attn == "eager" else 0  # 4: with a sink for each query
+    kind, scores = shape.kind(key), eager * length
     mixer = 0
     if kind == "deltanet":
         keys, values = shape["key_heads"] * shape["key_dim"], shape["value_heads"] * shape["value_dim"]
@@ -149,8 +150,13 @@ def _values(shape: Shape, key: str, *, attn: str, length: int) -> int:
     if not shape.is_moe(key):
         return 6 * d + max(mixer, 3 * shape["dense_size"])
     # All tokens may go to the same expert: gathered, gate and up, their product, the output.
-    one = 2 * d + 3 * shape["expert_size"]
+    one = 2 * d + (8 if _biased(shape) else 3) * shape["expert_size"]
     return 6 * d + max(mixer, one + 3 * shape.sizes.get("shared_size", 0) + 8 * shape["experts"])
+
+
+def _biased(shape: Shape) -> bool:
+    """Whether experts add a bias, and clamp what they have added: each time a tensor more."""
+    return any("up_bias" in inside for _, inside in arrangement(live_layout(shape.family)))
 
 
 def _gb(size: int) -> str:
