@@ -21,8 +21,8 @@ _LARGEST_BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Packed(Entry):
-    """A packed tensor as it is read: bf16 of the whole shape. `parts` are the stored tensors that hold it, by `Stored`'s
-    words, and `names` what those are called.
+    """A packed tensor as it is read: bf16 of the whole shape. `parts` are the stored tensors that hold it, by the words
+    of `Stored`, and `names` what those are called.
 
     `start` and `end` are no place in a file: they say how many bytes its values take in bf16.
     """
@@ -125,19 +125,27 @@ def float_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def packed_index(stored: Index, rows: Mapping[str, Row]) -> Index:
-    """The tensors as they are read: those of a packed row are one, in bf16, if they are what its format asks for."""
+    """The tensors as they are read: those of a packed row are one, in bf16, if they are what its format asks for.
+
+    CheckpointError for a row whose shape its format cannot hold.
+    """
+    packed = [row for row in rows.values() if row.format.kind != "float"]
+    if not packed:
+        return stored
     tensors = dict(stored.tensors)
-    for row in rows.values():
-        if row.format.kind == "float":
-            continue
-        parts, names = {}, {wanted.part: name for name, wanted in row.stored.items()}
-        for name, wanted in row.stored.items():
+    for row in packed:
+        try:
+            expected = row.stored
+        except CheckpointError as problem:
+            raise CheckpointError(f"{stored.folder}: {problem}") from None
+        parts, names = {}, {wanted.part: name for name, wanted in expected.items()}
+        for name, wanted in expected.items():
             entry = tensors.pop(name, None)
             if entry is not None and entry.shape in wanted.shapes and entry.dtype in wanted.dtypes:
                 parts[wanted.part] = entry
         for name in row.format.unread(row.name):
             tensors.pop(name, None)
-        if len(parts) == len(row.stored):
+        if len(parts) == len(expected):
             tensors[row.name] = Packed(
                 parts["values"].file, "BF16", row.shape, 0, 2 * row.parameters, row.name, row.format, parts, names
             )
