@@ -152,13 +152,18 @@ def packed_index(stored: Index, rows: Mapping[str, Row]) -> Index:
     return replace(stored, tensors=tensors)
 
 
-def plain_names(tensors: Mapping[str, Entry], formats: Mapping[str, Format]) -> set[str]:
-    """The names of all tensors as a page has them, without those of scales and packed values."""
-    names = set(tensors) | set(formats)
+def plain_headers(tensors: Mapping[str, Entry], formats: Mapping[str, Format]) -> dict[str, Entry]:
+    """The headers by the names and with the shapes that a page has: one for a packed tensor, none for its parts.
+
+    Of whole numbers in words the last axis is as long as the words allow.
+    """
+    found = dict(tensors)
     for name, form in formats.items():
-        own = {form.values_name(name), *form.companions(name), *form.unread(name)}
-        names -= own - {name}
-    return names
+        values = found.pop(form.values_name(name))
+        for other in (*form.companions(name), *form.unread(name)):
+            found.pop(other, None)
+        found[name] = replace(values, shape=form.whole_shape(values.shape))
+    return found
 
 
 def value_dtypes(index: Index) -> dict[str, str]:

@@ -12,7 +12,7 @@ from moeslim.checkpoint.packed import (
     Quantisation,
     float_config,
     packed_index,
-    plain_names,
+    plain_headers,
     quantisation_of,
     refuse_unexplained,
 )
@@ -78,11 +78,11 @@ def _structure(folder: Path, config: dict[str, Any]) -> Structure:
     if quantisation is None:
         refuse_unexplained(stored)
     formats = {} if quantisation is None else quantisation.packed(stored.tensors)
-    names = plain_names(stored.tensors, formats)
+    headers = plain_headers(stored.tensors, formats)
     if not any(shape.is_moe(key) for key in shape.trunk_keys):
         raise CheckpointError(f"{folder}: the config makes every layer dense; there are no experts to work on")
-    shape = shape.with_present(names)
-    found = detect(names, shape)
+    shape = shape.with_present(headers)
+    found = detect(headers, shape)
     layouts = {subtree: found.get(subtree, found.get("trunk", "per_expert")) for subtree in ("trunk", "mtp")}
     rows = table(shape, layouts, formats=formats)
     index = packed_index(stored, rows)
