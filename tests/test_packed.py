@@ -150,8 +150,6 @@ def test_parts_are_parts_of_the_whole(tmp_path: Path, method: str) -> None:
     for expert in range(8):
         one, other = packed.expert("1", expert), plain.expert("1", expert)
         assert all(bits(one[matrix]) == bits(other[matrix]) for matrix in other)
-        for mine, wanted in zip(packed.expert_pair("1", expert), plain.expert_pair("1", expert), strict=True):
-            assert bits(mine) == bits(wanted)
 
 
 @pytest.mark.parametrize("method", ["fp8 block", "int4", "mxfp4"])
