@@ -21,8 +21,8 @@ _LARGEST_BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Packed(Entry):
-    """A packed tensor as it is read: bf16 of the whole shape. `parts` are the stored tensors that hold it, by the
-    words of `Stored`, and `names` what those are called.
+    """A packed tensor as it is read: bf16 of the whole shape. `parts` are the stored tensors that hold it, by the words
+    of `Stored`, and `names` what those are called.
 
     `start` and `end` are no place in a file: they say how many bytes its values take in bf16.
     """
@@ -125,19 +125,27 @@ def float_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def packed_index(stored: Index, rows: Mapping[str, Row]) -> Index:
-    """The tensors as they are read: those of a packed row are one, in bf16, if they are what its format asks for."""
+    """The tensors as they are read: those of a packed row are one, in bf16, if they are what its format asks for.
+
+    CheckpointError for a row whose shape its format cannot hold.
+    """
+    packed = [row for row in rows.values() if row.format.kind != "float"]
+    if not packed:
+        return stored
     tensors = dict(stored.tensors)
-    for row in rows.values():
-        if row.format.kind == "float":
-            continue
-        parts, names = {}, {wanted.part: name for name, wanted in row.stored.items()}
-        for name, wanted in row.stored.items():
+    for row in packed:
+        try:
+            expected = row.stored
+        except CheckpointError as problem:
+            raise CheckpointError(f"{stored.folder}: {problem}") from None
+        parts, names = {}, {wanted.part: name for name, wanted in expected.items()}
+        for name, wanted in expected.items():
             entry = tensors.pop(name, None)
             if entry is not None and entry.shape in wanted.shapes and entry.dtype in wanted.dtypes:
                 parts[wanted.part] = entry
         for name in row.format.unread(row.name):
             tensors.pop(name, None)
-        if len(parts) == len(row.stored):
+        if len(parts) == len(expected):
             tensors[row.name] = Packed(
                 parts["values"].file, "BF16", row.shape, 0, 2 * row.parameters, row.name, row.format, parts, names
             )
@@ -145,14 +153,17 @@ def packed_index(stored: Index, rows: Mapping[str, Row]) -> Index:
 
 
 def plain_headers(tensors: Mapping[str, Entry], formats: Mapping[str, Format]) -> dict[str, Entry]:
-    """The headers by the names that a page has, without those of scales; a packed tensor's is that of its values."""
-    headers = dict(tensors)
+    """The headers by the names and with the shapes that a page has: one for a packed tensor, none for its parts.
+
+    Of whole numbers in words the last axis is as long as the words allow.
+    """
+    found = dict(tensors)
     for name, form in formats.items():
-        values = headers[form.values_name(name)]
-        for own in (form.values_name(name), *form.companions(name), *form.unread(name)):
-            headers.pop(own, None)
-        headers[name] = values
-    return headers
+        values = found.pop(form.values_name(name))
+        for other in (*form.companions(name), *form.unread(name)):
+            found.pop(other, None)
+        found[name] = replace(values, shape=form.whole_shape(values.shape))
+    return found
 
 
 def value_dtypes(index: Index) -> dict[str, str]:

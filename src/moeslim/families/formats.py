@@ -81,6 +81,13 @@ class Format:
         """The tensor of a file that holds the values of the tensor `name`."""
         return name + {"mxfp4": "_blocks", "int": "_packed"}.get(self.kind, "")
 
+    def whole_shape(self, values: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a tensor whose values are stored in this one."""
+        if self.kind == "mxfp4":
+            *stack, columns, groups, _ = values if len(values) >= 3 else (0, 0, 0)
+            return (*stack, groups * MXFP4_GROUP, columns)
+        return (*values[:-1], values[-1] * 32 // self.bits) if self.kind == "int" and values else values
+
     def companions(self, name: str) -> tuple[str, ...]:
         """The tensors of a file that belong to those of `values_name`."""
         return {"float": (), "int": (name + self.scale, f"{name}_shape")}.get(self.kind, (name + self.scale,))
