@@ -89,7 +89,7 @@ class _Sums:
 
 @dataclass(eq=False)
 class LayerStats(_Sums):
-    """One decoder layer. x is its input, y its output. In a dense one the fields of experts and routers are empty.
+    """One decoder layer. x is its input, y its output; the experts' fields are empty in a layer without.
 
     Divide by `tokens` for means over all tokens, by `routed` for means over X_e, by `sample_tokens` for mean outputs.
     """
@@ -113,8 +113,8 @@ class LayerStats(_Sums):
     neuron_shared_sum: Array = field(default_factory=_nothing)  # (S) sum over all tokens of sigmoid gate * |h_i|
     down_norm: Array = field(default_factory=_nothing)  # (E, I) ||W_down[:, i]||
     down_norm_shared: Array = field(default_factory=_nothing)  # (S)
-    neuron_dense_sum: Array = field(default_factory=_nothing)  # (D) of a dense layer: sum over all tokens of |h_i|
-    down_norm_dense: Array = field(default_factory=_nothing)  # (D)
+    neuron_dense_sum: Array = field(default_factory=_nothing)  # (F) sum over all tokens of |h_i|, what down gets
+    down_norm_dense: Array = field(default_factory=_nothing)  # (F) ||W_down[:, i]|| of the dense MLP
 
     constant: ClassVar[frozenset[str]] = frozenset({"router_gram", "down_norm", "down_norm_shared", "down_norm_dense"})
     axes: ClassVar[Mapping[str, str]] = {
@@ -124,7 +124,7 @@ class LayerStats(_Sums):
         **dict.fromkeys(("mean_output_sum", "softmax_output_sum"), "Ed"),
         **dict.fromkeys(("neuron_sum", "down_norm"), "EI"),
         **dict.fromkeys(("neuron_shared_sum", "down_norm_shared"), "S"),
-        **dict.fromkeys(("neuron_dense_sum", "down_norm_dense"), "D"),
+        **dict.fromkeys(("neuron_dense_sum", "down_norm_dense"), "F"),
     }
 
     @property
