@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -26,11 +27,13 @@ from moeslim.model.walk import WalkSettings
 from moeslim.plan.budget import Budget, candidates, resized
 from moeslim.plan.footprint import Footprints
 from moeslim.plan.importance import dense_neuron_importance
-from moeslim.plan.schedule import resolve
+from moeslim.plan.make import make_plan
+from moeslim.plan.schedule import Target, resolve
 from moeslim.plan.steps import CutExpertSize, CutHidden, DropLayers
 from moeslim.plan.view import View
 from moeslim.recipe import Keep, Methods
-from moeslim.stats import LayerStats
+from moeslim.stats import LayerStats, Stats
+from moeslim.surgery import cut
 from stock import Stock
 from tiny import DENSE, tiny_config, tiny_shape, write_tiny
 
@@ -118,10 +121,10 @@ def test_lists_per_layer_are_cut_and_written_down() -> None:
     sliding = tiny_config("qwen2")
     edited = edit_config(sliding, Shape.from_config(sliding).keep_layers((0, 3)))
     assert (edited["layer_types"], edited["max_window_layers"]) == (["full_attention", "sliding_attention"], 1)
-    for cut in (first, odd, edited):
-        live = AutoConfig.for_model(**cut)
-        assert getattr(live, "no_rope_layers", None) == cut.get("no_rope_layers")
-        assert live.layer_types == cut["layer_types"]
+    for config in (first, odd, edited):
+        live = AutoConfig.for_model(**config)
+        assert getattr(live, "no_rope_layers", None) == config.get("no_rope_layers")
+        assert live.layer_types == config["layer_types"]
 
 
 def test_released_size() -> None:
@@ -268,6 +271,37 @@ def test_scores_of_dense_neurons_by_hand() -> None:
         dense_neuron_importance(stats)
     stats.neuron_dense_sum, stats.down_norm_dense = torch.tensor([6.0, 2.0]).numpy(), torch.tensor([1.0, 5.0]).numpy()
     assert dense_neuron_importance(stats).tolist() == [3.0, 5.0]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "glm4_moe"])
+def test_a_plan_keeps_the_neurons_with_the_highest_scores(tmp_path: Path, family: str) -> None:
+    """Sums by hand; layer 1 is dropped first, so layer 2's list goes by 1. GLM's only dense layer is 0."""
+    folder = write_tiny(tmp_path / "model", family=family)
+    shape, sums = read_structure(folder).shape, {}
+    stats = Stats("m" * 16, token_sets=("t",), tokens=10, sequences=1)
+    for number, key in enumerate(shape.layer_keys):
+        sums[key] = np.random.default_rng(number).permutation(24) + 1.0
+        own = {"neuron_dense_sum": sums[key], "down_norm_dense": np.ones(24)} if key in shape.dense_keys else {}
+        stats.layers[key] = LayerStats(tokens=10.0, x_sum=np.ones(16), routed=np.ones(shape["experts"]), **own)
+        stats.layers[key].cos_sum = {"1": 9.9}.get(key, 1.0)
+    methods = Methods(depth="block_influence", allow_irregular=True)
+    plan = make_plan(shape, stats=stats, target=Target(layers=3, dense_size=5), methods=methods)
+    layers, neurons = plan.steps
+    assert isinstance(neurons, CutExpertSize)
+    assert (layers.kept, neurons.experts, neurons.shared) == ((0, 2, 3), {}, {})
+    best = {new: tuple(np.flatnonzero(sums[old] > 19)) for new, old in {"0": "0", "1": "2", "2": "3"}.items()}
+    assert neurons.dense == (best if family != "glm4_moe" else {"0": best["0"]})
+    out = tmp_path / "out"
+    cut(folder, plan.model_copy(update={"model": None}), out_folder=out)
+    assert verify(out).ok
+    before, name = tensors(folder), "gate_up_proj" if family == "phi3" else "down_proj"
+    ids = list(best["0"])
+    rows = tensors(out)[f"model.layers.0.mlp.{name}.weight"]
+    was = before[f"model.layers.0.mlp.{name}.weight"]
+    assert torch.equal(rows, was[[*ids, *(24 + i for i in ids)]] if family == "phi3" else was[:, ids])
+    stats.layers["0"].neuron_dense_sum = np.empty(0)
+    with pytest.raises(PlanError, match="nothing of the neurons of dense layers; calibrate again"):
+        make_plan(shape, stats=stats, target=Target(dense_size=5), methods=methods)
 
 
 # ---- costs

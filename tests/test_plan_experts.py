@@ -10,6 +10,7 @@ import pytest
 
 from moeslim.errors import PlanError
 from moeslim.families import FAMILIES, Shape
+from moeslim.families.spec import Key
 from moeslim.plan import Plan, check_plan, make_plan, parse_plan, plan_text
 from moeslim.plan.experts import layer_scores, search_facts
 from moeslim.plan.file import source_shape
@@ -338,7 +339,7 @@ def test_trained_router_rows_are_set_behind_the_cut() -> None:
 def grouped(monkeypatch: pytest.MonkeyPatch) -> Shape:
     """A config of 24 experts in 4 groups of 6, 2 of them open to a token, of a family made up for this."""
     spec = FAMILIES["qwen3_next"]
-    sizes = {**spec.sizes, "groups": ("n_group", 1), "topk_group": ("topk_group", 1)}
+    sizes = {**spec.sizes, "groups": Key("n_group", 1), "topk_group": Key("topk_group", 1)}
     monkeypatch.setitem(FAMILIES, "grouped", replace(spec, model_type="grouped", sizes=sizes))
     return tiny_shape(model_type="grouped", num_experts=24, num_experts_per_tok=4, n_group=4, topk_group=2)
 

@@ -81,9 +81,10 @@ def _undone(view: View, count: int) -> Iterator[tuple[str, float]]:
     head's too, the last norm takes the inverse, for the head has no such factor.
     """
     shape, change = view.shape, view.count("hidden") / count
-    for row in table(shape, STACKED).values():
-        if row.tensor.name in shape.family.multiplied:
-            factor = change ** shape.family.multiplied[row.tensor.name]
-            yield row.name, factor
-            if shape.tied and row.name == shape.outer("head"):
-                yield shape.outer("norm"), 1 / factor
+    for pattern, power in shape.family.multiplied.items():
+        for part in (part for part, lines in shape.family.parts.items() if pattern in {line.name for line in lines}):
+            keys = (key for key in view.source_keys if part in ("every", shape.mixer(key), shape.ffn(key)))
+            for name in [pattern] if part == "outer" else [shape.prefix(key) + pattern for key in keys]:
+                yield name, change**power
+                if shape.tied and name == shape.outer("head"):
+                    yield shape.outer("norm"), change**-power
