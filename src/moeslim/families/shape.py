@@ -279,7 +279,7 @@ def _integer(config: Mapping[str, Any], where: str | tuple[str, int], *, least: 
 
 
 def _layer_types(config: Mapping[str, Any], family: Family, *, layers: int) -> tuple[str, ...]:
-    given = config.get("layer_types")
+    given = config.get(family.mixer_key)
     if given is None:
         if family.default_interval is None:
             return ("full_attention",) * layers
