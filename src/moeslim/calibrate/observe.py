@@ -126,8 +126,8 @@ class LayerObserver:
                 yield self.visit.module(row).register_forward_hook(hook(row.name))
 
     def _watch_layer(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        def see(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            _add(self.layer, layer_sums(inputs[0], output))
+        def see(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+            _add(self.layer, layer_sums(inputs[0], output if isinstance(output, torch.Tensor) else output[0]))
 
         if self.visit.decoder is not None:
             yield self.visit.decoder.register_forward_hook(see)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from moeslim.artifacts.commit import disk_errors, named
 from moeslim.errors import ResourceError
@@ -36,7 +37,9 @@ class HiddenFiles:
         return x_BTd.to(self.device)
 
     def write(self, start: int, y_BTd: torch.Tensor) -> None:
-        """Output rows from `start` on."""
+        """Output rows from `start` on; columns that they lack are zeros."""
+        if y_BTd.shape[-1] < self.shape[2]:
+            y_BTd = F.pad(y_BTd, (0, self.shape[2] - y_BTd.shape[-1]))
         path = self._path(self.target)
         # Made if it is not there, and never emptied: another thread may just have made it.
         with disk_errors(path), open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:

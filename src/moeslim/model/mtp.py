@@ -87,10 +87,10 @@ class MtpBlock(nn.Module):
         embedded = None if rotary is None else rotary(x, positions)
         arguments = {"position_embeddings": embedded, "attention_mask": mask, "position_ids": positions}
         if chain is None:
-            return self.norm(self.layers[0](x, **arguments))
+            return self.norm(_states(self.layers[0](x, **arguments)))
         call = ChainCall(chain, first=first, base=self.config._attn_implementation)
         with self._attending():
-            x = self.layers[0](x, **arguments, chain_call=call)
+            x = _states(self.layers[0](x, **arguments, chain_call=call))
         assert call.grown is not None, "the decoder layer's attention did not call its back end"
         return self.norm(x), call.grown
 
@@ -103,3 +103,9 @@ class MtpBlock(nn.Module):
             yield
         finally:
             self.config._attn_implementation = base
+
+
+def _states(output: Any) -> torch.Tensor:
+    """A layer's states, of a class whose layers hand on more as well."""
+    states: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return states

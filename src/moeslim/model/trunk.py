@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from moeslim.errors import FamilyError
 from moeslim.families import Shape, family_of, text_config
+from moeslim.model.carry import Carry
 
 
 def build_trunk(config: Mapping[str, Any], *, attn: str, experts: str) -> PreTrainedModel:
@@ -119,6 +120,11 @@ class Trunk:
         """The config of the text model."""
         return self.body.config
 
+    def recorders(self) -> list["Recorder"]:
+        """One for every layer, to stand in its place."""
+        carries = self.shape.family.carries
+        return [Recorder(layer, Carry(i) if carries else None) for i, layer in enumerate(self.layers)]
+
     def before_head(self, states: torch.Tensor) -> torch.Tensor:
         """States behind the last norm times what the class multiplies logits with: then the head's product is them."""
         return states if self.shape.logit_scale == 1 else states * self.shape.logit_scale
@@ -165,7 +171,7 @@ class Trunk:
         """The one child of the body that is called behind the layers, seen in a forward pass that computes nothing."""
         called: list[str] = []
         layers, rotary, others = self.layers, self.rotary, []
-        recorders = nn.ModuleList(Recorder(layer) for layer in layers)
+        recorders = nn.ModuleList(self.recorders())
         try:
             self.layers = recorders
             self.renew_buffers("cpu")  # a rotary is not stood in for: masks and positions come with it
@@ -175,6 +181,11 @@ class Trunk:
                     child.forward = partial(_call, called, name)
             with torch.no_grad(), torch.device("cpu"):
                 self.body(inputs_embeds=torch.zeros(1, 2, self.shape["hidden"]), use_cache=False)
+        except (TypeError, ValueError) as problem:
+            raise FamilyError(
+                f"{self._page}: its forward cannot be followed ({problem}); if its layers hand on more than their "
+                "output, the page must say `carries`"
+            ) from None
         finally:
             for child in others:
                 del child.forward  # the class's own shows again
@@ -207,13 +218,14 @@ def _renew(model: PreTrainedModel, module: nn.Module, *, device: torch.device | 
 
 
 class Recorder(nn.Module):
-    """Stands where a decoder layer was: keeps what the model hands it and returns its input.
+    """Stands where a decoder layer was: keeps what the model hands it and returns its input, with `carry` if given.
 
     What a model reads off its layers (a kind of block, for one) is answered by the real one.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, carry: Carry | None = None) -> None:
         super().__init__()
+        self.carry = carry
         self._layer = (layer,)  # in a tuple, so that its weights are not this module's
         self.x: torch.Tensor | None = None
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -224,9 +236,9 @@ class Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_layer"][0], name)
 
-    def forward(self, hidden_states: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *more: Any, **named: Any) -> Any:
         self.x, self.arguments = hidden_states, (more, named)
-        return hidden_states
+        return hidden_states if self.carry is None else (hidden_states, self.carry)
 
 
 def _call(called: list[str], name: str, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ Masks, rotary and position arguments are those of the class's own forward, taken
 by hand, "eager" attention with a mask of None is silently not causal.
 
 WORKDIR/walk.json           what is committed: the done keys and the generation that holds the next inputs
-WORKDIR/hidden-{a,b}.bin    (rows, T, d) in the compute dtype
+WORKDIR/hidden-{a,b}.bin    (rows, T, d) in the compute dtype; more columns where layers hand on more (carry.py)
 WORKDIR/layers/<key>/       the driver's files
 """
 
@@ -30,18 +30,19 @@ import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
 from moeslim.artifacts.commit import flush, read_json, write_json
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import FamilyError, RunError
 from moeslim.families import Row, Shape, is_mtp
+from moeslim.model.carry import Carry, CarryColumns
 from moeslim.model.experts import ExpertFile, FileExperts, activation_of, by_rows
 from moeslim.model.hidden import HiddenFiles
 from moeslim.model.load import check_copies
 from moeslim.model.moe import MoeBlock
 from moeslim.model.names import live_dtype, live_rows
 from moeslim.model.student import Student
-from moeslim.model.trunk import Recorder
 
 SCHEMA = 1
 RunRows = Callable[[nn.Module, torch.Tensor, int, int], torch.Tensor]
@@ -64,7 +65,7 @@ class WalkSettings:
 
 
 class BatchOutput(NamedTuple):
-    """Rows [start, stop) of a visit: inputs x and outputs y of its root, both (rows, T, d)."""
+    """Rows [start, stop) of a visit: inputs x and outputs y of its root, both (rows, T, d) and carry.py's columns."""
 
     start: int
     stop: int
@@ -92,6 +93,7 @@ class LayerVisit:
     run: RunRows
     hidden: HiddenFiles
     rows_per_batch: int
+    carried: CarryColumns
     done_rows: int = 0
 
     def module(self, row: Row) -> nn.Module:
@@ -167,10 +169,10 @@ def walk(
     workdir = Path(workdir)
     check_copies(reader)
     keys = reader.shape.keys
-    lengths = (rows.shape[0], rows.shape[1] - 1, reader.shape["hidden"])
+    skeleton = _Skeleton(reader, rows, settings=settings)
+    lengths = (rows.shape[0], rows.shape[1] - 1, skeleton.carried.columns(settings.dtype))
     hidden = HiddenFiles(workdir, lengths, dtype=settings.dtype, device=settings.device)
     done = _open(workdir, name, hidden=hidden)
-    skeleton = _Skeleton(reader, rows, settings=settings)
     with ThreadPoolExecutor(1, thread_name_prefix="commit") as thread:
         committing: Future[None] | None = None
         if hidden.source is None:
@@ -205,7 +207,7 @@ class _Skeleton:
         self.parts, self.mtp, self.moe, self.names = student.parts, student.mtp, student.moe, student.names
         self.layers = dict(zip(reader.shape.trunk_keys, self.parts.layers, strict=True))
         self.norm = self.parts.norm
-        self.recorders = [Recorder(layer) for layer in self.parts.layers]
+        self.recorders = self.parts.recorders()
         self.parts.layers = nn.ModuleList(self.recorders)
         self.parts.norm = nn.Identity()
         self.parts.renew_buffers(settings.device)
@@ -213,6 +215,17 @@ class _Skeleton:
             self.parts.embed.padding_idx = None  # it means nothing here, and may lie outside the few rows in memory
         self._recorded: tuple[int, ...] = ()
         self._recording = threading.Lock()
+        self.carried = self._carried()
+
+    def _carried(self) -> CarryColumns:
+        """How much a layer hands on, by a run of the first one that computes nothing."""
+        none = CarryColumns(self.reader.shape["hidden"])
+        if not self.reader.shape.family.carries:
+            return none
+        x_BTd = torch.zeros(1, self.rows.shape[1] - 1, none.hidden, dtype=self.settings.dtype)
+        self._record(x_BTd.to(self.settings.device))
+        more, named = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), self.recorders[0].arguments)
+        return CarryColumns.like(self.layers["0"](x_BTd.to("meta"), *more, **named)[1], hidden=none.hidden)
 
     def embed(self, tokens_BT: np.ndarray) -> torch.Tensor:
         """Embeddings (B, T, d) of token ids, only the rows that occur being read from the file."""
@@ -243,7 +256,18 @@ class _Skeleton:
         self._fill(root, own)
         rows, places = tuple(row for row, _ in own), {row.name: place for row, place in own}
         return LayerVisit(
-            key, shape, root, decoder, moe, rows, places, folder, run, hidden, self.settings.rows_per_batch
+            key,
+            shape,
+            root,
+            decoder,
+            moe,
+            rows,
+            places,
+            folder,
+            run,
+            hidden,
+            self.settings.rows_per_batch,
+            self.carried,
         )
 
     def _part(self, key: str) -> tuple[nn.Module, nn.Module | None, RunRows]:
@@ -270,26 +294,32 @@ class _Skeleton:
 
     def _trunk_run(self, index: int) -> RunRows:
         def run(layer: nn.Module, x_BTd: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+            second = self.carried.second(x_BTd)
+            x_BTd = self.carried.states(x_BTd)
             with self._recording:
                 if self._recorded != tuple(x_BTd.shape):
                     self._record(x_BTd)
                 more, named = self.recorders[index].arguments
-            y_BTd = layer(x_BTd, *more, **named)
-            if not isinstance(y_BTd, torch.Tensor):
+            if self.carried.width:
+                more, named = tree_map_only(Carry, lambda _: second, (more, named))
+            output = layer(x_BTd, *more, **named)
+            if isinstance(output, torch.Tensor):  # of a layer that was left out, too: what it got goes on
+                return self.carried.joined(output, second)
+            if not self.carried.width:
                 raise FamilyError(
-                    f"{type(layer).__name__} returns {type(y_BTd).__name__}; layers that hand on more than their "
-                    "output cannot be run one by one yet"
+                    f"{type(layer).__name__} returns {type(output).__name__}; layers that hand on more than their "
+                    "output are run one by one if their page says `carries`"
                 )
-            return y_BTd
+            return self.carried.joined(*output)
 
         return run
 
     def _run_norm(self, norm: nn.Module, x_BTd: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return self.parts.before_head(norm(x_BTd))
+        return self.parts.before_head(norm(self.carried.states(x_BTd)))
 
     def _run_mtp(self, block: nn.Module, x_BTd: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         tokens = self.rows[start:stop, 1 : x_BTd.shape[1] + 1]  # the caller may run fewer positions
-        return block(x_BTd, self.embed(tokens), rotary=self.parts.rotary)
+        return block(self.carried.states(x_BTd), self.embed(tokens), rotary=self.parts.rotary)
 
 
 def _open(workdir: Path, name: str, *, hidden: HiddenFiles) -> list[str]:

@@ -46,11 +46,11 @@ class Streams:
         """(number of its first row, output (B, T, d)) of the rows as the uncut model has them, batch by batch."""
         for start, stop in self._batches():
             x_BTd = self.visit.hidden.read(self.first + start, self.first + stop)
-            yield start, self._through(start, x_BTd)
+            yield start, self.visit.carried.states(self._through(start, x_BTd))
 
     def outputs(self, count: int, start: int, *, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a stream as this visit has left it (B, T, d)."""
-        return self._written(self.visit.folder, count).read(start, stop)
+        return self.visit.carried.states(self._written(self.visit.folder, count).read(start, stop))
 
     def forget(self) -> None:
         """Remove the streams that only the visit before has read."""
