@@ -23,6 +23,14 @@ TOKENS = torch.randint(0, 56, (2, 17), generator=torch.Generator().manual_seed(5
 GONE = (0, 6, 7, 13)
 CHANNELS = tuple(c for c in range(HIDDEN) if c not in GONE)
 
+_MEAN = "its LayerNorms subtract a mean, which is another one without some channels: no eps makes a cut of width exact"
+REASONS: dict[tuple[str, str], str] = {
+    ("phimoe", "hidden"): _MEAN,
+    ("olmoe", "hidden"): "its norms of queries and keys have hidden_size values, whatever head_dim says",
+    ("phimoe", "top k"): "its router takes two experts, whatever the config says",
+}
+"""(family, cell) -> why it does not hold."""
+
 
 @dataclass(frozen=True)
 class Figure:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from case import CHANNELS, TOKENS, Case, Figure, cell, difference, experts_step, mask_neurons, neurons_step
+from case import CHANNELS, REASONS, TOKENS, Case, Figure, cell, difference, experts_step, mask_neurons, neurons_step
 from command import MEASURE, SMALL, TOKENIZER, TRAIN, write_text
 from cuts import cut_by, same, tensors
 from moeslim import api
@@ -266,29 +266,33 @@ def generated(case: Case) -> Figure:
 
 @cell("random")
 def random_init(case: Case) -> Figure:
-    """A random model of the same config opens in transformers: tensors that are missing or of another shape."""
+    """A random model of the same config opens in transformers: text tensors that are missing or of another shape."""
     out = case.out("random")
     config = json.loads((case.single / "config.json").read_text())
     write_random(out, config, seed=0, dtype="float32")
-    _, info = case.stock(out)
-    return Figure(len(info["missing_keys"]) + len(info["mismatched_keys"]))
+    model, info = case.stock(out)
+    text = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    missing = [name for name in info["missing_keys"] if name.startswith((f"{text}.", "lm_head."))]
+    return Figure(len(missing) + len(info["mismatched_keys"]))
 
 
 @cell("commands")
 def commands(case: Case) -> Figure:
-    """inspect, probe, prune on two axes, distill, evaluate with drafts, under --max-memory: what verify refuses."""
+    """inspect, probe, prune, distill, evaluate with drafts, under --max-memory: what verify refuses."""
     model = build_stock(case.out("model"), case.family, vocab_size=2048)
     for file in TOKENIZER.iterdir():
         shutil.copy(file, model)
     text = [write_text(case.work / "text.jsonl")]
     assert api.inspect(str(model))["layers"] == case.shape.layers
     axes: dict[str, Any] = {"experts": 4} if case.shape.moe_keys else {"dense_size": 16}
+    if (case.family, "hidden") not in REASONS:
+        axes["hidden"] = 12
     keys = [*SMALL, "max_memory=4GB"]
     data = [str(path) for path in text]
     if case.shape.moe_keys:
         api.probe(str(model), case.out("probe"), data=data, overrides=[*keys, "calibrate.sequences=16"])
     cut, out = case.out("cut"), case.out("trained")
-    api.prune(str(model), cut, keep={**axes, "hidden": 12}, data=data, overrides=[*keys, *MEASURE])
+    api.prune(str(model), cut, keep=axes, data=data, overrides=[*keys, *MEASURE])
     training = [*keys, *TRAIN, "distill.micro_rows=1"]
     api.distill(str(cut), out, teacher=str(model), data=data, overrides=training)
     asked = [*keys, *MEASURE, "evaluate.prompts=2", "evaluate.samples=0"]

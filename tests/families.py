@@ -25,16 +25,10 @@ import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import cells  # noqa: E402, F401 - enters the cells
-from case import CELLS, TOKENS, Case, Figure, pages_without_models, with_pages  # noqa: E402
+from case import CELLS, REASONS, TOKENS, Case, Figure, pages_without_models, with_pages  # noqa: E402
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 START, END = "<!-- what `make families` measured, written by it -->", "<!-- end -->"
-_MEAN = "its LayerNorms subtract a mean, which is another one without some channels: no eps makes a cut of width exact"
-REASONS: dict[tuple[str, str], str] = {
-    ("phimoe", "hidden"): _MEAN,
-    ("phimoe", "top k"): "its router takes two experts, whatever the config says",
-}
-"""(family, cell) -> why it does not hold."""
 Outcome = Figure | str | None
 """A cell's figure, why there is none, or None where the family has no such part."""
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import cells
-from case import CELLS, Case, Figure, pages_without_models, with_pages
-from families import END, PAGE, REASONS, START, failures
+from case import CELLS, REASONS, Case, Figure, pages_without_models, with_pages
+from families import END, PAGE, START, failures
 
 __all__ = ["cells"]  # imported for the cells that it enters
 

@@ -163,8 +163,14 @@ DENSE: dict[str, dict[str, Any]] = {
     "phi3": {**_DENSE, "sliding_window": None},
 }
 STOCK = {**MOE, **DENSE}
-_RENAMED = {"kimi_k25": (".model.blocks.", ".model.layers.")}
-"""What 5.23 writes under a name that releases do not have, and does not read again itself."""
+_RENAMED = {
+    "kimi_k25": {
+        "language_model.model.blocks.": "language_model.model.layers.",
+        "model.mm_projector.": "mm_projector.",
+        "vision_tower.encoder.patch_embed.": "vision_tower.patch_embed.",
+    }
+}
+"""What 5.23 writes under names that releases do not have (with blocks it does not even read its own files)."""
 
 
 def stock_config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
@@ -220,11 +226,10 @@ def save_stock(model: Any, folder: Path, *, dtype: torch.dtype, stacked: bool = 
     """Save a model by transformers, under the names that releases have, and return the folder."""
     model.config.dtype = dtype
     model.save_pretrained(folder, save_original_format=not stacked)
-    for family, (wrong, right) in _RENAMED.items():
-        if model.config.model_type == family:
-            path = Path(folder) / "model.safetensors"
-            tensors = {name.replace(wrong, right): t for name, t in load_file(path).items()}
-            save_file(tensors, path, metadata={"format": "pt"})
+    path = Path(folder) / "model.safetensors"
+    for wrong, right in _RENAMED.get(model.config.model_type, {}).items():
+        renamed = {name.replace(wrong, right): t.clone() for name, t in load_file(path).items()}
+        save_file(renamed, path, metadata={"format": "pt"})
     return Path(folder)
 
 

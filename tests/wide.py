@@ -1,68 +1,25 @@
 """Any checkpoint as transformers' own model in float64, parts of it switched off: what a cut of any family must equal.
 
-Nothing here knows moeslim, a family or a plan. The class is the one that the config names, the files are read by
-`from_pretrained`; what its code casts to float32 is cast to float64 (`Float64`). Parts are found by what they do:
-routers by their product with E rows, neurons by the shape of the matrix behind them, norms by what they are given.
+Nothing here knows moeslim, a family or a plan. Parts are found by what they do: routers by their product with E rows,
+neurons by the shape of the matrix behind them, norms by what they are given.
 """
 
-import copy
 import inspect
-import json
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from wide_loading import Head, in_float64, load
 
 LOST = -1e30
 """A logit that no softmax, sigmoid or choice hears; finite, since some routers divide by it."""
-_TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")
 _ROUTER = re.compile(r"Top[kK]Router|Router|Gate")
 _PRODUCTS = (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm)
-_HEADS = (  # an MTP head on disk: its layer; then fc, norms of embedding and state, last norm; {P}: the layers' prefix
-    ("mtp.layers.0.", "mtp.fc", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.norm"),
-    ("{P}{L}.", "{P}{L}.eh_proj", "{P}{L}.enorm", "{P}{L}.hnorm", "{P}{L}.shared_head.norm"),
-)
-
-
-class Float64(TorchFunctionMode):
-    """Whatever a call names float32 is float64, in `to`, `float`, `dtype=` and what makes tensors.
-
-    `strict`: a call that gives float32 all the same is an AssertionError.
-    """
-
-    def __init__(self, *, strict: bool) -> None:
-        super().__init__()
-        self.strict = strict
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        args = [torch.float64 if arg is torch.float32 else arg for arg in args]
-        named = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
-        out = func(*args, **named)
-        if self.strict and isinstance(out, torch.Tensor):
-            assert out.dtype not in (torch.float32, torch.complex64, torch.bfloat16), f"{func} gives {out.dtype}"
-        return out
-
-
-@contextmanager
-def in_float64(*, strict: bool = True) -> Iterator[None]:
-    """Inside, nothing that torch computes is float32, defaults included; files may hold it where not `strict`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Float64(strict=strict), torch.no_grad():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class Wide(nn.Module):
@@ -73,21 +30,23 @@ class Wide(nn.Module):
 
     def __init__(self, folder: Path, *, top_k: int | None = None) -> None:
         super().__init__()
-        self.trunk = _loaded(folder, top_k=top_k)
-        self.head = _Head.of(folder, top_k=top_k)
+        self.trunk = load(folder, top_k=top_k)
+        self.head = Head.of(folder, top_k=top_k)
         assert all(t.dtype != torch.float32 for t in (*self.parameters(), *self.buffers()))
 
     def layer(self, key: str) -> nn.Module:
-        """The decoder layer of a key, "mtp.0" being the MTP head's."""
-        if key == "mtp.0":
+        """The decoder layer of a key, "mtp.0" being the MTP head's first."""
+        if key.startswith("mtp."):
             assert self.head is not None
-            return layers_of(self.head.model)[0]
+            return layers_of(self.head.model)[int(key[4:])]
         return layers_of(self.trunk)[int(key)]
 
     @property
     def keys(self) -> list[str]:
         """All layer keys."""
-        return [*(str(i) for i in range(len(layers_of(self.trunk)))), *(["mtp.0"] if self.head is not None else [])]
+        heads = () if self.head is None else layers_of(self.head.model)
+        trunk = range(len(layers_of(self.trunk)))
+        return [*map(str, trunk), *(f"mtp.{number}" for number in range(len(heads)))]
 
     @property
     def moe_keys(self) -> list[str]:
@@ -179,52 +138,6 @@ class Wide(nn.Module):
                 setattr(norm, name, factor * getattr(norm, name))
 
 
-class _Head(nn.Module):
-    """norm(layer(fc([norm_e(embedding); norm_h(hidden)]))): layer and last norm are a model of one layer of the class.
-
-    So names, masks, rotary and the layer are transformers' own; the four lines around them are the specification's.
-    """
-
-    def __init__(self, model: Any, fc: torch.Tensor, norms: Sequence[torch.Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self.fc = nn.Parameter(fc)
-        last = _last_norm(model)
-        self.norm_e, self.norm_h = copy.deepcopy(last), copy.deepcopy(last)
-        self.norm_e.weight.data, self.norm_h.weight.data = norms
-
-    @classmethod
-    def of(cls, folder: Path, *, top_k: int | None) -> "_Head | None":
-        weights = _weights(folder)
-        prefix = _layers_prefix(weights)
-        config = _config(folder, top_k=top_k)
-        text = config.get_text_config(decoder=True)
-        for pattern in _HEADS:
-            layer, fc, *norms = (part.format(P=prefix, L=text.num_hidden_layers) for part in pattern)
-            if f"{fc}.weight" in weights:
-                break
-        else:
-            return None
-        mains = {name: t for name, t in weights.items() if not name.startswith((prefix, "mtp."))}
-        norm = next(
-            n for n in mains if n.startswith(prefix.removesuffix("layers.")) and re.search(r"norm\w*\.weight$", n)
-        )
-        own = {prefix + "0." + n.removeprefix(layer): t for n, t in weights.items() if n.startswith(layer)}
-        around = ("eh_proj.", "enorm.", "hnorm.", "shared_head.", "embed_tokens.")
-        own = {name: t for name, t in own.items() if not name.startswith(tuple(f"{prefix}0.{a}" for a in around))}
-        mains[norm] = weights[f"{norms[2]}.weight"]
-        _one_layer(text)
-        with tempfile.TemporaryDirectory() as work:
-            config.save_pretrained(work)
-            save_file({**mains, **own}, Path(work) / "model.safetensors", metadata={"format": "pt"})
-            model = _loaded(Path(work), top_k=top_k)
-        return cls(model, weights[f"{fc}.weight"].double(), [weights[f"{name}.weight"].double() for name in norms[:2]])
-
-    def forward(self, embeddings: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        x = nn.functional.linear(torch.cat([self.norm_e(embeddings), self.norm_h(hidden)], dim=-1), self.fc)
-        return self.model.get_decoder()(inputs_embeds=x, use_cache=False).last_hidden_state
-
-
 def layers_of(model: Any) -> nn.ModuleList:
     """The decoder layers of a causal model, with or without a tower beside them."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -297,66 +210,3 @@ def _others(count: int, kept: Sequence[int]) -> list[int]:
 
 def _wide(x: Any, hidden: int) -> bool:
     return isinstance(x, torch.Tensor) and x.shape[-1] == hidden
-
-
-def _config(folder: Path, *, top_k: int | None) -> Any:
-    config = transformers.AutoConfig.from_pretrained(folder)
-    if top_k is not None:
-        text = config.get_text_config(decoder=True)
-        names = [name for name in _TOP_K if name in text.to_dict() or hasattr(text, name)]
-        assert names, "no key of the config is known to be the number of experts per token"
-        for name in names:
-            setattr(text, name, top_k)
-    return config
-
-
-def _one_layer(text: Any) -> None:
-    """The config of an MTP head's layer: mixture of experts, full attention where the trunk has that."""
-    kinds = getattr(text, "layer_types", None)
-    text.num_hidden_layers = 1
-    if kinds is not None:
-        text.layer_types = ["full_attention" if "full_attention" in kinds else kinds[-1]]
-    for name, value in (
-        ("mlp_layer_types", ["sparse"]),
-        ("indexer_types", ["full"]),
-        ("first_k_dense_replace", 0),
-        ("mlp_only_layers", []),
-        ("decoder_sparse_step", 1),
-    ):
-        if hasattr(text, name):
-            setattr(text, name, value)
-
-
-def _loaded(folder: Path, *, top_k: int | None) -> Any:
-    """The model of a folder by `from_pretrained`, in float64; every tensor of it is in the files."""
-    config = _config(folder, top_k=top_k)
-    named = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or [""]
-    towers = hasattr(config, "text_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if towers else MODEL_FOR_CAUSAL_LM_MAPPING
-    cls: Any = getattr(transformers, named[0], None) or mapping[type(config)]
-    with in_float64(strict=False):
-        model, info = cls.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float64,
-            attn_implementation="eager",
-            experts_implementation="eager",
-            output_loading_info=True,
-        )
-        assert not info["missing_keys"], info
-        assert not info["mismatched_keys"], info
-        return model.double().eval()
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
-def _layers_prefix(names: Mapping[str, Any]) -> str:
-    """What names of the trunk's layers begin with, up to the number: the most frequent one."""
-    found = [m[1] for name in names if (m := re.match(r"(.*?\blayers\.)\d+\.", name)) and not name.startswith("mtp.")]
-    return max(set(found), key=found.count)
-
-
-def _last_norm(model: Any) -> Any:
-    return next(m for name, m in model.get_decoder().named_children() if "norm" in name)
