@@ -241,7 +241,6 @@ class Family:
     untouched: tuple[str, ...] = ()  # see `Wrapper`
     logits: tuple[str, str] | None = None  # what a head's product goes through: ("cap" | "times" | "over", config key)
     carries: bool = False  # layers return a pair, whose second part the next layer gets (model/carry.py)
-    mixer_key: str = "layer_types"
     mtp_key: str = "num_nextn_predict_layers"  # says how many layers the MTP head has
 
     @property
