@@ -13,7 +13,7 @@ from moeslim.stats import LayerStats, NormStats, Starved, Stats, coverage_lines,
 
 pytestmark = pytest.mark.bits("saved and read again, sums are the same numbers")
 
-D, E, WIDE, S = 6, 4, 3, 5
+D, E, WIDE, S, F = 6, 4, 3, 5, 7
 SHAPES = {
     "x_sum": (D,),
     "y_sum": (D,),
@@ -28,11 +28,13 @@ SHAPES = {
     "softmax_output_sum": (E, D),
     "neuron_sum": (E, WIDE),
     "neuron_shared_sum": (S,),
+    "neuron_dense_sum": (F,),
 }
 CONSTANT = {
     "router_gram": np.eye(E),
     "down_norm": np.arange(E * WIDE, dtype=float).reshape(E, WIDE),
     "down_norm_shared": np.arange(S, dtype=float),
+    "down_norm_dense": np.arange(F, dtype=float),
 }
 
 
