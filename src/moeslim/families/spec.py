@@ -156,6 +156,7 @@ class Family:
     default_interval: int | None = None  # of full attention in a hybrid; None: every layer is full attention
     first_dense: tuple[str, int] | None = None  # (key, default) of how many first layers are dense; None: by number
     router: str = "softmax"
+    ranked_by: int = 2  # how many of its experts' best scores a group is chosen by: the sum of 2, or the largest
     renormalise: bool | tuple[str, bool] = True
     mtp: Mtp | None = None  # None: the family has no MTP head
     mtp_mixer: str = "full_attention"
