@@ -280,7 +280,8 @@ def test_two_ranks_are_one_process(source: Path, tmp_path: Path) -> None:
     for here in ranks.run(sharded.gradients, source):
         for name, gradient in here["gradients"].items():
             wanted = one["gradients"][name]
-            torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()), msg=name)
+            # rounding of sums in another order, through four layers
+            torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()), msg=name)
     ranks.run(sharded.saved, source, tmp_path / "two")
     assert same(tensors(tmp_path / "two"), tensors(source))
 
