@@ -232,6 +232,7 @@ class Family:
     hidden_multiple: str | None = None
     tied: bool = False  # whether a config without tie_word_embeddings means one matrix
     router: str = "softmax"
+    ranked_by: int = 2  # how many of its experts' best scores a group is chosen by: the sum of 2, or the largest
     renormalise: bool | tuple[str, bool] = True
     eager_attention: bool = False  # the class has no "sdpa" attention, so all scores are in memory
     mtp: Mtp | None = None  # None: the family has no MTP head
