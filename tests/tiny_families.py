@@ -86,7 +86,7 @@ MOE: dict[str, dict[str, Any]] = {
         "vision_config": _SIGHT,
         **_SPECIAL,
     },
-    "gpt_oss": {**_PLAIN, **_SLIDING, "head_dim": 8, "num_local_experts": EXPERTS},
+    "gpt_oss": {**_PLAIN, **_SLIDING, "head_dim": 8, "num_local_experts": EXPERTS, "max_position_embeddings": 131_072},
     "glm4_moe": {**_WIDE_HEADS, **_EXPERTS, **_GROUPS}
     | {"n_routed_experts": EXPERTS, "n_shared_experts": 2, "routed_scaling_factor": 1.5, "first_k_dense_replace": 1}
     | {"attention_bias": True, "use_qk_norm": True},
