@@ -74,7 +74,7 @@ _SIGHT: dict[str, Any] = {
     "num_heads": 2,
     "patch_size": 4,
     "out_hidden_size": HIDDEN,
-    "num_position_embeddings": 16,
+    "num_position_embeddings": 25,
 }
 _SPECIAL = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
 _SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
