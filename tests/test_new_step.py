@@ -134,7 +134,7 @@ def test_a_new_step_and_a_new_importance_touch_two_files_each(tmp_path: Path) ->
     scores = copy / "plan" / "importance.py"
     edit(scores, "\n\nEXPERT_IMPORTANCES", f"{IMPORTANCE}\n\nEXPERT_IMPORTANCES")
     edit(scores, '    "frequency": frequency,\n', '    "frequency": frequency,\n    "last": last,\n')
-    edit(copy / "recipe" / "sections.py", '"removal", "random"]', '"removal", "random", "last"]')
+    edit(copy / "recipe" / "sections.py", '        "random",\n', '        "random",\n        "last",\n')
     assert changed(copy) >= {"plan/importance.py", "recipe/sections.py"}
     assert len(changed(copy)) == 4
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moeslim.calibrate.removal import RemovalBatch
 from moeslim.errors import FamilyError
 from moeslim.families import FAMILIES, Shape
-from moeslim.families.spec import Family, tensors
+from moeslim.families.spec import Family, Key, tensors
 from moeslim.model.moe import MoeBlock, RouterWatch
 from test_classes import CLASSES, SMALL
 from tiny import tiny_config
@@ -70,7 +70,7 @@ def shape_of(family: str) -> Shape:
     """The shape of another family's model with the router lines of this one's page."""
     kind, lines, _ = PAGES[family]
     page: Family = FAMILIES["qwen3_moe"]
-    sizes: dict[str, Any] = {**page.sizes, "top_k": "top_k_experts"} if family == "gemma4_text" else dict(page.sizes)
+    sizes = {**page.sizes, "top_k": Key("top_k_experts")} if family == "gemma4_text" else dict(page.sizes)
     page = replace(page, router=kind, parts={**page.parts, "moe": tensors(lines)}, sizes=sizes)
     shape = Shape.from_config(tiny_config("qwen3_moe", num_experts=E))
     return replace(shape, family=page)

@@ -282,8 +282,9 @@ def test_two_ranks_are_one_process(source: Path, tmp_path: Path) -> None:
             wanted = one["gradients"][name]
             # rounding of sums in another order, through four layers
             torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()), msg=name)
+    sharded.saved(source, tmp_path / "one")
     ranks.run(sharded.saved, source, tmp_path / "two")
-    assert same(tensors(tmp_path / "two"), tensors(source))
+    assert same(tensors(tmp_path / "two"), tensors(tmp_path / "one"))
 
 
 def test_the_command_line_from_prune_to_distill(moeslim: Command, tmp_path: Path) -> None:

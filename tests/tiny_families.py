@@ -159,6 +159,7 @@ DENSE: dict[str, dict[str, Any]] = {
         "boi_token_index": 61,
         "eoi_token_index": 62,
     },
+    "gemma3_text": {**_WIDE_HEADS, **_SLIDING, "query_pre_attn_scalar": 8},
     "smollm3": {**_DENSE, "no_rope_layers": [1, 0, 1, 1], "use_sliding_window": False},
     "olmo2": _DENSE,
     "phi3": {**_DENSE, "sliding_window": None},
