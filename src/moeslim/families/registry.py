@@ -15,18 +15,21 @@ from moeslim.families import (
     olmo2,
     olmoe,
     phi3,
+    phimoe,
     qwen2,
     qwen2_moe,
     qwen3,
     qwen3_5_moe,
     qwen3_moe,
     qwen3_next,
+    qwen3_vl_moe,
     smollm3,
 )
 from moeslim.families.spec import Family
 
 _PAGES = (
     *(qwen3_next, qwen3_moe, glm4_moe, qwen3_5_moe, deepseek_v3, mixtral, gpt_oss, olmoe, qwen2_moe),
+    *(qwen3_vl_moe, phimoe),
     *(gemma3_text, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3),
 )
 FAMILIES: dict[str, Family] = {page.SPEC.model_type: page.SPEC for page in _PAGES}
