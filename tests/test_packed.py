@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -433,3 +434,22 @@ def test_spread_scales_are_the_plain_definition() -> None:
     """The oracle's own: value (r, c) has the scale of block (r // 3, c // 2)."""
     found = spread_scales(torch.arange(6.0).view(2, 3), (5, 5), block=(3, 2)).numpy()
     assert np.array_equal(found, [[r // 3 * 3 + c // 2 for c in range(5)] for r in range(5)])
+
+
+def test_a_packed_vision_part_is_refused(tmp_path: Path) -> None:
+    """It would be copied into a model whose config does not say what its bytes mean."""
+    text = {key: value for key, value in tiny_config("qwen3_5_moe").items() if key != "architectures"}
+    config = {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "model_type": "qwen3_5_moe",
+        "text_config": text,
+        "tie_word_embeddings": False,
+    }
+    write_random(tmp_path / "model", config, seed=0)
+    file = tmp_path / "model" / "model.safetensors"
+    more = {"model.visual.proj.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn)}
+    save_file({**load_file(file), **more}, file)
+    said = {**config, "quantization_config": METHODS["fp8 block"][0]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(said))
+    found = read_structure(tmp_path / "model").problems()
+    assert any("model.visual.proj.weight is F8_E4M3 and not of the text model" in line for line in found)

@@ -9,6 +9,7 @@ from typing import Any
 from moeslim.checkpoint.config_json import check_side_files, read_config
 from moeslim.checkpoint.index import Entry, Index, read_index
 from moeslim.checkpoint.packed import (
+    BF16_RELEASE,
     Quantisation,
     float_config,
     packed_index,
@@ -18,6 +19,7 @@ from moeslim.checkpoint.packed import (
 )
 from moeslim.errors import CheckpointError
 from moeslim.families import Row, Shape, detect, table
+from moeslim.families.formats import FLOATS
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ class Structure:
         found = []
         for name, entry in self.stored.tensors.items():
             wanted = expected.get(name)
-            if name in self.untouched:
-                continue
-            if wanted is None:
+            if name in self.untouched:  # copied as it is, and the output's config explains no packed form
+                if self.quantisation and entry.dtype not in FLOATS:
+                    found.append(f"{entry.file}: {name} is {entry.dtype} and not of the text model; {BF16_RELEASE}")
+            elif wanted is None:
                 if name not in unread:
                     found.append(
                         f"{entry.file}: {name} is not a tensor of this config; if it should be, {page} must name it"

@@ -16,7 +16,7 @@ SPEC = Family(
     layer_prefix="model.layers.{l}.",
     parts=sections("""
         outer:
-            embedding  model.embed_tokens.weight  vocab, hidden
+            embedding  model.embed_tokens.weight  vocab, hidden  times_sqrt_hidden
             norm       model.norm.weight          hidden         zero_centred
             head       lm_head.weight             vocab, hidden
         every:
@@ -42,5 +42,4 @@ SPEC = Family(
     """),
     tied=True,
     hidden_multiple="heads",
-    multiplied={"model.embed_tokens.weight": 0.5},
 )
