@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeslim.errors import PlanError
-from moeslim.families.layers import write_dense, write_list
+from moeslim.families.layers import write_dense, write_exceptions, write_list
 from moeslim.families.registry import family_of, text_config, with_text_config
 from moeslim.families.shape import Shape
 
@@ -44,6 +44,8 @@ def check_layers(after: Shape) -> None:
             "mlp_only_layers of the cut model would hold 0, which makes the MTP head's block dense as well; "
             "keep a layer with experts as the first one"
         )
+    if after.last_problem is not None:
+        raise PlanError(f"the cut model's {after.last_problem}; keep other layers")
     try:
         if after["experts"]:
             write_dense({}, after.family, numbers=after.dense_layers, layers=after.layers)
@@ -78,6 +80,7 @@ def _write_layers(edited: dict[str, Any], after: Shape, *, before: Shape) -> Non
     for key, entries in lists.items():
         if key in family.lists or key in edited:
             write_list(edited, key, rule=family.lists.get(key), entries=entries)
+    write_exceptions(edited, family, kinds=after.layer_types)
     changed = (after.layers, after.dense_layers) != (before.layers, before.dense_layers)
     if after["experts"] and (changed or family.ffn.key in edited):
         write_dense(edited, family, numbers=after.dense_layers, layers=after.layers)

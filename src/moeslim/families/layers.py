@@ -54,6 +54,39 @@ def per_layer(config: Mapping[str, Any], key: str, *, rule: PerLayer | None, lay
     return (rule.most,) * layers
 
 
+def with_exceptions(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The config with the sizes that it lists by layer under their keys; FamilyError unless the layers' are alike."""
+    rule = family.exceptions
+    listed = config.get(rule.key) if rule else None
+    if rule is None or listed is None:
+        return config
+    entries = list(listed.values()) if isinstance(listed, dict) else [None]
+    if any(entry != entries[0] or not isinstance(entry, dict) or not entry.keys() <= rule.names.keys() for entry in entries):
+        raise FamilyError(
+            f"config.json: {rule.key} must give all {rule.mixer} layers the same {' and '.join(rule.names)}, and no "
+            f"more, found {str(listed)[:60]}"
+        )
+    return {**config, **{rule.names[name]: size for entry in entries[:1] for name, size in entry.items()}}
+
+
+def check_exceptions(config: Mapping[str, Any], family: Family, *, kinds: Sequence[str]) -> None:
+    """FamilyError where the config lists sizes of layers with another mixer than the page says, or not of all."""
+    rule = family.exceptions
+    if rule is None or config.get(rule.key) is None:
+        return
+    own = [str(i) for i, word in enumerate(kinds) if word == rule.mixer]
+    if sorted(config[rule.key]) != sorted(own):
+        raise FamilyError(f"config.json: {rule.key} must list the {rule.mixer} layers {', '.join(own)}, and no others")
+
+
+def write_exceptions(edited: dict[str, Any], family: Family, *, kinds: Sequence[str]) -> None:
+    """List the sizes under the new numbers of their layers, if the config lists any."""
+    rule = family.exceptions
+    if rule is not None and (listed := edited.get(rule.key)):
+        entry = next(iter(listed.values()))
+        edited[rule.key] = {str(i): dict(entry) for i, word in enumerate(kinds) if word == rule.mixer}
+
+
 def mixers(config: Mapping[str, Any], family: Family, *, layers: int) -> tuple[str, ...]:
     """The token mixer of every layer; FamilyError for words that the page has no tensors of."""
     key = family.mixer_key

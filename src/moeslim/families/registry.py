@@ -7,6 +7,7 @@ from moeslim.errors import FamilyError
 from moeslim.families import (
     deepseek_v3,
     gemma3_text,
+    gemma4,
     glm4_moe,
     gpt_oss,
     llama,
@@ -29,7 +30,7 @@ from moeslim.families.spec import Family
 
 _PAGES = (
     *(qwen3_next, qwen3_moe, glm4_moe, qwen3_5_moe, deepseek_v3, mixtral, gpt_oss, olmoe, qwen2_moe),
-    *(qwen3_vl_moe, phimoe),
+    *(gemma4, qwen3_vl_moe, phimoe),
     *(gemma3_text, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3),
 )
 FAMILIES: dict[str, Family] = {page.SPEC.model_type: page.SPEC for page in _PAGES}

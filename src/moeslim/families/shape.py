@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeslim.errors import FamilyError
-from moeslim.families.layers import MOST, dense, holds, integer, mixers, per_layer
+from moeslim.families.layers import MOST, check_exceptions, dense, holds, integer, mixers, per_layer, with_exceptions
 from moeslim.families.registry import family_of, text_config
 from moeslim.families.spec import Family
 
@@ -48,7 +48,10 @@ class Shape:
         """
         family = family_of(config)
         tied = bool(config.get("tie_word_embeddings", family.tied))
-        config = _one_spelling(text_config(config), family)
+        config = with_exceptions(_one_spelling(text_config(config), family), family)
+        for condition, meaning in family.refused.items():
+            if holds(config, condition):
+                raise FamilyError(f"config.json: {condition.partition('=')[0]}: {meaning}")
         sizes, layers = _sizes(config, family), integer(config, "num_hidden_layers")
         experts = sizes.get("experts", 0)
         if layers > _MOST_LAYERS or layers * experts > _MOST_EXPERTS:
@@ -57,6 +60,7 @@ class Shape:
                 f"{_MOST_LAYERS:,} layers and {_MOST_EXPERTS:,} experts in all of them can be worked on"
             )
         words = mixers(config, family, layers=layers)
+        check_exceptions(config, family, kinds=words)
         named = {family.mixer_key, family.ffn.key}
         lists = {key: per_layer(config, key, rule=family.lists[key], layers=layers) for key in {*family.lists} - named}
         shape = cls(
@@ -120,6 +124,14 @@ class Shape:
                 f"keep {max(unit, hidden // unit * unit)}"
             )
         return None
+
+    @property
+    def last_problem(self) -> str | None:
+        """What is wrong with the last layer's mixer; None where nothing is."""
+        wanted = self.family.last_mixer
+        if wanted in ("", self.layer_types[-1]):
+            return None
+        return f"last layer has {self.layer_types[-1]}, and transformers' class would make it {wanted}"
 
     @property
     def hidden_multiple(self) -> int:
@@ -208,6 +220,11 @@ class Shape:
         words = [word for word in self.family.mixers if "sliding" in word]
         return self.sizes.get("window") if self.mixer(key) in words or not words else None
 
+    def attention(self, key: str) -> tuple[int, int, int]:
+        """Heads, heads of keys and values, and a head's size of a layer with attention."""
+        own = "global_" if "global_head_dim" in self.sizes and self.window(key) is None else ""
+        return self["heads"], self[f"{own}kv_heads"], self[f"{own}head_dim"]
+
     def is_moe(self, key: str) -> bool:
         """Whether the layer has routed experts (the MTP block of a model that has any always does)."""
         return "experts" in self.sizes and (is_mtp(key) or int(key) not in self.dense_layers)
@@ -252,11 +269,13 @@ class Shape:
                 f"{self['experts'] // self.groups} experts, which must hold the {self['top_k']} experts per token "
                 f"({key('top_k')})"
             )
-        if "kv_heads" in self.sizes and self["heads"] % self["kv_heads"]:
-            raise FamilyError(
-                f"config.json: {key('heads')} ({self['heads']}) must be a multiple of {key('kv_heads')} "
-                f"({self['kv_heads']})"
-            )
+        for axis in ("kv_heads", "global_kv_heads"):
+            if axis in self.sizes and self["heads"] % self[axis]:
+                raise FamilyError(
+                    f"config.json: {key('heads')} ({self['heads']}) must be a multiple of {key(axis)} ({self[axis]})"
+                )
+        if self.last_problem is not None:
+            raise FamilyError(f"config.json: the {self.last_problem}; {self.family.mixer_key} must end with it")
 
 
 def is_mtp(key: str) -> bool:
@@ -288,8 +307,10 @@ def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
         else:
             given = {} if absent else {key: config[key]}
             sizes[axis] = integer(given, key, default=None if isinstance(default, str) else default)
+    lacked = ("dense_size",) if family.ffn.rule == "all" else ()
     if "experts" not in sizes:
-        sizes = {axis: size for axis, size in sizes.items() if axis not in ("expert_size", "top_k")}
+        lacked = ("expert_size", "top_k", "shared_size")
+    sizes = {axis: size for axis, size in sizes.items() if axis not in lacked}
     return {**sizes, **_derived(family, sizes)}
 
 

@@ -40,6 +40,7 @@ _MARKS = {  # what the last column of a page may say, as (init, norm, matrix, ro
     "bias": ("zeros", None, None, None),
     "correction_bias": ("zeros", None, None, "correction_bias"),
     "expert_scale": ("ones", None, None, "expert_scale"),
+    "factor": ("ones", None, None, None),
     "conv": ("conv", None, None, None),
     "a_log": ("a_log", None, None, None),
     "dt_bias": ("dt_bias", None, None, None),
@@ -145,6 +146,16 @@ class PerLayer:
 
 
 @dataclass(frozen=True)
+class Exceptions:
+    """Sizes that the layers with one `mixer` have for themselves, as newer configs list them: under `key`, by the
+    layer's number, by names that `names` gives the keys of `sizes` for."""
+
+    key: str
+    mixer: str
+    names: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Mtp:
     """The MTP head's modules by their names behind `prefix`: `norm(layer(fc([norm_embedding(e); norm_hidden(h)])))`.
 
@@ -197,7 +208,7 @@ class Family:
     without the sizes `experts`, `expert_size` and `top_k` is dense.
 
     What mixing tokens costs is computed from sizes of these names: `heads`, `kv_heads`, `head_dim` and perhaps `window`
-    of attention; `heads`, `nope_dim`, `rope_dim`, `v_dim`, `kv_lora`, perhaps `q_lora` of mla; `mamba_heads`,
+    of attention (`global_kv_heads` and `global_head_dim` where layers without a window have others); `heads`, `nope_dim`, `rope_dim`, `v_dim`, `kv_lora`, perhaps `q_lora` of mla; `mamba_heads`,
     `mamba_dim`, `mamba_groups`, `state`, `kernel` of mamba; `kernel` of conv. Which of these a mixer is, the component
     of its tensors says.
 
@@ -228,6 +239,9 @@ class Family:
     ffn: Ffn = field(default_factory=Ffn)
     lists: Mapping[str, PerLayer | None] = field(default_factory=dict)
     mixer_key: str = "layer_types"
+    last_mixer: str = ""  # what the class makes of the last layer, whatever the config says
+    exceptions: Exceptions | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)  # condition as behind `if` -> what it means for a user
     fixed_width: Mapping[str, str] = field(default_factory=dict)
     hidden_multiple: str | None = None
     tied: bool = False  # whether a config without tie_word_embeddings means one matrix
