@@ -33,6 +33,7 @@ def edit_config(config: Mapping[str, Any], after: Shape) -> dict[str, Any]:
     _write_layers(edited, after, before=before)
     _write_ropes(edited, before.family.rope_defaults)
     whole = with_mtp(with_text_config(config, edited), bool(after.mtp_layers))
+    _write_width(whole, after["hidden"], before=before)
     Shape.from_config(whole)
     return whole
 
@@ -84,6 +85,15 @@ def _write_layers(edited: dict[str, Any], after: Shape, *, before: Shape) -> Non
     changed = (after.layers, after.dense_layers) != (before.layers, before.dense_layers)
     if after["experts"] and (changed or family.ffn.key in edited):
         write_dense(edited, family, numbers=after.dense_layers, layers=after.layers)
+
+
+def _write_width(whole: dict[str, Any], hidden: int, *, before: Shape) -> None:
+    """The number of channels wherever a wrapper's config repeats it."""
+    wrapper = before.family.wrapper
+    for section, _, key in (place.partition(".") for place in (wrapper.width_keys if wrapper is not None else ())):
+        found = whole.get(section)
+        if isinstance(found, Mapping) and found.get(key) == before["hidden"]:
+            whole[section] = {**found, key: hidden}
 
 
 def _write_ropes(edited: dict[str, Any], defaults: Mapping[str, float]) -> None:

@@ -6,7 +6,9 @@ SPEC = Family(
     model_type="gemma3_text",
     more_types=("gemma3",),
     wrapper=Wrapper(
-        {at: f"language_model.{at}" for at in ("model.", "lm_head.")}, ("vision_tower.", "multi_modal_projector.")
+        {at: f"language_model.{at}" for at in ("model.", "lm_head.")},
+        ("vision_tower.", "multi_modal_projector."),
+        joins={"multi_modal_projector.mm_input_projection_weight": 1},
     ),
     sizes=keys("""
         vocab vocab_size=262208    hidden hidden_size    dense_size intermediate_size    window sliding_window?=4096

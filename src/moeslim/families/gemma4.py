@@ -14,6 +14,7 @@ SPEC = Family(
     wrapper=Wrapper(
         {"model.": "model.language_model."},
         ("model.vision_tower.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio."),
+        joins={f"model.embed_{what}.embedding_projection.weight": 0 for what in ("vision", "audio")},
     ),
     refused={"hidden_size_per_layer_input=true": _SMALL, "num_kv_shared_layers": _SMALL},
     sizes=keys("""
@@ -58,7 +59,7 @@ SPEC = Family(
             attention  self_attn.k_norm.weight  global_head_dim  plain_norm
         moe:
             router  router.proj.weight                     experts, hidden
-            norm    router.scale                           hidden   plain_norm
+            norm    router.scale                           hidden   norm_over_sqrt_hidden
             router  router.per_expert_scale                experts  expert_scale
             shared  mlp.gate_proj.weight                   shared_size, hidden  gate
             shared  mlp.up_proj.weight                     shared_size, hidden  up

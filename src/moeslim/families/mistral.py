@@ -6,7 +6,9 @@ SPEC = Family(
     model_type="mistral",
     more_types=("mistral3",),
     wrapper=Wrapper(
-        {at: f"language_model.{at}" for at in ("model.", "lm_head.")}, ("vision_tower.", "multi_modal_projector.")
+        {at: f"language_model.{at}" for at in ("model.", "lm_head.")},
+        ("vision_tower.", "multi_modal_projector."),
+        fixed_width="its multi_modal_projector computes in as many channels between its two matrices",
     ),
     sizes=keys("""
         vocab vocab_size    hidden hidden_size    dense_size intermediate_size    window sliding_window?

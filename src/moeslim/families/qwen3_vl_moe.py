@@ -5,10 +5,17 @@ transformers turns a stack round by its shape alone and saves it as it runs, so 
 
 from moeslim.families.spec import Family, Wrapper, keys, sections
 
+_MERGERS = ("merger", "deepstack_merger_list.*")
+
 SPEC = Family(
     model_type="qwen3_vl_moe",
     more_types=("qwen3_vl_moe_text",),
-    wrapper=Wrapper({"model.": "model.language_model."}, untouched=("model.visual.",)),
+    wrapper=Wrapper(
+        {"model.": "model.language_model."},
+        ("model.visual.",),
+        joins={f"model.visual.{at}.linear_fc2.{what}": 0 for what in ("weight", "bias") for at in _MERGERS},
+        width_keys=("vision_config.out_hidden_size",),
+    ),
     sizes=keys("""
         vocab vocab_size    hidden hidden_size    dense_size intermediate_size=5632
         experts num_experts=60    expert_size moe_intermediate_size=1408    top_k num_experts_per_tok=4

@@ -1,5 +1,6 @@
 """A model's shape, read from a raw config.json and checked."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -148,6 +149,10 @@ class Shape:
     def is_untouched(self, name: str) -> bool:
         """Whether a tensor of a checkpoint is none of the text model's: copied as it is, and never run."""
         return name.startswith(self.family.untouched) if self.family.untouched else False
+
+    def join_axis(self, name: str) -> int | None:
+        """The axis of an untouched tensor that is the text model's channels; None where it has no such axis."""
+        return self.family.joins.get(re.sub(r"\.\d+\.", ".*.", name), self.family.joins.get(name))
 
     def named(self, pattern: str) -> str:
         """A tensor's full name outside the trunk's layers, from the page's: `{L}` becomes the number of layers."""

@@ -53,8 +53,9 @@ _MARKS = {  # what the last column of a page may say, as (init, norm, matrix, ro
     "shared_gate": ("normal", None, None, "shared_gate"),
     "times_sqrt_hidden": ("normal", None, None, None),
     "over_sqrt_hidden": ("normal", None, None, None),
+    "norm_over_sqrt_hidden": ("ones", "plain", None, None),
 }
-_POWERS = {"times_sqrt_hidden": 0.5, "over_sqrt_hidden": -0.5}
+_POWERS = {"times_sqrt_hidden": 0.5, "over_sqrt_hidden": -0.5, "norm_over_sqrt_hidden": -0.5}
 
 
 def tensors(text: str) -> tuple[Tensor, ...]:
@@ -186,11 +187,16 @@ class Wrapper:
 
     The sizes lie in the config's `text_config`, `tie_word_embeddings` on top. `prefixes`: what a name on the page
     begins with -> what it begins with in the wrapper's files. `untouched`: what the names of tensors begin with that
-    are no text model's: they are copied, bit by bit, and never run.
+    are no text model's: they are copied, bit by bit, and never run. But `joins` names those of them that give the text
+    model its channels, `*` being a number, and the axis of these, which a cut of width cuts too; `width_keys` are keys
+    of the config (`section.key`) that repeat their number. `fixed_width`: why channels cannot be cut in a wrapper.
     """
 
     prefixes: Mapping[str, str]
     untouched: tuple[str, ...] = ()
+    joins: Mapping[str, int] = field(default_factory=dict)
+    width_keys: tuple[str, ...] = ()
+    fixed_width: str = ""
 
     def named(self, name: str) -> str:
         """A name of the page in the wrapper's files."""
@@ -208,9 +214,9 @@ class Family:
     without the sizes `experts`, `expert_size` and `top_k` is dense.
 
     What mixing tokens costs is computed from sizes of these names: `heads`, `kv_heads`, `head_dim` and perhaps `window`
-    of attention (`global_kv_heads` and `global_head_dim` where layers without a window have others); `heads`, `nope_dim`, `rope_dim`, `v_dim`, `kv_lora`, perhaps `q_lora` of mla; `mamba_heads`,
-    `mamba_dim`, `mamba_groups`, `state`, `kernel` of mamba; `kernel` of conv. Which of these a mixer is, the component
-    of its tensors says.
+    of attention, `global_kv_heads` and `global_head_dim` where layers without a window have others; `heads`,
+    `nope_dim`, `rope_dim`, `v_dim`, `kv_lora`, perhaps `q_lora` of mla; `mamba_heads`, `mamba_dim`, `mamba_groups`,
+    `state`, `kernel` of mamba; `kernel` of conv. Which of these a mixer is, the component of its tensors says.
 
     `parts` holds the tensors by part: "outer" outside the layers; "every" in all layers, one entry per token mixer (the
     words of `layer_types`), "moe" and "dense"; "mtp" in the MTP head outside its layer. `expert_prefix` is where
@@ -257,6 +263,7 @@ class Family:
     more_types: tuple[str, ...] = ()  # other model_types that the page is of, a wrapper's text part among them
     wrapper: Wrapper | None = None  # None: no model of the family is wrapped
     untouched: tuple[str, ...] = ()  # see `Wrapper`
+    joins: Mapping[str, int] = field(default_factory=dict)
     logits: tuple[str, str] | None = None  # what a head's product goes through: ("cap" | "times" | "over", config key)
     carries: bool = False  # layers return a pair, whose second part the next layer gets (model/carry.py)
     mtp_key: str = "num_nextn_predict_layers"  # says how many layers the MTP head has
@@ -286,7 +293,9 @@ class Family:
             layer_prefix=named(self.layer_prefix),
             parts={**self.parts, **outside},
             mtp=self.mtp and replace(self.mtp, prefix=named(self.mtp.prefix)),
+            fixed_width={**self.fixed_width, **({"": self.wrapper.fixed_width} if self.wrapper.fixed_width else {})},
             untouched=self.wrapper.untouched,
+            joins=self.wrapper.joins,
         )
 
     def _renamed(self, tensor: Tensor) -> Tensor:
