@@ -30,8 +30,10 @@ def mtp_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
     """
     block: Any = copy.deepcopy(config)
     block.num_hidden_layers = 1
-    if getattr(block, "layer_types", None) is not None:
-        block.layer_types = [family.mtp_mixer]
+    for key in {"layer_types", *family.lists}:
+        if getattr(block, key, None) is not None:
+            mixers = key == family.mixer_key or key not in family.lists
+            setattr(block, key, [family.mtp_mixer] if mixers else getattr(block, key)[:1])
     facts = {"decoder_sparse_step": 1} if family.ffn.rule == "steps" else {}
     write_dense(facts, family, numbers=(), layers=1)
     for key, value in facts.items():
