@@ -116,7 +116,7 @@ MOE: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {**_DEEPSEEK, **_GROUPS, "topk_method": "group_limited_greedy", "first_k_dense_replace": 1},
     "glm_moe_dsa": {**_DEEPSEEK, "mlp_layer_types": ["dense", *["sparse"] * 3], "first_k_dense_replace": 1}
-    | {"index_topk": 6, "index_head_dim": 14, "index_n_heads": 2, "indexer_types": ["full", "shared"] * 2},
+    | {"index_topk": 6, "index_head_dim": 14, "index_n_heads": 15, "indexer_types": ["full", "shared"] * 2},
     "qwen3_next": {**_QWEN, **_DELTANET},
     "nemotron_h": {**_WIDE_HEADS, "num_hidden_layers": 5}
     | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"], "n_routed_experts": EXPERTS}

@@ -38,7 +38,14 @@ def edit_config(config: Mapping[str, Any], after: Shape) -> dict[str, Any]:
 
 
 def check_layers(after: Shape) -> None:
-    """PlanError where the family's config cannot say which layers are dense, or says it of the MTP head as well."""
+    """PlanError where the first layer would need one before it, and where the family's config cannot say which layers
+    are dense, or says it of the MTP head as well.
+    """
+    if after.layer_types[0] in after.family.follows:
+        raise PlanError(
+            f"the first layer of the cut model would be {after.layer_types[0]!r} ({after.family.mixer_key}), which uses "
+            "what a layer before it hands on; keep that one too"
+        )
     if after.family.ffn.rule == "steps" and after.mtp_layers and 0 in after.dense_layers and after["experts"]:
         raise PlanError(
             "mlp_only_layers of the cut model would hold 0, which makes the MTP head's block dense as well; "

@@ -41,17 +41,30 @@ def per_layer(config: Mapping[str, Any], key: str, *, rule: PerLayer | None, lay
         return tuple(given)
     if rule is None:
         return None
+    if rule.letters and config.get(rule.letters) is not None:
+        return _spelled(config[rule.letters], rule, layers=layers)
     if rule.when is not None and not holds(config, rule.when):
         return (rule.most,) * layers
     if rule.every is not None:
         step = integer(config, rule.every[0], default=rule.every[1])
-        return tuple(rule.most if (i + 1) % step else rule.other for i in range(layers))
+        first = integer(config, rule.offset[0], default=rule.offset[1], least=0)
+        return tuple(rule.most if max(i + 1 - first, 0) % step else rule.other for i in range(layers))
     if rule.start is not None:
         first = integer(config, rule.start[0], default=rule.start[1], least=0)
         return tuple(rule.most if i < first else rule.other for i in range(layers))
     if rule.when is not None:
         raise FamilyError(f"config.json: {rule.when} is set, so {key} must say which layers it is for")
     return (rule.most,) * layers
+
+
+def _spelled(given: Any, rule: PerLayer, *, layers: int) -> tuple[Any, ...]:
+    words = {str(word)[0].upper(): word for word in (rule.most, rule.other)}
+    if not isinstance(given, str) or len(given) != layers or not {*given} <= {*words}:
+        raise FamilyError(
+            f"config.json: {rule.letters} must be {layers} letters (num_hidden_layers) out of {', '.join(words)}, found "
+            f"{str(given)[:60]}"
+        )
+    return tuple(words[letter] for letter in given)
 
 
 def mixers(config: Mapping[str, Any], family: Family, *, layers: int) -> tuple[str, ...]:
@@ -130,12 +143,14 @@ def write_list(edited: dict[str, Any], key: str, *, rule: PerLayer | None, entri
     Where it cannot the number goes, since an engine that reads it alone would build another model.
     """
     edited[key] = list(entries)
+    if rule is not None and rule.letters in edited:
+        edited[rule.letters] = "".join(str(word)[0].upper() for word in entries)
     if rule is None or (rule.when is not None and not holds(edited, rule.when)):
         return
     for where in (rule.every, rule.start):
         if where is None or not where[0]:
             continue
-        bare = {name: value for name, value in edited.items() if name != key}
+        bare = {name: value for name, value in edited.items() if name not in (key, rule.letters)}
         for number in (edited.get(where[0]) or where[1], *range(where is rule.every, len(entries) + 1)):
             if per_layer({**bare, where[0]: number}, key, rule=rule, layers=len(entries)) == tuple(entries):
                 edited[where[0]] = number

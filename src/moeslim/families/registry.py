@@ -5,11 +5,15 @@ from typing import Any
 
 from moeslim.errors import FamilyError
 from moeslim.families import (
+    deepseek_v2,
     deepseek_v3,
     gemma3_text,
     glm4_moe,
+    glm4_moe_lite,
+    glm_moe_dsa,
     gpt_oss,
     llama,
+    minimax_m2,
     mistral,
     mixtral,
     olmo2,
@@ -27,6 +31,7 @@ from moeslim.families.spec import Family
 
 _PAGES = (
     *(qwen3_next, qwen3_moe, glm4_moe, qwen3_5_moe, deepseek_v3, mixtral, gpt_oss, olmoe, qwen2_moe),
+    *(deepseek_v2, glm4_moe_lite, glm_moe_dsa, minimax_m2),
     *(gemma3_text, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3),
 )
 FAMILIES: dict[str, Family] = {page.SPEC.model_type: page.SPEC for page in _PAGES}

@@ -76,11 +76,15 @@ def tensors(text: str) -> tuple[Tensor, ...]:
 def sections(text: str) -> dict[str, tuple[Tensor, ...]]:
     """The tensors of a page by part: a line that ends with a colon names the parts that the lines below it are.
 
-    Several names, parted by commas, are token mixers with the same tensors.
+    Several names, parted by commas, are token mixers with the same tensors; a part that is named twice has both lines.
     """
     found = re.split(r"^\s*(\w+(?:, \w+)*):\s*$", text, flags=re.MULTILINE)[1:]
     pairs = zip(found[::2], (tensors(lines) for lines in found[1::2]), strict=True)
-    return {part: lines for parts, lines in pairs for part in parts.split(", ")}
+    joined: dict[str, tuple[Tensor, ...]] = {}
+    for parts, lines in pairs:
+        for part in parts.split(", "):
+            joined[part] = joined.get(part, ()) + lines
+    return joined
 
 
 class Key(NamedTuple):
@@ -134,6 +138,8 @@ class PerLayer:
     """A list in the config with an entry per layer, and what it is where a config has none: `most` in every layer, but
     `other` in each n-th (n by `every`) or from layer n on (n by `start`), both (key, default), "" for a fixed n.
 
+    `offset`: the n-th are counted from this layer on, and the layers before it are `other`. `letters`: a key under which
+    the words may be written as one string of their first letters, in capitals.
     `when`: a key that must say yes for `other`; a config that says so must have the list if no rule is given here.
     """
 
@@ -142,6 +148,8 @@ class PerLayer:
     every: tuple[str, int] | None = None
     start: tuple[str, int] | None = None
     when: str | None = None
+    offset: tuple[str, int] = ("", 0)
+    letters: str = ""
 
 
 @dataclass(frozen=True)
@@ -193,11 +201,13 @@ class Wrapper:
 class Family:
     """The facts of one architecture. `sizes` maps an axis to its config key.
 
-    A router that chooses groups of experts first has the sizes `groups` (n_group) and `topk_group`, default 1. A family
+    A router that chooses groups of experts first has the sizes `groups` (n_group) and `topk_group`, default 1; a group's
+    rank is made of its `ranked_by` best experts. A family
     without the sizes `experts`, `expert_size` and `top_k` is dense.
 
     What mixing tokens costs is computed from sizes of these names: `heads`, `kv_heads`, `head_dim` and perhaps `window`
-    of attention; `heads`, `nope_dim`, `rope_dim`, `v_dim`, `kv_lora`, perhaps `q_lora` of mla; `mamba_heads`,
+    of attention; `heads`, `nope_dim`, `rope_dim`, `v_dim`, `kv_lora`, perhaps `q_lora` of mla, with
+    `index_heads`, `index_dim` and `index_top` where an indexer chooses the tokens; `mamba_heads`,
     `mamba_dim`, `mamba_groups`, `state`, `kernel` of mamba; `kernel` of conv. Which of these a mixer is, the component
     of its tensors says.
 
@@ -245,6 +255,8 @@ class Family:
     untouched: tuple[str, ...] = ()  # see `Wrapper`
     logits: tuple[str, str] | None = None  # what a head's product goes through: ("cap" | "times" | "over", config key)
     carries: bool = False  # layers return a pair, whose second part the next layer gets (model/carry.py)
+    ranked_by: int = 2
+    follows: tuple[str, ...] = ()  # mixers that use what a layer before them hands on, so none can be the first
     mtp_key: str = "num_nextn_predict_layers"  # says how many layers the MTP head has
 
     @property
