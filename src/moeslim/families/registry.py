@@ -9,6 +9,8 @@ from moeslim.families import (
     gemma3_text,
     glm4_moe,
     gpt_oss,
+    granitemoehybrid,
+    lfm2_moe,
     llama,
     mistral,
     mixtral,
@@ -27,6 +29,7 @@ from moeslim.families.spec import Family
 
 _PAGES = (
     *(qwen3_next, qwen3_moe, glm4_moe, qwen3_5_moe, deepseek_v3, mixtral, gpt_oss, olmoe, qwen2_moe),
+    *(granitemoehybrid, lfm2_moe),
     *(gemma3_text, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3),
 )
 FAMILIES: dict[str, Family] = {page.SPEC.model_type: page.SPEC for page in _PAGES}

@@ -49,7 +49,7 @@ class Shape:
         taken to be there: see `with_present`.
         """
         family = family_of(config)
-        tied = bool(config.get("tie_word_embeddings", family.tied))
+        tied = bool(_one_spelling(config, family).get("tie_word_embeddings", family.tied))
         config = _one_spelling(text_config(config), family)
         sizes, layers = _sizes(config, family), integer(config, "num_hidden_layers")
         experts = sizes.get("experts", 0)
@@ -115,6 +115,11 @@ class Shape:
         for key, reason in self.family.fixed_width.items():
             if not key or key in self.flags:
                 return f"{self.family.model_type} keeps all {self['hidden']} channels: {reason}"
+        try:
+            self.resized(hidden=hidden)
+        except FamilyError as problem:
+            reason = str(problem).removeprefix("config.json: ")
+            return f"{self.family.model_type} cannot have {hidden} channels: {reason}"
         if hidden % self.hidden_multiple:
             unit, axis = self.hidden_multiple, self.family.hidden_multiple
             return (
@@ -290,8 +295,9 @@ def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
         else:
             given = {} if absent else {key: config[key]}
             sizes[axis] = integer(given, key, default=None if isinstance(default, str) else default)
-    if "experts" not in sizes:
-        sizes = {axis: size for axis, size in sizes.items() if axis not in ("expert_size", "top_k")}
+    lacked = ("expert_size", "top_k", "shared_size") if "experts" not in sizes else ()
+    lacked = ("dense_size",) if "experts" in sizes and family.ffn.rule == "all" else lacked
+    sizes = {axis: size for axis, size in sizes.items() if axis not in lacked}
     return {**sizes, **_derived(family, sizes)}
 
 
@@ -311,15 +317,15 @@ def _logits(config: Mapping[str, Any], family: Family) -> dict[str, float]:
 
 
 def _rule(rule: str, sizes: Mapping[str, int]) -> int:
-    """The value of "a", of "a // b", which must be whole, or of "a * b"."""
-    left, operation, right = rule.split() if " " in rule else (rule, "", "")
-    if not operation:
-        return sizes[left]
-    if operation == "*":
-        return sizes[left] * sizes[right]
-    if sizes[left] % sizes[right]:
-        raise FamilyError(f"config.json: {left} per {right} must be whole, found {sizes[left]} and {sizes[right]}")
-    return sizes[left] // sizes[right]
+    """The value of "a", or of "a * b // c" from left to right, where a division must be whole."""
+    first, *rest = rule.split()
+    value, said = sizes[first], first
+    for operation, axis in zip(rest[::2], rest[1::2], strict=True):
+        if operation == "//" and value % sizes[axis]:
+            raise FamilyError(f"config.json: {said} per {axis} must be whole, found {value} and {sizes[axis]}")
+        value = value // sizes[axis] if operation == "//" else value * sizes[axis]
+        said = f"{said} {operation} {axis}"
+    return value
 
 
 def _renormalise(config: Mapping[str, Any], family: Family) -> bool:

@@ -37,6 +37,7 @@ _MARKS = {  # what the last column of a page may say, as (init, norm, matrix, ro
     "zero_centred": ("zeros", "zero_centred", None, None),
     "plain_norm": ("ones", "plain", None, None),
     "bias": ("zeros", None, None, None),
+    "ones": ("ones", None, None, None),
     "correction_bias": ("zeros", None, None, "correction_bias"),
     "expert_scale": ("ones", None, None, "expert_scale"),
     "conv": ("conv", None, None, None),
@@ -220,7 +221,7 @@ class Family:
     parts: Mapping[str, tuple[Tensor, ...]]
     expert_prefix: str = ""
     layouts: tuple[str, ...] = ("per_expert", "stacked")
-    derived: Mapping[str, str] = field(default_factory=dict)  # axis -> "a // b" or "a * b" of two other axes
+    derived: Mapping[str, str] = field(default_factory=dict)  # axis -> a rule like "a * b // c" of other axes
     ffn: Ffn = field(default_factory=Ffn)
     lists: Mapping[str, PerLayer | None] = field(default_factory=dict)
     mixer_key: str = "layer_types"

@@ -31,7 +31,7 @@ def build_trunk(config: Mapping[str, Any], *, attn: str, experts: str) -> PreTra
     if kind not in CONFIG_MAPPING:
         raise _no_class(kind)
     # `architectures` would be kept in the config and says nothing that the class does not
-    raw = {key: value for key, value in config.items() if key != "architectures"}
+    raw = {key: _numbers(value) for key, value in config.items() if key != "architectures"}
     live = CONFIG_MAPPING[kind].from_dict({**raw, "model_type": kind})
     found = _class_of(live, config)
     live._attn_implementation = "eager" if attn == "sdpa" and not found._supports_sdpa else attn
@@ -53,6 +53,13 @@ def _class_of(live: PreTrainedConfig, config: Mapping[str, Any]) -> type[PreTrai
     named = config.get("architectures") or ()
     wrapped = text_config(config) is not config
     return next((found for found in classes if found.__name__ in named), classes[-1 if wrapped else 0])
+
+
+def _numbers(value: Any) -> Any:
+    """A config's value with numbers where JSON has none for them, such as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if set(value) == {"__float__"} else {k: _numbers(v) for k, v in value.items()}
+    return [_numbers(one) for one in value] if isinstance(value, list) else value
 
 
 def _no_class(kind: str) -> FamilyError:
