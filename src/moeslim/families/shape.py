@@ -9,8 +9,6 @@ from moeslim.families.layers import MOST, dense, holds, integer, mixers, per_lay
 from moeslim.families.registry import family_of, text_config
 from moeslim.families.spec import Family
 
-RANKED_BY = 2
-"""Experts whose scores rank a group, where a router chooses groups first."""
 _MOST_LAYERS, _MOST_EXPERTS = 4096, 1 << 18
 """Of all layers together: ten times those of the largest models. Tables of names are made for each, in memory."""
 _LACKED = frozenset({"experts", "top_k", "expert_size", "dense_size"})
@@ -247,11 +245,11 @@ class Shape:
             raise FamilyError(
                 f"config.json: {key('experts')} ({self['experts']}) must be a multiple of n_group ({self.groups})"
             )
-        if "groups" in self.sizes and self["experts"] // self.groups < RANKED_BY:
+        if "groups" in self.sizes and self["experts"] // self.groups < self.family.ranked_by:
             raise FamilyError(
                 f"config.json: {key('experts')} ({self['experts']}) in n_group {self.groups} groups are "
-                f"{self['experts'] // self.groups} in each, and the router ranks a group by its {RANKED_BY} best; "
-                f"there must be at least {RANKED_BY * self.groups}"
+                f"{self['experts'] // self.groups} in each, and the router ranks a group by its "
+                f"{self.family.ranked_by} best; there must be at least {self.family.ranked_by * self.groups}"
             )
         if self.topk_group > self.groups or self["top_k"] > self.topk_group * (self["experts"] // self.groups):
             raise FamilyError(

@@ -31,6 +31,7 @@ class Tensor:
     matrix: str | None = None  # of an expert: gate | up | gate_up | down, or a bias of these: gate_up_bias, ...
     role: str | None = None  # shared_gate | correction_bias | expert_scale: what live code asks for; see `Family`
     when: str | None = None  # only there where this is one of the shape's `flags`
+    power: float = 0.0  # the class multiplies what it gives with this power of the number of channels
 
 
 _MARKS = {  # what the last column of a page may say, as (init, norm, matrix, role)
@@ -50,7 +51,10 @@ _MARKS = {  # what the last column of a page may say, as (init, norm, matrix, ro
     "gate_up_bias": ("zeros", None, "gate_up_bias", None),
     "down_bias": ("zeros", None, "down_bias", None),
     "shared_gate": ("normal", None, None, "shared_gate"),
+    "times_sqrt_hidden": ("normal", None, None, None),
+    "over_sqrt_hidden": ("normal", None, None, None),
 }
+_POWERS = {"times_sqrt_hidden": 0.5, "over_sqrt_hidden": -0.5}
 
 
 def tensors(text: str) -> tuple[Tensor, ...]:
@@ -65,7 +69,8 @@ def tensors(text: str) -> tuple[Tensor, ...]:
         when = marks.pop().removeprefix("if ") if marks and marks[-1].startswith("if ") else None
         init, norm, matrix, role = _MARKS[marks[0]] if marks else ("normal", None, None, None)
         when = name if when == "present" else when
-        found.append(Tensor(name, tuple(re.split(r",\s*", axes)), component, init, norm, matrix, role, when))
+        power = _POWERS.get(marks[0], 0.0) if marks else 0.0
+        found.append(Tensor(name, tuple(re.split(r",\s*", axes)), component, init, norm, matrix, role, when, power))
     return tuple(found)
 
 
@@ -205,8 +210,7 @@ class Family:
     `lists` are the config's lists with an entry per layer, which a cut of depth cuts too; None: no rule makes one.
 
     `fixed_width` says why channels cannot be cut, by the config key with which that is so, "" for always. The number of
-    channels must be a multiple of the size of the axis `hidden_multiple`, if any. `multiplied` names tensors (as in
-    `parts`) whose output the class multiplies with a power of the number of channels, and the power.
+    channels must be a multiple of the size of the axis `hidden_multiple`, if any.
 
     `router` is how a router makes scores of its logits: "softmax" over all experts, "sigmoid" or "sqrtsoftplus" of
     each, "softmax_topk" over the chosen ones (the same as "softmax" and renormalised), "sparsemixer"; or
@@ -227,9 +231,9 @@ class Family:
     mixer_key: str = "layer_types"
     fixed_width: Mapping[str, str] = field(default_factory=dict)
     hidden_multiple: str | None = None
-    multiplied: Mapping[str, float] = field(default_factory=dict)
     tied: bool = False  # whether a config without tie_word_embeddings means one matrix
     router: str = "softmax"
+    ranked_by: int = 2  # how many of its experts' best scores a group is chosen by: the sum of 2, or the largest
     renormalise: bool | tuple[str, bool] = True
     eager_attention: bool = False  # the class has no "sdpa" attention, so all scores are in memory
     mtp: Mtp | None = None  # None: the family has no MTP head

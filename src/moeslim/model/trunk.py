@@ -31,8 +31,8 @@ def build_trunk(config: Mapping[str, Any], *, attn: str, experts: str) -> PreTra
     if kind not in CONFIG_MAPPING:
         raise _no_class(kind)
     # `architectures` would be kept in the config and says nothing that the class does not
-    raw = {key: _numbers(value) for key, value in config.items() if key != "architectures"}
-    live = CONFIG_MAPPING[kind].from_dict({**raw, "model_type": kind})
+    raw = {key: value for key, value in config.items() if key != "architectures"}
+    live = CONFIG_MAPPING[kind].from_dict({**_with_floats(raw), "model_type": kind})
     found = _class_of(live, config)
     live._attn_implementation = "eager" if attn == "sdpa" and not found._supports_sdpa else attn
     if found._can_set_experts_implementation():  # a class without experts refuses a back end for them
@@ -41,6 +41,14 @@ def build_trunk(config: Mapping[str, Any], *, attn: str, experts: str) -> PreTra
     model = found(live)
     _drop_all_but(model, (model.get_decoder(), model.get_output_embeddings()))
     return model
+
+
+def _with_floats(value: Any) -> Any:
+    """A raw config with its infinities as numbers: transformers writes {"__float__": "Infinity"}, JSON having none."""
+    if isinstance(value, dict):
+        tag = value.get("__float__") if len(value) == 1 else None
+        return float(tag) if isinstance(tag, str) else {key: _with_floats(one) for key, one in value.items()}
+    return [_with_floats(one) for one in value] if isinstance(value, list) else value
 
 
 def _class_of(live: PreTrainedConfig, config: Mapping[str, Any]) -> type[PreTrainedModel]:
@@ -53,13 +61,6 @@ def _class_of(live: PreTrainedConfig, config: Mapping[str, Any]) -> type[PreTrai
     named = config.get("architectures") or ()
     wrapped = text_config(config) is not config
     return next((found for found in classes if found.__name__ in named), classes[-1 if wrapped else 0])
-
-
-def _numbers(value: Any) -> Any:
-    """A config's value with numbers where JSON has none for them, such as {"__float__": "Infinity"}."""
-    if isinstance(value, Mapping):
-        return float(value["__float__"]) if set(value) == {"__float__"} else {k: _numbers(v) for k, v in value.items()}
-    return [_numbers(one) for one in value] if isinstance(value, list) else value
 
 
 def _no_class(kind: str) -> FamilyError:
@@ -146,13 +147,17 @@ class Trunk:
         A rotary module's frequencies, by a module of its class; any other (an embedding's factor) as the class's own
         initialisation of weights sets it, its weights left alone.
         """
+        self._renew_rotary(device)
         for name, child in self.body.named_children():
-            if name == self.rotary_name:
-                with torch.device(device):
-                    setattr(self.body, name, type(child)(config=self.config))
-            elif name != self.layers_name:
+            if name not in (self.layers_name, self.rotary_name):
                 for module in child.modules():
                     _renew(self.body, module, device=device)
+
+    def _renew_rotary(self, device: torch.device | str) -> None:
+        rotary: Any = self.rotary
+        if self.rotary_name is not None:
+            with torch.device(device):
+                setattr(self.body, self.rotary_name, type(rotary)(config=self.config))
 
     @property
     def _page(self) -> str:
@@ -181,7 +186,7 @@ class Trunk:
         recorders = nn.ModuleList(self.recorders())
         try:
             self.layers = recorders
-            self.renew_buffers("cpu")  # a rotary is not stood in for: masks and positions come with it
+            self._renew_rotary("cpu")  # it is not stood in for: masks and positions come with it
             for name, child in self.body.named_children():
                 if name not in (self.layers_name, self.rotary_name):
                     others.append(child)

@@ -1,13 +1,13 @@
 """Routers that choose groups of experts first: what such a router still can do with fewer experts.
 
 `n_group` groups of E / n_group consecutive experts each; per token only `topk_group` of them are open, ranked by the
-sum of the two best experts of each (DeepSeek-V3). A router without groups is one group.
+sum of the two best experts of each (DeepSeek-V3), or by the best (DeepSeek-V2). A router without groups is one group.
 """
 
 from collections.abc import Sequence
 
 from moeslim.errors import PlanError
-from moeslim.families.shape import RANKED_BY, Shape
+from moeslim.families.shape import Shape
 
 
 def check_groups(shape: Shape, experts: int, *, top_k: int, where: str) -> None:
@@ -20,10 +20,11 @@ def check_groups(shape: Shape, experts: int, *, top_k: int, where: str) -> None:
         below = experts // groups * groups
         allowed = f"{below} or {below + groups}" if below else str(groups)
         raise PlanError(f"{share} are not the same number in each; keep a multiple of {groups}, so {allowed}")
-    if experts // groups < RANKED_BY:
+    best = shape.family.ranked_by
+    if experts // groups < best:
         raise PlanError(
-            f"{share} are {experts // groups} in each, and a group is ranked by its {RANKED_BY} best experts; "
-            f"keep at least {RANKED_BY * groups}"
+            f"{share} are {experts // groups} in each, and a group is ranked by its {best} best experts; "
+            f"keep at least {best * groups}"
         )
     reach = opened * experts // groups
     if reach < top_k:
