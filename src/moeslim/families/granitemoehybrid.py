@@ -15,7 +15,7 @@ SPEC = Family(
         mamba_heads mamba_n_heads=128    mamba_dim mamba_d_head    mamba_groups mamba_n_groups=1
         state mamba_d_state=256    expand mamba_expand=2
     """),
-    derived={"expand": "mamba_heads * mamba_dim // hidden"},
+    derived={"inner": "mamba_heads * mamba_dim", "expand": "mamba_heads * mamba_dim // hidden"},
     lists={"layer_types": PerLayer("linear_attention")},
     layer_prefix="model.layers.{l}.",
     parts=sections("""
@@ -27,15 +27,15 @@ SPEC = Family(
             norm  input_layernorm.weight           hidden  plain_norm
             norm  post_attention_layernorm.weight  hidden  plain_norm
         linear_attention, mamba:
-            mamba  mamba.in_proj.weight   2*mamba_heads*mamba_dim|2*mamba_groups*state|mamba_heads, hidden
-            mamba  mamba.in_proj.bias     2*mamba_heads*mamba_dim|2*mamba_groups*state|mamba_heads  bias  if mamba_proj_bias
-            mamba  mamba.conv1d.weight    mamba_heads*mamba_dim|2*mamba_groups*state, 1, kernel  conv
-            mamba  mamba.conv1d.bias      mamba_heads*mamba_dim|2*mamba_groups*state  bias  if mamba_conv_bias=true
+            mamba  mamba.in_proj.weight   2*inner|2*mamba_groups*state|mamba_heads, hidden
+            mamba  mamba.in_proj.bias     2*inner|2*mamba_groups*state|mamba_heads  bias  if mamba_proj_bias
+            mamba  mamba.conv1d.weight    inner|2*mamba_groups*state, 1, kernel  conv
+            mamba  mamba.conv1d.bias      inner|2*mamba_groups*state  bias  if mamba_conv_bias=true
             mamba  mamba.A_log            mamba_heads  a_log
             mamba  mamba.D                mamba_heads  ones
             mamba  mamba.dt_bias          mamba_heads  dt_bias
-            mamba  mamba.norm.weight      mamba_heads*mamba_dim  plain_norm
-            mamba  mamba.out_proj.weight  hidden, mamba_heads*mamba_dim
+            mamba  mamba.norm.weight      inner  plain_norm
+            mamba  mamba.out_proj.weight  hidden, inner
             mamba  mamba.out_proj.bias    hidden  bias  if mamba_proj_bias
         full_attention, attention:
             attention  self_attn.q_proj.weight  heads*head_dim, hidden

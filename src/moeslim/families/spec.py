@@ -207,6 +207,7 @@ class Family:
     `layouts.py` puts the routed experts, `layouts` are its keys that files of this family may have, first that of new
     files. `{L}` in a name of the MTP head is the trunk's number of layers.
 
+    `letters`: a key whose text is `mixer_key` with a letter per layer, and the letters, each with its words.
     `lists` are the config's lists with an entry per layer, which a cut of depth cuts too; None: no rule makes one.
 
     `fixed_width` says why channels cannot be cut, by the config key with which that is so, "" for always. The number of
@@ -229,6 +230,7 @@ class Family:
     ffn: Ffn = field(default_factory=Ffn)
     lists: Mapping[str, PerLayer | None] = field(default_factory=dict)
     mixer_key: str = "layer_types"
+    letters: tuple[str, str] | None = None
     fixed_width: Mapping[str, str] = field(default_factory=dict)
     hidden_multiple: str | None = None
     tied: bool = False  # whether a config without tie_word_embeddings means one matrix
@@ -256,6 +258,17 @@ class Family:
     def kind(self, mixer: str) -> str:
         """What a token mixer is by its tensors: attention, mla, deltanet, mamba or conv; "" where it has none."""
         return next((tensor.component for tensor in self.parts.get(mixer, ())), "")
+
+    @property
+    def words(self) -> Mapping[str, str]:
+        """The letter of every word, where the config may spell the list of mixers as a text (see `letters`)."""
+        found, letter = {}, ""
+        for word in () if self.letters is None else self.letters[1].split():
+            if len(word) == 1:
+                letter = word
+            else:
+                found[word] = letter
+        return found
 
     @property
     def conditions(self) -> frozenset[str]:
