@@ -136,7 +136,8 @@ MOE: dict[str, dict[str, Any]] = {
     | {"moe_num_shared_experts": 2, "moe_layer_start_index": 1, "tie_word_embeddings": True},
     "granitemoehybrid": {**_DENSE, "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K}
     | {"intermediate_size": 12, "shared_intermediate_size": 10, "mamba_n_heads": 4, "mamba_n_groups": 2}
-    | {"mamba_d_state": 5, "mamba_chunk_size": 8, "layer_types": ["linear_attention", "full_attention"] * 2}
+    | {"mamba_d_state": 5, "mamba_chunk_size": 8, "mamba_expand": 3}  # so that 12 of 16 channels can be kept
+    | {"layer_types": ["linear_attention", "full_attention"] * 2}
     | {"embedding_multiplier": 2.0, "logits_scaling": 0.5, "residual_multiplier": 0.7, "attention_multiplier": 0.3},
     "lfm2_moe": {**_DENSE, **_EXPERTS, "num_experts": EXPERTS, "num_dense_layers": 1, "routed_scaling_factor": 1.5}
     | {"layer_types": ["conv", "full_attention"] * 2},
@@ -243,7 +244,10 @@ def _value(name: str, tensor: torch.Tensor, *, seed: int) -> torch.Tensor:
 
 
 def _silence(model: nn.Module, channels: list[int]) -> None:
-    """Zero all that writes to some channels. A matrix whose rows have the stream's number is zeroed too: no harm."""
+    """Zero all that writes to some channels. A matrix whose rows have the stream's number is zeroed too: no harm.
+
+    Of a short convolution, whose own channels are as many, those numbers too: a cut of width takes them as well.
+    """
     if not channels:
         return
     for module in model.modules():
@@ -262,6 +266,8 @@ def _silence(model: nn.Module, channels: list[int]) -> None:
                 and len(tensor) == HIDDEN
             ):
                 tensor[channels] = 0.0
+        if isinstance(getattr(module, "conv", None), nn.modules.conv._ConvNd) and module.conv.groups == HIDDEN:
+            module.in_proj.weight[[part * HIDDEN + c for part in range(3) for c in channels]] = 0.0
 
 
 def _may_have_heads(config: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeslim.errors import PlanError
-from moeslim.families.layers import write_dense, write_list
+from moeslim.families.layers import letters, write_dense, write_list
 from moeslim.families.registry import family_of, text_config, with_text_config
 from moeslim.families.shape import Shape
 
@@ -82,6 +82,10 @@ def _write_layers(edited: dict[str, Any], after: Shape, *, before: Shape) -> Non
     family = after.family
     edited["num_hidden_layers"] = after.layers
     lists = {family.mixer_key: after.layer_types, **after.lists}
+    if family.letters is not None and family.letters[0] in edited:
+        edited[family.letters[0]] = letters(after.layer_types, family)
+        if family.mixer_key not in edited:  # a class that reads letters may not take the list as well
+            del lists[family.mixer_key]
     for key, entries in lists.items():
         if key in family.lists or key in edited:
             write_list(edited, key, rule=family.lists.get(key), entries=entries)

@@ -67,6 +67,34 @@ def _spelled(given: Any, rule: PerLayer, *, layers: int) -> tuple[Any, ...]:
     return tuple(words[letter] for letter in given)
 
 
+def with_list(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The config with the list of mixers that it may spell in letters, and the number of layers that a list says.
+
+    FamilyError for a letter without a word, and where list and letters disagree.
+    """
+    listed = config.get(family.mixer_key)
+    if family.letters is not None and config.get(family.letters[0]) is not None:
+        key, text = family.letters[0], config[family.letters[0]]
+        found = {letter: word for word, letter in reversed(list(family.words.items()))}
+        if not isinstance(text, str) or not set(text) <= set(found):
+            raise FamilyError(
+                f"config.json: {key} must have a letter out of {', '.join(sorted(found))} for every layer"
+            )
+        if listed is None:
+            listed = [found[letter] for letter in text]
+            config = {**config, family.mixer_key: listed}
+        elif text != letters(listed, family):
+            raise FamilyError(f"config.json: {key} and {family.mixer_key} disagree; remove the wrong one")
+    if isinstance(listed, list) and "num_hidden_layers" not in config:
+        config = {**config, "num_hidden_layers": len(listed)}
+    return config
+
+
+def letters(words: Any, family: Family) -> str:
+    """A list of mixers in letters; a word without one is a question mark."""
+    return "".join(family.words.get(str(word), "?") for word in words) if isinstance(words, list | tuple) else "?"
+
+
 def mixers(config: Mapping[str, Any], family: Family, *, layers: int) -> tuple[str, ...]:
     """The token mixer of every layer; FamilyError for words that the page has no tensors of."""
     key = family.mixer_key

@@ -12,10 +12,13 @@ from moeslim.families import (
     glm4_moe_lite,
     glm_moe_dsa,
     gpt_oss,
+    granitemoehybrid,
+    lfm2_moe,
     llama,
     minimax_m2,
     mistral,
     mixtral,
+    nemotron_h,
     olmo2,
     olmoe,
     phi3,
@@ -32,6 +35,7 @@ from moeslim.families.spec import Family
 _PAGES = (
     *(qwen3_next, qwen3_moe, glm4_moe, qwen3_5_moe, deepseek_v3, mixtral, gpt_oss, olmoe, qwen2_moe),
     *(deepseek_v2, glm4_moe_lite, glm_moe_dsa, minimax_m2),
+    *(granitemoehybrid, lfm2_moe, nemotron_h),
     *(gemma3_text, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3),
 )
 FAMILIES: dict[str, Family] = {page.SPEC.model_type: page.SPEC for page in _PAGES}

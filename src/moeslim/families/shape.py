@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeslim.errors import FamilyError
-from moeslim.families.layers import MOST, dense, holds, integer, mixers, per_layer
+from moeslim.families.layers import MOST, dense, holds, integer, mixers, per_layer, with_list
 from moeslim.families.registry import family_of, text_config
 from moeslim.families.spec import Family
 
@@ -13,6 +13,8 @@ _MOST_LAYERS, _MOST_EXPERTS = 4096, 1 << 18
 """Of all layers together: ten times those of the largest models. Tables of names are made for each, in memory."""
 _LACKED = frozenset({"experts", "top_k", "expert_size", "dense_size"})
 """Axes that a family may lack: their size is 0 then."""
+_OF_EXPERTS = ("experts", "expert_size", "top_k", "shared_size", "groups", "topk_group")
+"""Axes of layers with experts."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Shape:
         taken to be there: see `with_present`.
         """
         family = family_of(config)
-        tied = bool(config.get("tie_word_embeddings", family.tied))
+        tied = bool(_one_spelling(config, family).get("tie_word_embeddings", family.tied))
         config = _one_spelling(text_config(config), family)
         sizes, layers = _sizes(config, family), integer(config, "num_hidden_layers")
         experts = sizes.get("experts", 0)
@@ -57,6 +59,8 @@ class Shape:
                 f"{_MOST_LAYERS:,} layers and {_MOST_EXPERTS:,} experts in all of them can be worked on"
             )
         words = mixers(config, family, layers=layers)
+        sizes = _present(sizes, family, words=words)
+        experts = sizes.get("experts", 0)
         named = {family.mixer_key, family.ffn.key}
         lists = {key: per_layer(config, key, rule=family.lists[key], layers=layers) for key in {*family.lists} - named}
         shape = cls(
@@ -113,6 +117,11 @@ class Shape:
         for key, reason in self.family.fixed_width.items():
             if not key or key in self.flags:
                 return f"{self.family.model_type} keeps all {self['hidden']} channels: {reason}"
+        try:
+            self.resized(hidden=hidden)
+        except FamilyError as problem:
+            reason = str(problem).removeprefix("config.json: ")
+            return f"{self.family.model_type} cannot have {hidden} channels: {reason}"
         if hidden % self.hidden_multiple:
             unit, axis = self.hidden_multiple, self.family.hidden_multiple
             return (
@@ -270,7 +279,7 @@ def is_mtp(key: str) -> bool:
 
 
 def _one_spelling(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
-    """The config with the keys of the family's page."""
+    """The config with the keys of the family's page, and its list of mixers as words."""
     for other, key in family.spellings.items():
         if other in config and config.get(key, config[other]) != config[other]:
             raise FamilyError(
@@ -278,7 +287,7 @@ def _one_spelling(config: Mapping[str, Any], family: Family) -> Mapping[str, Any
                 "remove the wrong one"
             )
         config = {**config, key: config[other]} if other in config else config
-    return config
+    return with_list(config, family)
 
 
 def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
@@ -293,13 +302,22 @@ def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
         else:
             given = {} if absent else {key: config[key]}
             sizes[axis] = integer(given, key, default=None if isinstance(default, str) else default)
-    if "experts" not in sizes:
-        sizes = {axis: size for axis, size in sizes.items() if axis not in ("expert_size", "top_k")}
+    return sizes
+
+
+def _present(sizes: Mapping[str, int], family: Family, *, words: Collection[str]) -> dict[str, int]:
+    """The axes that a model with layers of these `words` has, and those that follow from them."""
+    by_words, every = family.ffn.rule == "mixer", family.ffn.rule == "all"
+    moe = "experts" in sizes and (not by_words or "moe" in words)
+    plain = "mlp" in words if by_words else not (moe and every)
+    lacked = {*(() if moe else _OF_EXPERTS), *(() if plain else ("dense_size",))}
+    sizes = {axis: size for axis, size in sizes.items() if axis not in lacked}
     return {**sizes, **_derived(family, sizes)}
 
 
 def _derived(family: Family, sizes: Mapping[str, int]) -> dict[str, int]:
-    return {axis: _rule(rule, sizes) for axis, rule in family.derived.items()}
+    lacked = {*family.sizes} - {*sizes}
+    return {axis: _rule(rule, sizes) for axis, rule in family.derived.items() if not lacked & {*rule.split()}}
 
 
 def _logits(config: Mapping[str, Any], family: Family) -> dict[str, float]:
@@ -314,15 +332,15 @@ def _logits(config: Mapping[str, Any], family: Family) -> dict[str, float]:
 
 
 def _rule(rule: str, sizes: Mapping[str, int]) -> int:
-    """The value of "a", of "a // b", which must be whole, or of "a * b"."""
-    left, operation, right = rule.split() if " " in rule else (rule, "", "")
-    if not operation:
-        return sizes[left]
-    if operation == "*":
-        return sizes[left] * sizes[right]
-    if sizes[left] % sizes[right]:
-        raise FamilyError(f"config.json: {left} per {right} must be whole, found {sizes[left]} and {sizes[right]}")
-    return sizes[left] // sizes[right]
+    """The value of "a", or of "a * b // c" from left to right, where a division must be whole."""
+    first, *rest = rule.split()
+    value, said = sizes[first], first
+    for operation, axis in zip(rest[::2], rest[1::2], strict=True):
+        if operation == "//" and value % sizes[axis]:
+            raise FamilyError(f"config.json: {said} per {axis} must be whole, found {value} and {sizes[axis]}")
+        value = value // sizes[axis] if operation == "//" else value * sizes[axis]
+        said = f"{said} {operation} {axis}"
+    return value
 
 
 def _renormalise(config: Mapping[str, Any], family: Family) -> bool:

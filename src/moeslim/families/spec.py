@@ -38,6 +38,7 @@ _MARKS = {  # what the last column of a page may say, as (init, norm, matrix, ro
     "zero_centred": ("zeros", "zero_centred", None, None),
     "plain_norm": ("ones", "plain", None, None),
     "bias": ("zeros", None, None, None),
+    "ones": ("ones", None, None, None),
     "correction_bias": ("zeros", None, None, "correction_bias"),
     "expert_scale": ("ones", None, None, "expert_scale"),
     "conv": ("conv", None, None, None),
@@ -216,6 +217,7 @@ class Family:
     `layouts.py` puts the routed experts, `layouts` are its keys that files of this family may have, first that of new
     files. `{L}` in a name of the MTP head is the trunk's number of layers.
 
+    `letters`: a key whose text is `mixer_key` with a letter per layer, and the letters, each with its words.
     `lists` are the config's lists with an entry per layer, which a cut of depth cuts too; None: no rule makes one.
 
     `fixed_width` says why channels cannot be cut, by the config key with which that is so, "" for always. The number of
@@ -234,10 +236,11 @@ class Family:
     parts: Mapping[str, tuple[Tensor, ...]]
     expert_prefix: str = ""
     layouts: tuple[str, ...] = ("per_expert", "stacked")
-    derived: Mapping[str, str] = field(default_factory=dict)  # axis -> "a // b" or "a * b" of two other axes
+    derived: Mapping[str, str] = field(default_factory=dict)  # axis -> a rule like "a * b // c" of other axes
     ffn: Ffn = field(default_factory=Ffn)
     lists: Mapping[str, PerLayer | None] = field(default_factory=dict)
     mixer_key: str = "layer_types"
+    letters: tuple[str, str] | None = None
     fixed_width: Mapping[str, str] = field(default_factory=dict)
     hidden_multiple: str | None = None
     tied: bool = False  # whether a config without tie_word_embeddings means one matrix
@@ -267,6 +270,17 @@ class Family:
     def kind(self, mixer: str) -> str:
         """What a token mixer is by its tensors: attention, mla, deltanet, mamba or conv; "" where it has none."""
         return next((tensor.component for tensor in self.parts.get(mixer, ())), "")
+
+    @property
+    def words(self) -> Mapping[str, str]:
+        """The letter of every word, where the config may spell the list of mixers as a text (see `letters`)."""
+        found, letter = {}, ""
+        for word in () if self.letters is None else self.letters[1].split():
+            if len(word) == 1:
+                letter = word
+            else:
+                found[word] = letter
+        return found
 
     @property
     def conditions(self) -> frozenset[str]:
