@@ -119,9 +119,10 @@ class LayerObserver:
     def _watch_norms(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         def hook(name: str, weight: torch.Tensor | None) -> Callable[..., None]:
             def see(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-                if weight is not None:  # a router is given a batch's tokens one behind the other
-                    inputs, output = (inputs[0].unflatten(0, self._lengths),), output.unflatten(0, self._lengths) * weight
-                _add(self.norms[name], norm_sums(inputs[0], output))
+                output = output if weight is None else output * weight
+                both = inputs[0], output  # some are given a batch's tokens one behind the other
+                x_BTd, n_BTd = (each if each.ndim == 3 else each.unflatten(0, self._lengths) for each in both)
+                _add(self.norms[name], norm_sums(x_BTd, n_BTd))
 
             return see
 

@@ -57,7 +57,7 @@ class Structure:
         page = f"families/{self.shape.family.model_type}.py"
         expected = {name: wanted for row in self.rows.values() for name, wanted in row.stored.items()}
         unread = {name for row in self.rows.values() for name in row.format.unread(row.name)}
-        found = []
+        found: list[str] = []
         for name, entry in self.stored.tensors.items():
             wanted = expected.get(name)
             if name in self.untouched:

@@ -42,7 +42,7 @@ SPEC = Family(
             norm  post_attention_layernorm.weight    hidden  plain_norm
             norm  pre_feedforward_layernorm.weight   hidden  plain_norm
             norm  post_feedforward_layernorm.weight  hidden  plain_norm
-            norm  layer_scalar                       1       factor
+            norm  layer_scalar                       1       ones
         sliding_attention:
             attention  self_attn.q_proj.weight  heads*head_dim, hidden
             attention  self_attn.k_proj.weight  kv_heads*head_dim, hidden
