@@ -113,6 +113,11 @@ class Case:
                 problems.append(problem)
         raise problems[0]
 
+    @property
+    def logits_factor(self) -> float:
+        """What the class multiplies the head's product with; our states behind the last norm have it in them."""
+        return 1 / getattr(stock_config(self.family).get_text_config(), "logits_scaling", 1.0)
+
     def out(self, name: str) -> Path:
         """A new folder."""
         number = sum(1 for _ in self.work.iterdir())

@@ -51,7 +51,7 @@ def walked(case: Case) -> Figure:
     """Run one layer at a time from files, the last states are the whole model's, bit by bit (largest difference)."""
     model, _ = case.stock(case.single, experts_implementation="eager")
     with torch.no_grad():
-        expected = model.get_decoder()(input_ids=TOKENS, use_cache=False).last_hidden_state
+        expected = model.get_decoder()(input_ids=TOKENS, use_cache=False).last_hidden_state * case.logits_factor
     rows = torch.cat([TOKENS, TOKENS[:, :1]], dim=1).numpy()
     visits = walk(Reader(case.single), rows, workdir=case.out("walk"), settings=WalkSettings(rows_per_batch=len(rows)))
     for visit in visits:
@@ -117,7 +117,8 @@ def live(case: Case) -> Figure:
     """The states of a loaded model are those of the oracle."""
     student = load_student(case.source, dtype=torch.float64, experts="eager").eval()
     with torch.no_grad():
-        return Figure(difference(student.hidden(TOKENS), Wide(case.source).hidden(TOKENS)), FLOAT32)
+        expected = Wide(case.source).hidden(TOKENS) * case.logits_factor
+        return Figure(difference(student.hidden(TOKENS), expected), FLOAT32)
 
 
 @cell("MTP")

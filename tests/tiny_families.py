@@ -96,7 +96,7 @@ MOE: dict[str, dict[str, Any]] = {
     "gemma4": {
         "text_config": {**_WIDE_HEADS, **_SLIDING, "enable_moe_block": True, "num_experts": EXPERTS}
         | {"top_k_experts": TOP_K, "moe_intermediate_size": 12, "hidden_size_per_layer_input": 0}
-        | {"global_head_dim": 12, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+        | {"global_head_dim": 20, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
         | {"final_logit_softcapping": 30.0, "vocab_size_per_layer_input": VOCAB, "pad_token_id": 0},
         "vision_config": {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
         | {"num_key_value_heads": 2, "head_dim": 12, "global_head_dim": 12, "patch_size": 4},
@@ -117,7 +117,7 @@ MOE: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {**_DEEPSEEK, **_GROUPS, "topk_method": "group_limited_greedy", "first_k_dense_replace": 1},
     "glm_moe_dsa": {**_DEEPSEEK, "mlp_layer_types": ["dense", *["sparse"] * 3], "first_k_dense_replace": 1}
-    | {"index_topk": 6, "index_head_dim": 14, "index_n_heads": 2, "indexer_types": ["full", "shared"] * 2},
+    | {"index_topk": 6, "index_head_dim": 14, "index_n_heads": 15, "indexer_types": ["full", "shared"] * 2},
     "qwen3_next": {**_QWEN, **_DELTANET},
     "nemotron_h": {**_WIDE_HEADS, "num_hidden_layers": 5}
     | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"], "n_routed_experts": EXPERTS}
@@ -137,7 +137,8 @@ MOE: dict[str, dict[str, Any]] = {
     | {"moe_num_shared_experts": 2, "moe_layer_start_index": 1, "tie_word_embeddings": True},
     "granitemoehybrid": {**_DENSE, "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K}
     | {"intermediate_size": 12, "shared_intermediate_size": 10, "mamba_n_heads": 4, "mamba_n_groups": 2}
-    | {"mamba_d_state": 5, "mamba_chunk_size": 8, "layer_types": ["linear_attention", "full_attention"] * 2}
+    | {"mamba_d_state": 5, "mamba_chunk_size": 8, "mamba_expand": 3}  # so that 12 of 16 channels can be kept
+    | {"layer_types": ["linear_attention", "full_attention"] * 2}
     | {"embedding_multiplier": 2.0, "logits_scaling": 0.5, "residual_multiplier": 0.7, "attention_multiplier": 0.3},
     "lfm2_moe": {**_DENSE, **_EXPERTS, "num_experts": EXPERTS, "num_dense_layers": 1, "routed_scaling_factor": 1.5}
     | {"layer_types": ["conv", "full_attention"] * 2},
@@ -245,7 +246,10 @@ def _value(name: str, tensor: torch.Tensor, *, seed: int) -> torch.Tensor:
 
 
 def _silence(model: nn.Module, channels: list[int]) -> None:
-    """Zero all that writes to some channels. A matrix whose rows have the stream's number is zeroed too: no harm."""
+    """Zero all that writes to some channels. A matrix whose rows have the stream's number is zeroed too: no harm.
+
+    Of a short convolution, whose own channels are as many, those numbers too: a cut of width takes them as well.
+    """
     if not channels:
         return
     for module in model.modules():
@@ -264,6 +268,8 @@ def _silence(model: nn.Module, channels: list[int]) -> None:
                 and len(tensor) == HIDDEN
             ):
                 tensor[channels] = 0.0
+        if isinstance(getattr(module, "conv", None), nn.modules.conv._ConvNd) and module.conv.groups == HIDDEN:
+            module.in_proj.weight[[part * HIDDEN + c for part in range(3) for c in channels]] = 0.0
 
 
 def _may_have_heads(config: dict[str, Any]) -> bool:

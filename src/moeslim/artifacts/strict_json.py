@@ -18,9 +18,12 @@ ITEMS_LIMIT = 2_000_000
 _SURROGATE = re.compile(rb"\\u[dD][89abAB]")
 
 
-def load(path: Path | str, *, repeated_keys: bool = False) -> Any:
-    """The value in a file; FileNotFoundError without one, ValueError for what is no plain file or no strict JSON."""
-    return parse(read_plain(path), repeated_keys=repeated_keys)
+def load(path: Path | str, *, repeated_keys: bool = False, infinities: bool = False) -> Any:
+    """The value in a file; FileNotFoundError without one, ValueError for what is no plain file or no strict JSON.
+
+    `infinities`: see `parse`.
+    """
+    return parse(read_plain(path), repeated_keys=repeated_keys, infinities=infinities)
 
 
 def read_plain(path: Path | str, *, limit: int = BYTES_LIMIT) -> bytes:
@@ -34,8 +37,12 @@ def read_plain(path: Path | str, *, limit: int = BYTES_LIMIT) -> bytes:
     return path.read_bytes()
 
 
-def parse(raw: bytes, *, repeated_keys: bool = False) -> Any:
-    """The value that JSON in UTF-8 spells; ValueError where another reader may see another value, or too many."""
+def parse(raw: bytes, *, repeated_keys: bool = False, infinities: bool = False) -> Any:
+    """The value that JSON in UTF-8 spells; ValueError where another reader may see another value, or too many.
+
+    `infinities`: an Infinity, which some releases' config.json has, is `{"__float__": "Infinity"}`, as transformers 5
+    writes it in JSON.
+    """
     items = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
     if len(raw) > BYTES_LIMIT or items > ITEMS_LIMIT:
         raise ValueError(
@@ -45,7 +52,7 @@ def parse(raw: bytes, *, repeated_keys: bool = False) -> Any:
         value = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=None if repeated_keys else _unique,
-            parse_constant=_no_number,
+            parse_constant=_infinity if infinities else _no_number,
             parse_float=_finite,
         )
     except RecursionError:
@@ -66,8 +73,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _no_number(literal: str) -> float:
+def _no_number(literal: str) -> Any:
     raise ValueError(f"{literal} is no number of JSON")
+
+
+def _infinity(literal: str) -> dict[str, str]:
+    return {"__float__": literal} if literal.endswith("Infinity") else _no_number(literal)
 
 
 def _finite(digits: str) -> float:

@@ -29,6 +29,7 @@ from moeslim.calibrate.sums import (
     norm_sums,
     wide,
 )
+from moeslim.families import Row
 from moeslim.model.experts import FileExperts, Routing, Run
 from moeslim.model.moe import MoeBlock
 from moeslim.model.walk import LayerVisit
@@ -84,10 +85,11 @@ class LayerObserver:
     def __init__(self, visit: LayerVisit, *, positions: np.ndarray, removal: bool = False) -> None:
         self.visit = visit
         self.layer: Sums = {}
-        self.norms: dict[str, Sums] = {row.name: {} for row in visit.rows if row.component == "norm"}
+        self.norms: dict[str, Sums] = {row.name: {} for row in _norms(visit)}
         self.experts: _ExpertSums | None = None
         if visit.moe is not None:
             self.experts = _ExpertSums(visit.moe, positions, removal=removal)
+        self._lengths: tuple[int, ...] = ()  # rows and positions of the batch
         self._shared_h: list[torch.Tensor] = []  # what one hook leaves for the next
 
     @contextmanager
@@ -115,21 +117,34 @@ class LayerObserver:
         return LayerStats.from_state(_arrays(self.layer)), norms
 
     def _watch_norms(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        def hook(name: str) -> Callable[..., None]:
+        def hook(name: str, weight: torch.Tensor | None) -> Callable[..., None]:
             def see(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-                _add(self.norms[name], norm_sums(inputs[0], output))
+                output = output if weight is None else output * weight
+                both = inputs[0], output  # some are given a batch's tokens one behind the other
+                x_BTd, n_BTd = (each if each.ndim == 3 else each.unflatten(0, self._lengths) for each in both)
+                _add(self.norms[name], norm_sums(x_BTd, n_BTd))
 
             return see
 
         for row in self.visit.rows:
-            if row.component == "norm":
-                yield self.visit.module(row).register_forward_hook(hook(row.name))
+            if row.name in self.norms:
+                module = self.visit.module(row)
+                inner = next((child for child in module.children() if "Norm" in type(child).__name__), None)
+                if inner is None:
+                    yield module.register_forward_hook(hook(row.name, None))
+                else:  # of a router: what it multiplies the norm's output with is its own
+                    own = self.visit.places[row.name].rpartition(".")[2]
+                    yield inner.register_forward_hook(hook(row.name, getattr(module, own)))
 
     def _watch_layer(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         def see(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
             _add(self.layer, layer_sums(inputs[0], output if isinstance(output, torch.Tensor) else output[0]))
 
+        def start(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            self._lengths = tuple(inputs[0].shape[:2])
+
         if self.visit.decoder is not None:
+            yield self.visit.decoder.register_forward_pre_hook(start)
             yield self.visit.decoder.register_forward_hook(see)
 
     def _watch_shared(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
@@ -244,6 +259,10 @@ class _ExpertSums:
             "down_norm": torch.stack(downs),
             "sample_tokens": torch.tensor(float(sample_Sd.shape[0])),
         }
+
+
+def _norms(visit: LayerVisit) -> list[Row]:
+    return [row for row in visit.rows if row.component == "norm" and row.tensor.norm is not None]
 
 
 def _add(into: Sums, sums: Mapping[str, torch.Tensor]) -> None:

@@ -42,7 +42,7 @@ def read_config(folder_or_file: Path | str) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file; a checkpoint folder holds config.json and *.safetensors")
     try:
-        config = strict_json.load(path)
+        config = strict_json.load(path, infinities=True)
     except ValueError as problem:
         raise CheckpointError(f"{path}: not valid JSON ({problem}); fetch the file again") from None
     if not isinstance(config, dict):

@@ -1,6 +1,6 @@
 """What a checkpoint is, compared with what its config says it must be: no torch, no tensor read."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,12 +57,11 @@ class Structure:
         page = f"families/{self.shape.family.model_type}.py"
         expected = {name: wanted for row in self.rows.values() for name, wanted in row.stored.items()}
         unread = {name for row in self.rows.values() for name in row.format.unread(row.name)}
-        found = []
+        found: list[str] = []
         for name, entry in self.stored.tensors.items():
             wanted = expected.get(name)
-            if name in self.untouched:  # copied as it is, and the output's config explains no packed form
-                if self.quantisation and entry.dtype not in FLOATS:
-                    found.append(f"{entry.file}: {name} is {entry.dtype} and not of the text model; {BF16_RELEASE}")
+            if name in self.untouched:
+                found += self._problems_beside(name, entry)
             elif wanted is None:
                 if name not in unread:
                     found.append(
@@ -73,7 +72,20 @@ class Structure:
             elif entry.dtype not in wanted.dtypes:
                 found.append(f"{entry.file}: {name} is {entry.dtype}; allowed are {', '.join(wanted.dtypes)}")
         found += [f"{name} is missing from the weights" for name in expected if name not in self.stored.tensors]
-        return found + (_contradictions(self.rows, self.quantisation) if self.quantisation else [])
+        found += _contradictions(self.rows, self.quantisation) if self.quantisation else []
+        return found
+
+    def _problems_beside(self, name: str, entry: Entry) -> Iterator[str]:
+        """Of an untouched tensor. It is copied as it is, and the output's config explains no packed form."""
+        packed = entry.dtype not in FLOATS
+        if self.quantisation and packed:
+            yield f"{entry.file}: {name} is {entry.dtype} and not of the text model; {BF16_RELEASE}"
+        axis, hidden = self.shape.join_axis(name), self.shape["hidden"]
+        if axis is not None and not packed and entry.shape[axis : axis + 1] != (hidden,):
+            yield (
+                f"{entry.file}: {name} has shape {entry.shape}, and its axis {axis} is the text model's {hidden} "
+                "channels"
+            )
 
 
 def read_structure(folder: Path | str) -> Structure:

@@ -114,7 +114,8 @@ def _kept(shape: Shape, key: str) -> int:
         mixer = 2 * shape["heads"] * (shape["nope_dim"] + shape["rope_dim"] + shape["v_dim"])
         mixer += shape["kv_lora"] + shape.sizes.get("q_lora", 0)
     elif kind == "attention":
-        mixer = (3 * shape["heads"] + 2 * shape["kv_heads"]) * shape["head_dim"]
+        heads, kv_heads, head_dim = shape.attention(key)
+        mixer = (3 * heads + 2 * kv_heads) * head_dim
     if shape.is_moe(key):
         mlp = shape["top_k"] * (shape["hidden"] + 3 * shape["expert_size"]) + 3 * shape.sizes.get("shared_size", 0)
     else:

@@ -1,5 +1,6 @@
 """Families as pages of facts, and the one table of tensors with named axes that everything else is derived from."""
 
+from moeslim.families.axes import names, positions, size
 from moeslim.families.count import Count, count
 from moeslim.families.layouts import (
     EXPERT_LAYOUTS,
@@ -14,7 +15,7 @@ from moeslim.families.layouts import (
 from moeslim.families.operations import Forward, forward_operations, training_operations
 from moeslim.families.registry import FAMILIES, family_of, is_known, text_config, with_text_config
 from moeslim.families.shape import Shape, is_mtp
-from moeslim.families.spec import Family, Tensor, names, positions, size
+from moeslim.families.spec import Family, Tensor
 from moeslim.families.table import STACKED, Row, expert_prefix, table
 
 __all__ = [

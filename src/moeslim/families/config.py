@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeslim.errors import PlanError
-from moeslim.families.layers import write_dense, write_list
+from moeslim.families.layers import letters, write_dense, write_exceptions, write_list
 from moeslim.families.registry import family_of, text_config, with_text_config
 from moeslim.families.shape import Shape
 
@@ -33,17 +33,27 @@ def edit_config(config: Mapping[str, Any], after: Shape) -> dict[str, Any]:
     _write_layers(edited, after, before=before)
     _write_ropes(edited, before.family.rope_defaults)
     whole = with_mtp(with_text_config(config, edited), bool(after.mtp_layers))
+    _write_width(whole, after["hidden"], before=before)
     Shape.from_config(whole)
     return whole
 
 
 def check_layers(after: Shape) -> None:
-    """PlanError where the family's config cannot say which layers are dense, or says it of the MTP head as well."""
+    """PlanError where the first layer would need one before it, and where the family's config cannot say which layers
+    are dense, or says it of the MTP head as well.
+    """
+    if after.layer_types[0] in after.family.follows:
+        raise PlanError(
+            f"the first layer of the cut model would be {after.layer_types[0]!r} ({after.family.mixer_key}), which uses "
+            "what a layer before it hands on; keep that one too"
+        )
     if after.family.ffn.rule == "steps" and after.mtp_layers and 0 in after.dense_layers and after["experts"]:
         raise PlanError(
             "mlp_only_layers of the cut model would hold 0, which makes the MTP head's block dense as well; "
             "keep a layer with experts as the first one"
         )
+    if after.last_problem is not None:
+        raise PlanError(f"the cut model's {after.last_problem}; keep other layers")
     try:
         if after["experts"]:
             write_dense({}, after.family, numbers=after.dense_layers, layers=after.layers)
@@ -75,12 +85,26 @@ def _write_layers(edited: dict[str, Any], after: Shape, *, before: Shape) -> Non
     family = after.family
     edited["num_hidden_layers"] = after.layers
     lists = {family.mixer_key: after.layer_types, **after.lists}
+    if family.letters is not None and family.letters[0] in edited:
+        edited[family.letters[0]] = letters(after.layer_types, family)
+        if family.mixer_key not in edited:  # a class that reads letters may not take the list as well
+            del lists[family.mixer_key]
     for key, entries in lists.items():
         if key in family.lists or key in edited:
             write_list(edited, key, rule=family.lists.get(key), entries=entries)
+    write_exceptions(edited, family, kinds=after.layer_types)
     changed = (after.layers, after.dense_layers) != (before.layers, before.dense_layers)
     if after["experts"] and (changed or family.ffn.key in edited):
         write_dense(edited, family, numbers=after.dense_layers, layers=after.layers)
+
+
+def _write_width(whole: dict[str, Any], hidden: int, *, before: Shape) -> None:
+    """The number of channels wherever a wrapper's config repeats it."""
+    wrapper = before.family.wrapper
+    for section, _, key in (place.partition(".") for place in (wrapper.width_keys if wrapper is not None else ())):
+        found = whole.get(section)
+        if isinstance(found, Mapping) and found.get(key) == before["hidden"]:
+            whole[section] = {**found, key: hidden}
 
 
 def _write_ropes(edited: dict[str, Any], defaults: Mapping[str, float]) -> None:

@@ -5,7 +5,12 @@ from moeslim.families.spec import Family, Ffn, Mtp, Wrapper, keys, sections
 SPEC = Family(
     model_type="deepseek_v3",
     more_types=("kimi_k2", "kimi_k25"),
-    wrapper=Wrapper({at: f"language_model.{at}" for at in ("model.", "lm_head.")}, ("vision_tower.", "mm_projector.")),
+    wrapper=Wrapper(
+        {at: f"language_model.{at}" for at in ("model.", "lm_head.")},
+        ("vision_tower.", "mm_projector."),
+        joins={f"mm_projector.proj.2.{what}": 0 for what in ("weight", "bias")},
+        width_keys=("vision_config.text_hidden_size",),
+    ),
     sizes=keys("""
         vocab vocab_size    hidden hidden_size    dense_size intermediate_size=18432    top_k num_experts_per_tok=8
         experts n_routed_experts=256    expert_size moe_intermediate_size=2048    num_shared n_shared_experts=1

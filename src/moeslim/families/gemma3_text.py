@@ -1,9 +1,15 @@
-"""Gemma 3, text: dense, five of six layers with a sliding window, norms before and behind both halves."""
+"""Gemma 3: dense, five of six layers with a sliding window, norms before and behind both halves; 4B and up see."""
 
-from moeslim.families.spec import Family, PerLayer, keys, sections
+from moeslim.families.spec import Family, PerLayer, Wrapper, keys, sections
 
 SPEC = Family(
     model_type="gemma3_text",
+    more_types=("gemma3",),
+    wrapper=Wrapper(
+        {at: f"language_model.{at}" for at in ("model.", "lm_head.")},
+        ("vision_tower.", "multi_modal_projector."),
+        joins={"multi_modal_projector.mm_input_projection_weight": 1},
+    ),
     sizes=keys("""
         vocab vocab_size=262208    hidden hidden_size    dense_size intermediate_size    window sliding_window?=4096
         heads num_attention_heads=8    kv_heads num_key_value_heads=4    head_dim head_dim=256

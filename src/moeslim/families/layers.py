@@ -41,17 +41,92 @@ def per_layer(config: Mapping[str, Any], key: str, *, rule: PerLayer | None, lay
         return tuple(given)
     if rule is None:
         return None
+    if rule.letters and config.get(rule.letters) is not None:
+        return _spelled(config[rule.letters], rule, layers=layers)
     if rule.when is not None and not holds(config, rule.when):
         return (rule.most,) * layers
     if rule.every is not None:
         step = integer(config, rule.every[0], default=rule.every[1])
-        return tuple(rule.most if (i + 1) % step else rule.other for i in range(layers))
+        first = integer(config, rule.offset[0], default=rule.offset[1], least=0)
+        return tuple(rule.most if max(i + 1 - first, 0) % step else rule.other for i in range(layers))
     if rule.start is not None:
         first = integer(config, rule.start[0], default=rule.start[1], least=0)
         return tuple(rule.most if i < first else rule.other for i in range(layers))
     if rule.when is not None:
         raise FamilyError(f"config.json: {rule.when} is set, so {key} must say which layers it is for")
     return (rule.most,) * layers
+
+
+def with_exceptions(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The config with the sizes that it lists by layer under their keys; FamilyError unless the layers' are alike."""
+    rule = family.exceptions
+    listed = config.get(rule.key) if rule else None
+    if rule is None or listed is None:
+        return config
+    entries: list[Any] = list(listed.values()) if isinstance(listed, dict) else [None]
+    known = [isinstance(entry, dict) and entry.keys() <= rule.names.keys() for entry in entries]
+    if not all(known) or any(entry != entries[0] for entry in entries):
+        raise FamilyError(
+            f"config.json: {rule.key} must give all {rule.mixer} layers the same {' and '.join(rule.names)}, and no "
+            f"more, found {str(listed)[:60]}"
+        )
+    return {**config, **{rule.names[name]: size for entry in entries[:1] for name, size in entry.items()}}
+
+
+def check_exceptions(config: Mapping[str, Any], family: Family, *, kinds: Sequence[str]) -> None:
+    """FamilyError where the config lists sizes of layers with another mixer than the page says, or not of all."""
+    rule = family.exceptions
+    if rule is None or config.get(rule.key) is None:
+        return
+    own = [str(i) for i, word in enumerate(kinds) if word == rule.mixer]
+    if sorted(config[rule.key]) != sorted(own):
+        raise FamilyError(f"config.json: {rule.key} must list the {rule.mixer} layers {', '.join(own)}, and no others")
+
+
+def write_exceptions(edited: dict[str, Any], family: Family, *, kinds: Sequence[str]) -> None:
+    """List the sizes under the new numbers of their layers, if the config lists any."""
+    rule = family.exceptions
+    if rule is not None and (listed := edited.get(rule.key)):
+        entry = next(iter(listed.values()))
+        edited[rule.key] = {str(i): dict(entry) for i, word in enumerate(kinds) if word == rule.mixer}
+
+
+def _spelled(given: Any, rule: PerLayer, *, layers: int) -> tuple[Any, ...]:
+    words = {str(word)[0].upper(): word for word in (rule.most, rule.other)}
+    if not isinstance(given, str) or len(given) != layers or not {*given} <= {*words}:
+        raise FamilyError(
+            f"config.json: {rule.letters} must be {layers} letters (num_hidden_layers) out of {', '.join(words)}, found "
+            f"{str(given)[:60]}"
+        )
+    return tuple(words[letter] for letter in given)
+
+
+def with_list(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The config with the list of mixers that it may spell in letters, and the number of layers that a list says.
+
+    FamilyError for a letter without a word, and where list and letters disagree.
+    """
+    listed = config.get(family.mixer_key)
+    if family.letters is not None and config.get(family.letters[0]) is not None:
+        key, text = family.letters[0], config[family.letters[0]]
+        found = {letter: word for word, letter in reversed(list(family.words.items()))}
+        if not isinstance(text, str) or not set(text) <= set(found):
+            raise FamilyError(
+                f"config.json: {key} must have a letter out of {', '.join(sorted(found))} for every layer"
+            )
+        if listed is None:
+            listed = [found[letter] for letter in text]
+            config = {**config, family.mixer_key: listed}
+        elif text != letters(listed, family):
+            raise FamilyError(f"config.json: {key} and {family.mixer_key} disagree; remove the wrong one")
+    if isinstance(listed, list) and "num_hidden_layers" not in config:
+        config = {**config, "num_hidden_layers": len(listed)}
+    return config
+
+
+def letters(words: Any, family: Family) -> str:
+    """A list of mixers in letters; a word without one is a question mark."""
+    return "".join(family.words.get(str(word), "?") for word in words) if isinstance(words, list | tuple) else "?"
 
 
 def mixers(config: Mapping[str, Any], family: Family, *, layers: int) -> tuple[str, ...]:
@@ -130,12 +205,14 @@ def write_list(edited: dict[str, Any], key: str, *, rule: PerLayer | None, entri
     Where it cannot the number goes, since an engine that reads it alone would build another model.
     """
     edited[key] = list(entries)
+    if rule is not None and rule.letters in edited:
+        edited[rule.letters] = "".join(str(word)[0].upper() for word in entries)
     if rule is None or (rule.when is not None and not holds(edited, rule.when)):
         return
     for where in (rule.every, rule.start):
         if where is None or not where[0]:
             continue
-        bare = {name: value for name, value in edited.items() if name != key}
+        bare = {name: value for name, value in edited.items() if name not in (key, rule.letters)}
         for number in (edited.get(where[0]) or where[1], *range(where is rule.every, len(entries) + 1)):
             if per_layer({**bare, where[0]: number}, key, rule=rule, layers=len(entries)) == tuple(entries):
                 edited[where[0]] = number

@@ -12,8 +12,9 @@ from functools import cache
 from typing import Any, Protocol
 
 from moeslim.errors import CheckpointError
+from moeslim.families.axes import names, size
 from moeslim.families.shape import Shape
-from moeslim.families.spec import Family, Tensor, names, size, tensors
+from moeslim.families.spec import Family, Tensor, tensors
 
 Layouts = Mapping[str, str]  # "trunk" and "mtp" -> a key of EXPERT_LAYOUTS, or LIVE
 

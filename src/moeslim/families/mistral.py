@@ -1,9 +1,15 @@
-"""Mistral 7B, Nemo, Small: dense; where there is a sliding window every layer has it."""
+"""Mistral 7B, Nemo, Small (3.1 and later beside vision): dense; every layer has the sliding window, if there is one."""
 
-from moeslim.families.spec import Family, keys, sections
+from moeslim.families.spec import Family, Wrapper, keys, sections
 
 SPEC = Family(
     model_type="mistral",
+    more_types=("mistral3",),
+    wrapper=Wrapper(
+        {at: f"language_model.{at}" for at in ("model.", "lm_head.")},
+        ("vision_tower.", "multi_modal_projector."),
+        fixed_width="its multi_modal_projector computes in as many channels between its two matrices",
+    ),
     sizes=keys("""
         vocab vocab_size    hidden hidden_size    dense_size intermediate_size    window sliding_window?
         heads num_attention_heads    kv_heads num_key_value_heads=8    head_dim head_dim?=hidden//heads

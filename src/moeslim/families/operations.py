@@ -62,7 +62,8 @@ def _mixing(shape: Shape, key: str, *, length: int) -> float:
     met = window - window * (window - 1) / (2 * length)  # positions, itself among them; (T+1)/2 without a window
     if kind == "mla":
         return 2 * shape["heads"] * (shape["nope_dim"] + shape["rope_dim"] + shape["v_dim"]) * met
-    return 4 * shape["heads"] * shape["head_dim"] * met
+    heads, _, head_dim = shape.attention(key)
+    return 4 * heads * head_dim * met
 
 
 def training_operations(

@@ -5,7 +5,12 @@ from moeslim.families.spec import Family, Ffn, Mtp, PerLayer, Wrapper, keys, sec
 SPEC = Family(
     model_type="qwen3_5_moe",
     more_types=("qwen3_5_moe_text",),
-    wrapper=Wrapper({"model.": "model.language_model."}, untouched=("model.visual.",)),
+    wrapper=Wrapper(
+        {"model.": "model.language_model."},
+        ("model.visual.",),
+        joins={f"model.visual.merger.linear_fc2.{what}": 0 for what in ("weight", "bias")},
+        width_keys=("vision_config.out_hidden_size",),
+    ),
     sizes=keys("""
         vocab vocab_size    hidden hidden_size    kernel linear_conv_kernel_dim=4    top_k num_experts_per_tok=8
         experts num_experts=256  expert_size moe_intermediate_size=512  shared_size shared_expert_intermediate_size=512

@@ -5,28 +5,41 @@ from typing import Any
 
 from moeslim.errors import FamilyError
 from moeslim.families import (
+    deepseek_v2,
     deepseek_v3,
     gemma3_text,
+    gemma4,
     glm4_moe,
+    glm4_moe_lite,
+    glm_moe_dsa,
     gpt_oss,
+    granitemoehybrid,
+    lfm2_moe,
     llama,
+    minimax_m2,
     mistral,
     mixtral,
+    nemotron_h,
     olmo2,
     olmoe,
     phi3,
+    phimoe,
     qwen2,
     qwen2_moe,
     qwen3,
     qwen3_5_moe,
     qwen3_moe,
     qwen3_next,
+    qwen3_vl_moe,
     smollm3,
 )
 from moeslim.families.spec import Family
 
 _PAGES = (
     *(qwen3_next, qwen3_moe, glm4_moe, qwen3_5_moe, deepseek_v3, mixtral, gpt_oss, olmoe, qwen2_moe),
+    *(gemma4, qwen3_vl_moe, phimoe),
+    *(deepseek_v2, glm4_moe_lite, glm_moe_dsa, minimax_m2),
+    *(granitemoehybrid, lfm2_moe, nemotron_h),
     *(gemma3_text, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3),
 )
 FAMILIES: dict[str, Family] = {page.SPEC.model_type: page.SPEC for page in _PAGES}

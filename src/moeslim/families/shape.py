@@ -1,11 +1,22 @@
 """A model's shape, read from a raw config.json and checked."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeslim.errors import FamilyError
-from moeslim.families.layers import MOST, dense, holds, integer, mixers, per_layer
+from moeslim.families.layers import (
+    MOST,
+    check_exceptions,
+    dense,
+    holds,
+    integer,
+    mixers,
+    per_layer,
+    with_exceptions,
+    with_list,
+)
 from moeslim.families.registry import family_of, text_config
 from moeslim.families.spec import Family
 
@@ -13,6 +24,8 @@ _MOST_LAYERS, _MOST_EXPERTS = 4096, 1 << 18
 """Of all layers together: ten times those of the largest models. Tables of names are made for each, in memory."""
 _LACKED = frozenset({"experts", "top_k", "expert_size", "dense_size"})
 """Axes that a family may lack: their size is 0 then."""
+_OF_EXPERTS = ("experts", "expert_size", "top_k", "shared_size", "groups", "topk_group")
+"""Axes of layers with experts."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,11 @@ class Shape:
         taken to be there: see `with_present`.
         """
         family = family_of(config)
-        tied = bool(config.get("tie_word_embeddings", family.tied))
-        config = _one_spelling(text_config(config), family)
+        tied = bool(_one_spelling(config, family).get("tie_word_embeddings", family.tied))
+        config = with_exceptions(_one_spelling(text_config(config), family), family)
+        for condition, meaning in family.refused.items():
+            if holds(config, condition):
+                raise FamilyError(f"config.json: {condition.partition('=')[0]}: {meaning}")
         sizes, layers = _sizes(config, family), integer(config, "num_hidden_layers")
         experts = sizes.get("experts", 0)
         if layers > _MOST_LAYERS or layers * experts > _MOST_EXPERTS:
@@ -57,6 +73,9 @@ class Shape:
                 f"{_MOST_LAYERS:,} layers and {_MOST_EXPERTS:,} experts in all of them can be worked on"
             )
         words = mixers(config, family, layers=layers)
+        check_exceptions(config, family, kinds=words)
+        sizes = _present(sizes, family, words=words)
+        experts = sizes.get("experts", 0)
         named = {family.mixer_key, family.ffn.key}
         lists = {key: per_layer(config, key, rule=family.lists[key], layers=layers) for key in {*family.lists} - named}
         shape = cls(
@@ -113,6 +132,11 @@ class Shape:
         for key, reason in self.family.fixed_width.items():
             if not key or key in self.flags:
                 return f"{self.family.model_type} keeps all {self['hidden']} channels: {reason}"
+        try:
+            self.resized(hidden=hidden)
+        except FamilyError as problem:
+            reason = str(problem).removeprefix("config.json: ")
+            return f"{self.family.model_type} cannot have {hidden} channels: {reason}"
         if hidden % self.hidden_multiple:
             unit, axis = self.hidden_multiple, self.family.hidden_multiple
             return (
@@ -120,6 +144,14 @@ class Shape:
                 f"keep {max(unit, hidden // unit * unit)}"
             )
         return None
+
+    @property
+    def last_problem(self) -> str | None:
+        """What is wrong with the last layer's mixer; None where nothing is."""
+        wanted = self.family.last_mixer
+        if wanted in ("", self.layer_types[-1]):
+            return None
+        return f"last layer has {self.layer_types[-1]}, and transformers' class would make it {wanted}"
 
     @property
     def hidden_multiple(self) -> int:
@@ -136,6 +168,10 @@ class Shape:
     def is_untouched(self, name: str) -> bool:
         """Whether a tensor of a checkpoint is none of the text model's: copied as it is, and never run."""
         return name.startswith(self.family.untouched) if self.family.untouched else False
+
+    def join_axis(self, name: str) -> int | None:
+        """The axis of an untouched tensor that is the text model's channels; None where it has no such axis."""
+        return self.family.joins.get(re.sub(r"\.\d+\.", ".*.", name), self.family.joins.get(name))
 
     def named(self, pattern: str) -> str:
         """A tensor's full name outside the trunk's layers, from the page's: `{L}` becomes the number of layers."""
@@ -208,6 +244,11 @@ class Shape:
         words = [word for word in self.family.mixers if "sliding" in word]
         return self.sizes.get("window") if self.mixer(key) in words or not words else None
 
+    def attention(self, key: str) -> tuple[int, int, int]:
+        """Heads, heads of keys and values, and a head's size of a layer with attention."""
+        own = "global_" if "global_head_dim" in self.sizes and self.window(key) is None else ""
+        return self["heads"], self[f"{own}kv_heads"], self[f"{own}head_dim"]
+
     def is_moe(self, key: str) -> bool:
         """Whether the layer has routed experts (the MTP block of a model that has any always does)."""
         return "experts" in self.sizes and (is_mtp(key) or int(key) not in self.dense_layers)
@@ -229,6 +270,11 @@ class Shape:
 
     def _check(self) -> None:
         key = self.family.key
+        if self.layer_types[0] in self.family.follows:
+            raise FamilyError(
+                f"config.json: the first of {self.family.mixer_key} is {self.layer_types[0]!r}, which uses what a layer "
+                "before it hands on"
+            )
         if self["experts"] and not self["top_k"]:
             raise FamilyError(f"config.json: {key('top_k')} is missing; it says how many experts a token is sent to")
         if self["top_k"] > self["experts"]:
@@ -252,11 +298,13 @@ class Shape:
                 f"{self['experts'] // self.groups} experts, which must hold the {self['top_k']} experts per token "
                 f"({key('top_k')})"
             )
-        if "kv_heads" in self.sizes and self["heads"] % self["kv_heads"]:
-            raise FamilyError(
-                f"config.json: {key('heads')} ({self['heads']}) must be a multiple of {key('kv_heads')} "
-                f"({self['kv_heads']})"
-            )
+        for axis in ("kv_heads", "global_kv_heads"):
+            if axis in self.sizes and self["heads"] % self[axis]:
+                raise FamilyError(
+                    f"config.json: {key('heads')} ({self['heads']}) must be a multiple of {key(axis)} ({self[axis]})"
+                )
+        if self.last_problem is not None:
+            raise FamilyError(f"config.json: the {self.last_problem}; {self.family.mixer_key} must end with it")
 
 
 def is_mtp(key: str) -> bool:
@@ -265,7 +313,7 @@ def is_mtp(key: str) -> bool:
 
 
 def _one_spelling(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
-    """The config with the keys of the family's page."""
+    """The config with the keys of the family's page, and its list of mixers as words."""
     for other, key in family.spellings.items():
         if other in config and config.get(key, config[other]) != config[other]:
             raise FamilyError(
@@ -273,7 +321,7 @@ def _one_spelling(config: Mapping[str, Any], family: Family) -> Mapping[str, Any
                 "remove the wrong one"
             )
         config = {**config, key: config[other]} if other in config else config
-    return config
+    return with_list(config, family)
 
 
 def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
@@ -288,13 +336,22 @@ def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
         else:
             given = {} if absent else {key: config[key]}
             sizes[axis] = integer(given, key, default=None if isinstance(default, str) else default)
-    if "experts" not in sizes:
-        sizes = {axis: size for axis, size in sizes.items() if axis not in ("expert_size", "top_k")}
+    return sizes
+
+
+def _present(sizes: Mapping[str, int], family: Family, *, words: Collection[str]) -> dict[str, int]:
+    """The axes that a model with layers of these `words` has, and those that follow from them."""
+    by_words, every = family.ffn.rule == "mixer", family.ffn.rule == "all"
+    moe = "experts" in sizes and (not by_words or "moe" in words)
+    plain = "mlp" in words if by_words else not (moe and every)
+    lacked = {*(() if moe else _OF_EXPERTS), *(() if plain else ("dense_size",))}
+    sizes = {axis: size for axis, size in sizes.items() if axis not in lacked}
     return {**sizes, **_derived(family, sizes)}
 
 
 def _derived(family: Family, sizes: Mapping[str, int]) -> dict[str, int]:
-    return {axis: _rule(rule, sizes) for axis, rule in family.derived.items()}
+    lacked = {*family.sizes} - {*sizes}
+    return {axis: _rule(rule, sizes) for axis, rule in family.derived.items() if not lacked & {*rule.split()}}
 
 
 def _logits(config: Mapping[str, Any], family: Family) -> dict[str, float]:
@@ -309,15 +366,15 @@ def _logits(config: Mapping[str, Any], family: Family) -> dict[str, float]:
 
 
 def _rule(rule: str, sizes: Mapping[str, int]) -> int:
-    """The value of "a", of "a // b", which must be whole, or of "a * b"."""
-    left, operation, right = rule.split() if " " in rule else (rule, "", "")
-    if not operation:
-        return sizes[left]
-    if operation == "*":
-        return sizes[left] * sizes[right]
-    if sizes[left] % sizes[right]:
-        raise FamilyError(f"config.json: {left} per {right} must be whole, found {sizes[left]} and {sizes[right]}")
-    return sizes[left] // sizes[right]
+    """The value of "a", or of "a * b // c" from left to right, where a division must be whole."""
+    first, *rest = rule.split()
+    value, said = sizes[first], first
+    for operation, axis in zip(rest[::2], rest[1::2], strict=True):
+        if operation == "//" and value % sizes[axis]:
+            raise FamilyError(f"config.json: {said} per {axis} must be whole, found {value} and {sizes[axis]}")
+        value = value // sizes[axis] if operation == "//" else value * sizes[axis]
+        said = f"{said} {operation} {axis}"
+    return value
 
 
 def _renormalise(config: Mapping[str, Any], family: Family) -> bool:

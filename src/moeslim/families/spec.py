@@ -1,22 +1,10 @@
-"""What a family's page may say: tensors whose axes have names.
-
-An axis expression is a small language. `hidden` is a named axis, `4` a fixed number, `a|b` puts parts one behind the
-other, `a*b` repeats b for every unit of a (a is the outer index), brackets group. So the rows of Qwen3-Next's query
-projection, [query | gate] for every head, are `heads*(head_dim|head_dim)`, and keeping heads 0 and 2 keeps two whole
-blocks. Cutting a named axis cuts it everywhere that its name appears; nothing else knows where a channel lives.
-"""
+"""What a family's page may say: tensors whose axes have names (axes.py), config keys, rules for layers."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
-
-import numpy as np
-
-from moeslim.errors import FamilyError
-
-_TOKEN = re.compile(r"\s*([a-z_]+|\d+|[|*()])")
 
 
 @dataclass(frozen=True)
@@ -38,6 +26,7 @@ _MARKS = {  # what the last column of a page may say, as (init, norm, matrix, ro
     "zero_centred": ("zeros", "zero_centred", None, None),
     "plain_norm": ("ones", "plain", None, None),
     "bias": ("zeros", None, None, None),
+    "ones": ("ones", None, None, None),
     "correction_bias": ("zeros", None, None, "correction_bias"),
     "expert_scale": ("ones", None, None, "expert_scale"),
     "conv": ("conv", None, None, None),
@@ -52,8 +41,9 @@ _MARKS = {  # what the last column of a page may say, as (init, norm, matrix, ro
     "shared_gate": ("normal", None, None, "shared_gate"),
     "times_sqrt_hidden": ("normal", None, None, None),
     "over_sqrt_hidden": ("normal", None, None, None),
+    "norm_over_sqrt_hidden": ("ones", "plain", None, None),
 }
-_POWERS = {"times_sqrt_hidden": 0.5, "over_sqrt_hidden": -0.5}
+_POWERS = {"times_sqrt_hidden": 0.5, "over_sqrt_hidden": -0.5, "norm_over_sqrt_hidden": -0.5}
 
 
 def tensors(text: str) -> tuple[Tensor, ...]:
@@ -76,11 +66,15 @@ def tensors(text: str) -> tuple[Tensor, ...]:
 def sections(text: str) -> dict[str, tuple[Tensor, ...]]:
     """The tensors of a page by part: a line that ends with a colon names the parts that the lines below it are.
 
-    Several names, parted by commas, are token mixers with the same tensors.
+    Several names, parted by commas, are token mixers with the same tensors; a part that is named twice has both lines.
     """
     found = re.split(r"^\s*(\w+(?:, \w+)*):\s*$", text, flags=re.MULTILINE)[1:]
     pairs = zip(found[::2], (tensors(lines) for lines in found[1::2]), strict=True)
-    return {part: lines for parts, lines in pairs for part in parts.split(", ")}
+    joined: dict[str, tuple[Tensor, ...]] = {}
+    for parts, lines in pairs:
+        for part in parts.split(", "):
+            joined[part] = joined.get(part, ()) + lines
+    return joined
 
 
 class Key(NamedTuple):
@@ -134,6 +128,8 @@ class PerLayer:
     """A list in the config with an entry per layer, and what it is where a config has none: `most` in every layer, but
     `other` in each n-th (n by `every`) or from layer n on (n by `start`), both (key, default), "" for a fixed n.
 
+    `offset`: the n-th are counted from this layer on, and the layers before it are `other`. `letters`: a key under which
+    the words may be written as one string of their first letters, in capitals.
     `when`: a key that must say yes for `other`; a config that says so must have the list if no rule is given here.
     """
 
@@ -142,6 +138,18 @@ class PerLayer:
     every: tuple[str, int] | None = None
     start: tuple[str, int] | None = None
     when: str | None = None
+    offset: tuple[str, int] = ("", 0)
+    letters: str = ""
+
+
+@dataclass(frozen=True)
+class Exceptions:
+    """Sizes that the layers with one `mixer` have for themselves, as newer configs list them: under `key`, by the
+    layer's number, by names that `names` gives the keys of `sizes` for."""
+
+    key: str
+    mixer: str
+    names: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -175,11 +183,16 @@ class Wrapper:
 
     The sizes lie in the config's `text_config`, `tie_word_embeddings` on top. `prefixes`: what a name on the page
     begins with -> what it begins with in the wrapper's files. `untouched`: what the names of tensors begin with that
-    are no text model's: they are copied, bit by bit, and never run.
+    are no text model's: they are copied, bit by bit, and never run. But `joins` names those of them that give the text
+    model its channels, `*` being a number, and the axis of these, which a cut of width cuts too; `width_keys` are keys
+    of the config (`section.key`) that repeat their number. `fixed_width`: why channels cannot be cut in a wrapper.
     """
 
     prefixes: Mapping[str, str]
     untouched: tuple[str, ...] = ()
+    joins: Mapping[str, int] = field(default_factory=dict)
+    width_keys: tuple[str, ...] = ()
+    fixed_width: str = ""
 
     def named(self, name: str) -> str:
         """A name of the page in the wrapper's files."""
@@ -193,19 +206,22 @@ class Wrapper:
 class Family:
     """The facts of one architecture. `sizes` maps an axis to its config key.
 
-    A router that chooses groups of experts first has the sizes `groups` (n_group) and `topk_group`, default 1. A family
+    A router that chooses groups of experts first has the sizes `groups` (n_group) and `topk_group`, default 1; a group's
+    rank is made of its `ranked_by` best experts. A family
     without the sizes `experts`, `expert_size` and `top_k` is dense.
 
     What mixing tokens costs is computed from sizes of these names: `heads`, `kv_heads`, `head_dim` and perhaps `window`
-    of attention; `heads`, `nope_dim`, `rope_dim`, `v_dim`, `kv_lora`, perhaps `q_lora` of mla; `mamba_heads`,
-    `mamba_dim`, `mamba_groups`, `state`, `kernel` of mamba; `kernel` of conv. Which of these a mixer is, the component
-    of its tensors says.
+    of attention, `global_kv_heads` and `global_head_dim` where layers without a window have others; `heads`,
+    `nope_dim`, `rope_dim`, `v_dim`, `kv_lora`, perhaps `q_lora` of mla, with `index_heads`, `index_dim` and `index_top`
+    where an indexer chooses the tokens; `mamba_heads`, `mamba_dim`, `mamba_groups`, `state`, `kernel` of mamba;
+    `kernel` of conv. Which of these a mixer is, the component of its tensors says.
 
     `parts` holds the tensors by part: "outer" outside the layers; "every" in all layers, one entry per token mixer (the
     words of `layer_types`), "moe" and "dense"; "mtp" in the MTP head outside its layer. `expert_prefix` is where
     `layouts.py` puts the routed experts, `layouts` are its keys that files of this family may have, first that of new
     files. `{L}` in a name of the MTP head is the trunk's number of layers.
 
+    `letters`: a key whose text is `mixer_key` with a letter per layer, and the letters, each with its words.
     `lists` are the config's lists with an entry per layer, which a cut of depth cuts too; None: no rule makes one.
 
     `fixed_width` says why channels cannot be cut, by the config key with which that is so, "" for always. The number of
@@ -224,10 +240,14 @@ class Family:
     parts: Mapping[str, tuple[Tensor, ...]]
     expert_prefix: str = ""
     layouts: tuple[str, ...] = ("per_expert", "stacked")
-    derived: Mapping[str, str] = field(default_factory=dict)  # axis -> "a // b" or "a * b" of two other axes
+    derived: Mapping[str, str] = field(default_factory=dict)  # axis -> a rule like "a * b // c" of other axes
     ffn: Ffn = field(default_factory=Ffn)
     lists: Mapping[str, PerLayer | None] = field(default_factory=dict)
     mixer_key: str = "layer_types"
+    last_mixer: str = ""  # what the class makes of the last layer, whatever the config says
+    exceptions: Exceptions | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)  # condition as behind `if` -> what it means for a user
+    letters: tuple[str, str] | None = None
     fixed_width: Mapping[str, str] = field(default_factory=dict)
     hidden_multiple: str | None = None
     tied: bool = False  # whether a config without tie_word_embeddings means one matrix
@@ -243,8 +263,10 @@ class Family:
     more_types: tuple[str, ...] = ()  # other model_types that the page is of, a wrapper's text part among them
     wrapper: Wrapper | None = None  # None: no model of the family is wrapped
     untouched: tuple[str, ...] = ()  # see `Wrapper`
+    joins: Mapping[str, int] = field(default_factory=dict)
     logits: tuple[str, str] | None = None  # what a head's product goes through: ("cap" | "times" | "over", config key)
     carries: bool = False  # layers return a pair, whose second part the next layer gets (model/carry.py)
+    follows: tuple[str, ...] = ()  # mixers that use what a layer before them hands on, so none can be the first
     mtp_key: str = "num_nextn_predict_layers"  # says how many layers the MTP head has
 
     @property
@@ -255,6 +277,17 @@ class Family:
     def kind(self, mixer: str) -> str:
         """What a token mixer is by its tensors: attention, mla, deltanet, mamba or conv; "" where it has none."""
         return next((tensor.component for tensor in self.parts.get(mixer, ())), "")
+
+    @property
+    def words(self) -> Mapping[str, str]:
+        """The letter of every word, where the config may spell the list of mixers as a text (see `letters`)."""
+        found, letter = {}, ""
+        for word in () if self.letters is None else self.letters[1].split():
+            if len(word) == 1:
+                letter = word
+            else:
+                found[word] = letter
+        return found
 
     @property
     def conditions(self) -> frozenset[str]:
@@ -272,7 +305,9 @@ class Family:
             layer_prefix=named(self.layer_prefix),
             parts={**self.parts, **outside},
             mtp=self.mtp and replace(self.mtp, prefix=named(self.mtp.prefix)),
+            fixed_width={**self.fixed_width, **({"": self.wrapper.fixed_width} if self.wrapper.fixed_width else {})},
             untouched=self.wrapper.untouched,
+            joins=self.wrapper.joins,
         )
 
     def _renamed(self, tensor: Tensor) -> Tensor:
@@ -283,93 +318,3 @@ class Family:
     def key(self, axis: str) -> str:
         """The config key of an axis."""
         return self.sizes[axis].name
-
-
-@lru_cache(maxsize=4096)
-def parse(expression: str) -> tuple:
-    """A tree of ("name", x), ("fixed", n), ("join", parts) and ("each", outer, inner) for an axis expression."""
-    tokens = _TOKEN.findall(expression)
-    if "".join(tokens) != expression.replace(" ", ""):
-        raise ValueError(f"axis expression {expression!r} has a character outside a-z, _, digits and | * ( )")
-
-    def joined() -> tuple:
-        parts = [product()]
-        while tokens and tokens[0] == "|":
-            tokens.pop(0)
-            parts.append(product())
-        return parts[0] if len(parts) == 1 else ("join", tuple(parts))
-
-    def product() -> tuple:
-        left = factor()
-        if tokens and tokens[0] == "*":
-            tokens.pop(0)
-            return ("each", left, product())
-        return left
-
-    def factor() -> tuple:
-        token = tokens.pop(0)
-        if token == "(":
-            inside = joined()
-            assert tokens.pop(0) == ")", expression
-            return inside
-        return ("fixed", int(token)) if token.isdigit() else ("name", token)
-
-    tree = joined()
-    assert not tokens, expression
-    return tree
-
-
-def size(expression: str, sizes: Mapping[str, int]) -> int:
-    """How long the axis is, given the size of every named axis."""
-    return _size(parse(expression), sizes)
-
-
-def _size(tree: tuple, sizes: Mapping[str, int]) -> int:
-    kind = tree[0]
-    if kind == "fixed":
-        return tree[1]
-    if kind == "name":
-        if tree[1] not in sizes:
-            raise FamilyError(f"the config gives no size for the axis {tree[1]!r}")
-        return sizes[tree[1]]
-    if kind == "join":
-        return sum(_size(part, sizes) for part in tree[1])
-    return _size(tree[1], sizes) * _size(tree[2], sizes)
-
-
-def positions(expression: str, sizes: Mapping[str, int], *, kept: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """The flat positions along the axis that stay when the named axes keep `kept`; None when all of them stay.
-
-    `sizes` are those before the cut; the order of `kept` is the order of the result.
-    """
-    tree = parse(expression)
-    if not any(name in kept for name in _names(tree)):
-        return None
-    return _positions(tree, sizes, kept=kept)
-
-
-def names(expression: str) -> frozenset[str]:
-    """The named axes that an expression is made of."""
-    return frozenset(_names(parse(expression)))
-
-
-def _names(tree: tuple) -> list[str]:
-    if tree[0] == "name":
-        return [tree[1]]
-    if tree[0] == "join":
-        return [name for part in tree[1] for name in _names(part)]
-    return [name for part in tree[1:] for name in _names(part)] if tree[0] == "each" else []
-
-
-def _positions(tree: tuple, sizes: Mapping[str, int], *, kept: Mapping[str, np.ndarray]) -> np.ndarray:
-    kind = tree[0]
-    if kind == "fixed":
-        return np.arange(tree[1])
-    if kind == "name":
-        return np.asarray(kept[tree[1]]) if tree[1] in kept else np.arange(_size(tree, sizes))
-    if kind == "join":
-        starts = np.cumsum([0] + [_size(part, sizes) for part in tree[1]])
-        pieces = [start + _positions(part, sizes, kept=kept) for start, part in zip(starts[:-1], tree[1], strict=True)]
-        return np.concatenate(pieces)
-    outer, inner = _positions(tree[1], sizes, kept=kept), _positions(tree[2], sizes, kept=kept)
-    return (outer[:, None] * _size(tree[2], sizes) + inner[None, :]).reshape(-1)

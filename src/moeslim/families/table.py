@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from moeslim.families.axes import size
 from moeslim.families.formats import FLOAT, Format, Stored
 from moeslim.families.layouts import LIVE, Layouts, file_layouts, layout_lines
 from moeslim.families.shape import Shape
-from moeslim.families.spec import Tensor, size
+from moeslim.families.spec import Tensor
 
 STACKED: Layouts = {"trunk": LIVE, "mtp": LIVE}
 """As a live model holds them; and the shortest table, where only sums or sizes are wanted."""

@@ -146,7 +146,8 @@ def _values(shape: Shape, key: str, *, attn: str, length: int) -> int:
         sizes = 6 * (shape["nope_dim"] + shape["rope_dim"]) + 4 * shape["v_dim"]
         mixer = shape["heads"] * (sizes + scores) + 2 * shape["kv_lora"] + 2 * shape.sizes.get("q_lora", 0)
     elif kind == "attention":
-        mixer = (5 * shape["heads"] + 2 * shape["kv_heads"]) * shape["head_dim"] + shape["heads"] * scores
+        heads, kv_heads, head_dim = shape.attention(key)
+        mixer = (5 * heads + 2 * kv_heads) * head_dim + heads * scores
     if not shape.is_moe(key):
         return 6 * d + max(mixer, 3 * shape["dense_size"])
     # All tokens may go to the same expert: gathered, gate and up, their product, the output.

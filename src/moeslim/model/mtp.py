@@ -30,8 +30,10 @@ def mtp_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
     """
     block: Any = copy.deepcopy(config)
     block.num_hidden_layers = 1
-    if getattr(block, "layer_types", None) is not None:
-        block.layer_types = [family.mtp_mixer]
+    for key in {"layer_types", *family.lists}:
+        if getattr(block, key, None) is not None:
+            mixers = key == family.mixer_key or key not in family.lists
+            setattr(block, key, [family.mtp_mixer] if mixers else getattr(block, key)[:1])
     facts = {"decoder_sparse_step": 1} if family.ffn.rule == "steps" else {}
     write_dense(facts, family, numbers=(), layers=1)
     for key, value in facts.items():
@@ -56,6 +58,7 @@ class MtpBlock(nn.Module):
         self.norm_hidden = copy.deepcopy(trunk.norm)
         self.layers = nn.ModuleList([type(trunk.layers[-1])(self.config, 0)])
         self.norm = copy.deepcopy(trunk.norm)
+        self.chooses = "index_top" in trunk.shape.sizes  # its layer has an indexer, which reads the mask itself
 
     def join(self, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """The decoder layer's input (B, T, d): both halves normed, joined and projected by `fc`."""
@@ -82,13 +85,22 @@ class MtpBlock(nn.Module):
         mask = None
         if not depth:  # transformers' own function: attention "eager" with a mask of None is not causal
             mask = create_causal_mask(
-                config=self.config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=positions
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=None,
+                past_key_values=None,
+                position_ids=positions,
+                allow_is_causal_skip=not self.chooses,
             )
         embedded = None if rotary is None else rotary(x, positions)
         arguments = {"position_embeddings": embedded, "attention_mask": mask, "position_ids": positions}
         if chain is None:
             return self.norm(_states(self.layers[0](x, **arguments)))
         call = ChainCall(chain, first=first, base=self.config._attn_implementation)
+        if self.chooses:
+            arguments |= {"past_key_values": call}
+            if depth:
+                arguments["attention_mask"] = call.open_slots(x.shape[1], x.device)
         with self._attending():
             x = _states(self.layers[0](x, **arguments, chain_call=call))
         assert call.grown is not None, "the decoder layer's attention did not call its back end"

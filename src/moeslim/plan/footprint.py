@@ -112,12 +112,13 @@ def _kept_between_tokens(shape: Shape) -> tuple[int, int]:
     cache = state = 0
     for key in shape.layer_keys:
         kind, window = shape.kind(key), shape.window(key)
+        _, heads, head_dim = shape.attention(key) if kind == "attention" else (0, 0, 0)
         if kind == "mla":
             cache += 2 * (shape["kv_lora"] + shape["rope_dim"])
         elif kind == "attention" and window is not None and window < CONTEXT:
-            state += window * 2 * 2 * shape["kv_heads"] * shape["head_dim"]
+            state += window * 2 * 2 * heads * head_dim
         elif kind == "attention":
-            cache += 2 * 2 * shape["kv_heads"] * shape["head_dim"]
+            cache += 2 * 2 * heads * head_dim
         elif kind == "deltanet":
             heads, keys = shape["value_heads"], shape["key_heads"] * shape["key_dim"]
             state += 4 * heads * shape["key_dim"] * shape["value_dim"]

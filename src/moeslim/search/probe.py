@@ -81,11 +81,11 @@ class ProbeResult:
 def grid(shape: Shape, *, parts: int = 16) -> tuple[int, ...]:
     """Expert counts in `parts` equal steps up to all, ascending, as far down as the router's top-k can be served.
 
-    Multiples of the router's groups, each of which keeps two experts at least and, where several are open to a token,
+    Multiples of the router's groups, each of which keeps as many experts as rank it and, where several are open to a token,
     enough of them together.
     """
     groups, top_k = shape.groups, shape["top_k"]
-    least = top_k if groups == 1 else groups * max(2, -(-top_k // shape.topk_group))
+    least = top_k if groups == 1 else groups * max(shape.family.ranked_by, -(-top_k // shape.topk_group))
     each = shape["experts"] // groups
     steps = {(2 * each * part + parts) // (2 * parts) * groups for part in range(1, parts + 1)}
     return tuple(sorted(count for count in steps if count >= least))

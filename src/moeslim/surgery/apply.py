@@ -56,7 +56,7 @@ def cut(
     files = PlanFiles(beside, plan)
     files.check(wanted.values())
     planned = [(output.name, output.shape, output.dtype) for output in wanted.values()]
-    planned += untouched(reader)
+    planned += [beside for beside in untouched(reader) if beside[0] not in wanted]
     with committed_folder(out_folder) as folder:
         writer = ShardWriter(folder, planned, shard_bytes=shard_bytes)
         with progress("cut", writer.total_bytes, unit="B") as advance:

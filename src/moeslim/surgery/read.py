@@ -10,7 +10,7 @@ from moeslim.checkpoint.reader import Reader
 from moeslim.families import Shape
 from moeslim.plan import Plan
 from moeslim.plan.fold import view_of
-from moeslim.plan.outputs import Output, Source, outputs
+from moeslim.plan.outputs import Output, Slot, Source, outputs
 from moeslim.surgery.routers import PlanFiles
 
 PART_BYTES = 16 << 20
@@ -18,9 +18,20 @@ PART_BYTES = 16 << 20
 
 
 def outputs_of(plan: Plan, reader: Reader, *, after: Shape) -> Iterator[Output]:
-    """Every tensor of the cut model that a checked plan leaves of a checkpoint; `after` is that model's shape."""
+    """Every tensor of the cut model that a checked plan leaves of a checkpoint; `after` is that model's shape.
+
+    And what gives the text model its channels from beside it, where these are cut.
+    """
     dtypes = {name: entry.dtype for name, entry in reader.index.tensors.items()}
-    return outputs(view_of(plan, reader.shape), after, layouts=reader.layouts, dtypes=dtypes)
+    view = view_of(plan, reader.shape)
+    yield from outputs(view, after, layouts=reader.layouts, dtypes=dtypes)
+    kept = view.kept.get((None, "hidden"))
+    for name, entry in reader.structure.untouched.items():
+        join = reader.shape.join_axis(name)
+        if kept is not None and join is not None:
+            lengths = (*entry.shape[:join], len(kept), *entry.shape[join + 1 :])
+            index = tuple(kept if axis == join else None for axis in range(len(lengths)))
+            yield Output(name, lengths, entry.dtype, (Slot((Source(name, None, index),)),))
 
 
 def parts(source: Source, reader: Reader, *, files: PlanFiles) -> Iterator[torch.Tensor]:
