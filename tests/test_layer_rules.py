@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from moeslim.errors import FamilyError, PlanError
-from moeslim.families import FAMILIES, PER_EXPERT, Shape, count, forward_operations, table
+from moeslim.families import FAMILIES, Shape, count, forward_operations, table
 from moeslim.families.config import edit_config
 from moeslim.families.spec import Family, Ffn, PerLayer, keys, sections
 from moeslim.plan.engines import engine_warnings
 from moeslim.plan.footprint import CONTEXT, Footprints
 from moeslim.plan.steps import DropLayers
-from tiny import tiny_config
+from tiny import PER_EXPERT, tiny_config
 
 BASE: dict[str, Any] = {
     "model_type": "made_up",

@@ -6,9 +6,11 @@ from typing import Any
 from moeslim.errors import FamilyError
 from moeslim.families import (
     deepseek_v3,
+    ernie4_5_moe,
     gemma3_text,
     glm4_moe,
     gpt_oss,
+    hunyuan_v1_moe,
     llama,
     mistral,
     mixtral,
@@ -27,6 +29,7 @@ from moeslim.families.spec import Family
 
 _PAGES = (
     *(qwen3_next, qwen3_moe, glm4_moe, qwen3_5_moe, deepseek_v3, mixtral, gpt_oss, olmoe, qwen2_moe),
+    *(ernie4_5_moe, hunyuan_v1_moe),
     *(gemma3_text, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3),
 )
 FAMILIES: dict[str, Family] = {page.SPEC.model_type: page.SPEC for page in _PAGES}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeslim.errors import FamilyError
-from moeslim.families.layers import MOST, dense, holds, integer, mixers, per_layer
+from moeslim.families.layers import MOST, dense, holds, integer, levelled, mixers, per_layer
 from moeslim.families.registry import family_of, text_config
 from moeslim.families.spec import Family
 
@@ -48,7 +48,7 @@ class Shape:
         """
         family = family_of(config)
         tied = bool(config.get("tie_word_embeddings", family.tied))
-        config = _one_spelling(text_config(config), family)
+        config = _one_spelling(levelled(text_config(config), family), family)
         sizes, layers = _sizes(config, family), integer(config, "num_hidden_layers")
         experts = sizes.get("experts", 0)
         if layers > _MOST_LAYERS or layers * experts > _MOST_EXPERTS:
@@ -209,8 +209,10 @@ class Shape:
         return self.sizes.get("window") if self.mixer(key) in words or not words else None
 
     def is_moe(self, key: str) -> bool:
-        """Whether the layer has routed experts (the MTP block of a model that has any always does)."""
-        return "experts" in self.sizes and (is_mtp(key) or int(key) not in self.dense_layers)
+        """Whether the layer has routed experts; the MTP block of a model with any has them, or is said to be dense."""
+        if is_mtp(key):
+            return "experts" in self.sizes and not (self.family.mtp is not None and self.family.mtp.dense)
+        return "experts" in self.sizes and int(key) not in self.dense_layers
 
     def ffn(self, key: str) -> str:
         """The layer's part of the page behind its mixer: moe, dense, or "" where a layer is a mixer alone."""
@@ -279,7 +281,10 @@ def _one_spelling(config: Mapping[str, Any], family: Family) -> Mapping[str, Any
 def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
     """Every named axis that there is, those that follow from others last."""
     sizes: dict[str, int] = {}
-    for axis, (key, default, nullable) in family.sizes.items():
+    optional = {condition.partition("=")[0] for condition in family.conditions}
+    for axis, (key, default, nullable, _) in family.sizes.items():
+        if key in optional and config.get(key) == 0 and type(config[key]) is int:
+            continue
         absent = config.get(key) is None if nullable else key not in config
         if nullable and (absent or not config[key]) and default is None:
             continue
@@ -294,7 +299,8 @@ def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
 
 
 def _derived(family: Family, sizes: Mapping[str, int]) -> dict[str, int]:
-    return {axis: _rule(rule, sizes) for axis, rule in family.derived.items()}
+    """The axes that follow from others, of those that there are."""
+    return {axis: _rule(rule, sizes) for axis, rule in family.derived.items() if {*rule.split()} <= {*sizes, "*", "//"}}
 
 
 def _logits(config: Mapping[str, Any], family: Family) -> dict[str, float]:
