@@ -18,7 +18,7 @@ from moeslim.calibrate.run import calibrate
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import FamilyError
 from moeslim.families import FAMILIES
-from moeslim.families.spec import tensors
+from moeslim.families.spec import Key, tensors
 from moeslim.model.carry import CarryColumns
 from moeslim.model.load import load_student
 from moeslim.model.walk import WalkSettings, walk
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     mixer = page.parts["full_attention"]
     parts = {name: lines for name, lines in page.parts.items() if name not in ("mtp", "full_attention")}
     parts |= {"full": (*mixer, *INDEXER), "shared": mixer}
-    sizes: dict[str, Any] = {**page.sizes, "index_dim": "index_head_dim", "index_heads": "index_n_heads"}
+    sizes = {**page.sizes, "index_dim": Key("index_head_dim"), "index_heads": Key("index_n_heads")}
     made = replace(
         page, model_type="glm_moe_dsa", parts=parts, sizes=sizes, mtp=None, mixer_key="indexer_types", carries=True
     )

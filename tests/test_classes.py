@@ -19,6 +19,8 @@ from moeslim.families import Shape
 from moeslim.model.names import expert_places, live_names
 from moeslim.model.trunk import Trunk, build_trunk
 
+pytestmark = pytest.mark.bits("an empty trunk with the files' tensors is the stock model bit by bit")
+
 SMALL: dict[str, Any] = {
     **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 4, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2, "max_position_embeddings": 64},

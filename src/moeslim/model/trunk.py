@@ -13,7 +13,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+)
 
 from moeslim.errors import FamilyError
 from moeslim.families import Shape, family_of, text_config
@@ -35,9 +39,11 @@ def build_trunk(config: Mapping[str, Any], *, attn: str, experts: str) -> PreTra
     live = CONFIG_MAPPING[kind].from_dict({**_with_floats(raw), "model_type": kind})
     found = _class_of(live, config)
     live._attn_implementation = "eager" if attn == "sdpa" and not found._supports_sdpa else attn
-    if found._can_set_experts_implementation():  # a class without experts refuses a back end for them
-        live._experts_implementation = experts
-    live.get_text_config().use_cache = False
+    text = live.get_text_config()
+    for one, config_of in ((found, live), (MODEL_MAPPING[type(text)], text)):
+        if one._can_set_experts_implementation():  # a class without experts refuses a back end for them
+            config_of._experts_implementation = experts
+    text.use_cache = False
     model = found(live)
     _drop_all_but(model, (model.get_decoder(), model.get_output_embeddings()))
     return model
