@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeslim.errors import PlanError
-from moeslim.families.layers import letters, write_dense, write_exceptions, write_list
+from moeslim.families.layers import letters, listed, write_dense, write_exceptions, write_list
 from moeslim.families.registry import family_of, text_config, with_text_config
 from moeslim.families.shape import Shape
 
@@ -24,12 +24,14 @@ def edit_config(config: Mapping[str, Any], after: Shape) -> dict[str, Any]:
     check_layers(after)
     before = Shape.from_config(config)
     edited = dict(text_config(config))
-    for axis, (key, default, _) in before.family.sizes.items():
+    for axis, (key, default, _, _) in before.family.sizes.items():
         if axis in after.sizes and (key in edited or isinstance(default, str) or after[axis] != before[axis]):
             edited[key] = after[axis]
     edited |= {
         other: edited.get(key, edited[other]) for other, key in before.family.spellings.items() if other in edited
     }
+    were_lists = [key for key in listed(before.family) if isinstance(text_config(config).get(key), list)]
+    edited |= {key: [edited[key]] * after.layers for key in were_lists}
     _write_layers(edited, after, before=before)
     _write_ropes(edited, before.family.rope_defaults)
     whole = with_mtp(with_text_config(config, edited), bool(after.mtp_layers))

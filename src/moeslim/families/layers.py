@@ -21,6 +21,26 @@ def integer(config: Mapping[str, Any], key: str, *, default: int | None = None, 
     return value
 
 
+def listed(family: Family) -> frozenset[str]:
+    """The config keys of sizes under which there may be a list, in all their spellings."""
+    own = {key.name for key in family.sizes.values() if key.listed}
+    return frozenset(own | {other for other, key in family.spellings.items() if key in own})
+
+
+def levelled(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The config with a number where it may have a list and has one; FamilyError where layers differ."""
+    for key in sorted(listed(family)):
+        given = config.get(key)
+        if isinstance(given, list):
+            if not given or any(type(entry) is not int or entry != given[0] for entry in given):
+                raise FamilyError(
+                    f"config.json: {key} is {str(given)[:60]}; only models that are alike in all layers can be worked "
+                    "on, so it must be one number, or the same one for every layer"
+                )
+            config = {**config, key: given[0]}
+    return config
+
+
 def holds(config: Mapping[str, Any], condition: str) -> bool:
     """Whether `KEY`, `KEY=true` (true without the key) or `not KEY` holds: for true, a number above 0, or a section."""
     key, _, default = condition.removeprefix("not ").partition("=")
@@ -191,6 +211,9 @@ def write_dense(edited: dict[str, Any], family: Family, *, numbers: Collection[i
             if dense(said, family, kinds=[""] * layers) == set(numbers):
                 edited |= said
                 return
+        if not moe:
+            edited |= {"moe_layer_interval": 1, "moe_layer_start_index": layers, "moe_layer_end_index": layers - 1}
+            return
         raise ValueError("moe_layer_interval can only say that each n-th layer of a range has experts")
     elif ffn.rule == "steps":
         # a sparse step counts from layer 0, so after a cut the dense layers are listed by number instead

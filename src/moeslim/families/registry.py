@@ -7,6 +7,7 @@ from moeslim.errors import FamilyError
 from moeslim.families import (
     deepseek_v2,
     deepseek_v3,
+    ernie4_5_moe,
     gemma3_text,
     gemma4,
     glm4_moe,
@@ -14,6 +15,7 @@ from moeslim.families import (
     glm_moe_dsa,
     gpt_oss,
     granitemoehybrid,
+    hunyuan_v1_moe,
     lfm2_moe,
     llama,
     minimax_m2,
@@ -40,6 +42,7 @@ _PAGES = (
     *(gemma4, qwen3_vl_moe, phimoe),
     *(deepseek_v2, glm4_moe_lite, glm_moe_dsa, minimax_m2),
     *(granitemoehybrid, lfm2_moe, nemotron_h),
+    *(ernie4_5_moe, hunyuan_v1_moe),
     *(gemma3_text, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3),
 )
 FAMILIES: dict[str, Family] = {page.SPEC.model_type: page.SPEC for page in _PAGES}

@@ -12,6 +12,7 @@ from moeslim.families.layers import (
     dense,
     holds,
     integer,
+    levelled,
     mixers,
     per_layer,
     with_exceptions,
@@ -61,7 +62,7 @@ class Shape:
         """
         family = family_of(config)
         tied = bool(_one_spelling(config, family).get("tie_word_embeddings", family.tied))
-        config = with_exceptions(_one_spelling(text_config(config), family), family)
+        config = with_exceptions(_one_spelling(levelled(text_config(config), family), family), family)
         for condition, meaning in family.refused.items():
             if holds(config, condition):
                 raise FamilyError(f"config.json: {condition.partition('=')[0]}: {meaning}")
@@ -250,8 +251,10 @@ class Shape:
         return self["heads"], self[f"{own}kv_heads"], self[f"{own}head_dim"]
 
     def is_moe(self, key: str) -> bool:
-        """Whether the layer has routed experts (the MTP block of a model that has any always does)."""
-        return "experts" in self.sizes and (is_mtp(key) or int(key) not in self.dense_layers)
+        """Whether the layer has routed experts; the MTP block of a model with any has them, or is said to be dense."""
+        if is_mtp(key):
+            return "experts" in self.sizes and not (self.family.mtp is not None and self.family.mtp.dense)
+        return "experts" in self.sizes and int(key) not in self.dense_layers
 
     def ffn(self, key: str) -> str:
         """The layer's part of the page behind its mixer: moe, dense, or "" where a layer is a mixer alone."""
@@ -327,7 +330,10 @@ def _one_spelling(config: Mapping[str, Any], family: Family) -> Mapping[str, Any
 def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
     """Every named axis that there is, those that follow from others last."""
     sizes: dict[str, int] = {}
-    for axis, (key, default, nullable) in family.sizes.items():
+    optional = {condition.partition("=")[0] for condition in family.conditions}
+    for axis, (key, default, nullable, _) in family.sizes.items():
+        if key in optional and config.get(key) == 0 and type(config[key]) is int:
+            continue
         absent = config.get(key) is None if nullable else key not in config
         if nullable and (absent or not config[key]) and default is None:
             continue
@@ -350,8 +356,8 @@ def _present(sizes: Mapping[str, int], family: Family, *, words: Collection[str]
 
 
 def _derived(family: Family, sizes: Mapping[str, int]) -> dict[str, int]:
-    lacked = {*family.sizes} - {*sizes}
-    return {axis: _rule(rule, sizes) for axis, rule in family.derived.items() if not lacked & {*rule.split()}}
+    """The axes that follow from others, of those that there are."""
+    return {axis: _rule(rule, sizes) for axis, rule in family.derived.items() if {*rule.split()} <= {*sizes, "*", "//"}}
 
 
 def _logits(config: Mapping[str, Any], family: Family) -> dict[str, float]:

@@ -81,23 +81,26 @@ class Key(NamedTuple):
     """Where the config has an axis' size: the key `name`, and what it is without one (None: there must be one).
 
     `nullable`: null, and with no default 0 too, is like no key; with no default there is then no such axis.
+    `listed`: the config may have a list of the same number for every layer.
     """
 
     name: str
     default: int | str | None = None
     nullable: bool = False
+    listed: bool = False
 
 
 def keys(text: str) -> dict[str, Key]:
     """Pairs of an axis and the config key of its size, `key=default` where the config may leave it out.
 
     A default is a number, another axis, or a rule like hidden//heads. `key?=default`: null is like no key; `key?`: with
-    no key, null or 0 there is no such axis.
+    no key, null or 0 there is no such axis. `key[]`: a list with the same number for every layer is that number.
+    Where tensors are there `if KEY` of a size alone, it may be 0, and there is no such axis either.
     """
     parts = text.split()
     pairs = zip(parts[::2], (part.partition("=") for part in parts[1::2]), strict=True)
     return {
-        axis: Key(key.removesuffix("?"), _default(text) if text else None, key.endswith("?"))
+        axis: Key(key.rstrip("?[]"), _default(text) if text else None, "?" in key, "[]" in key)
         for axis, (key, _, text) in pairs
     }
 
@@ -157,6 +160,7 @@ class Mtp:
     """The MTP head's modules by their names behind `prefix`: `norm(layer(fc([norm_embedding(e); norm_hidden(h)])))`.
 
     `prefix` and `layer` may hold `{L}`, the trunk's number of layers; `layer` is where the head's decoder layer stands.
+    `norm` "": there is no norm behind the layer. `dense`: the layer has a dense MLP where the trunk's have experts.
     """
 
     prefix: str
@@ -164,7 +168,8 @@ class Mtp:
     fc: str
     norm_embedding: str
     norm_hidden: str
-    norm: str
+    norm: str = ""
+    dense: bool = False
 
     @property
     def layer_prefix(self) -> str:
@@ -174,7 +179,8 @@ class Mtp:
     @property
     def roles(self) -> dict[str, str]:
         """Name in a live head -> name on disk, both behind the prefix, of every module but the decoder layer."""
-        return {role: getattr(self, role) for role in ("fc", "norm_embedding", "norm_hidden", "norm")}
+        roles = ("fc", "norm_embedding", "norm_hidden", *(["norm"] if self.norm else []))
+        return {role: getattr(self, role) for role in roles}
 
 
 @dataclass(frozen=True)

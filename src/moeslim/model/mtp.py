@@ -1,4 +1,4 @@
-"""The MTP block: one full-attention MoE layer that predicts one token further than the trunk.
+"""The MTP block: one full-attention layer, with experts or a dense MLP, that predicts one token further than the trunk.
 
 transformers drops the head's tensors when it loads a model and loses them when it saves one, so the block is built
 here, of the trunk's own layer and norm classes; the family's page says what its modules are called on disk. Shapes:
@@ -23,10 +23,10 @@ from moeslim.model.trunk import Trunk
 
 
 def mtp_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
-    """A copy of the trunk's config that describes one MoE layer with the head's mixer, at index 0.
+    """A copy of the trunk's config that describes one layer with the head's mixer, at index 0, dense if the head's is.
 
     The copy keeps the attention and expert back ends of the original. Rules that make layers dense count the trunk's
-    layers, so they are emptied: a 0 among them would make the block dense.
+    layers, so they are written anew: a 0 among them would make any block dense.
     """
     block: Any = copy.deepcopy(config)
     block.num_hidden_layers = 1
@@ -35,7 +35,7 @@ def mtp_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
             mixers = key == family.mixer_key or key not in family.lists
             setattr(block, key, [family.mtp_mixer] if mixers else getattr(block, key)[:1])
     facts = {"decoder_sparse_step": 1} if family.ffn.rule == "steps" else {}
-    write_dense(facts, family, numbers=(), layers=1)
+    write_dense(facts, family, numbers=(0,) if family.mtp is not None and family.mtp.dense else (), layers=1)
     for key, value in facts.items():
         setattr(block, key, value)
     return block
@@ -45,8 +45,8 @@ class MtpBlock(nn.Module):
     """`out = norm(layer(fc([norm_embedding(e_{i+1}); norm_hidden(h_i)])))`; the output head predicts t_{i+2} from it.
 
     `h_i` is the trunk's state after its last norm; at depth m > 1 it is this block's own output of depth m-1 and the
-    embedding is that of t_{i+m}. Modules: fc, norm_embedding, norm_hidden, norm, layers.0; see `Mtp` in families/ for
-    their names on disk.
+    embedding is that of t_{i+m}. A head without a last norm puts out what its layer does. Modules: fc, norm_embedding,
+    norm_hidden, norm, layers.0; see `Mtp` in families/ for their names on disk.
     """
 
     def __init__(self, trunk: Trunk) -> None:
@@ -57,7 +57,8 @@ class MtpBlock(nn.Module):
         self.norm_embedding = copy.deepcopy(trunk.norm)
         self.norm_hidden = copy.deepcopy(trunk.norm)
         self.layers = nn.ModuleList([type(trunk.layers[-1])(self.config, 0)])
-        self.norm = copy.deepcopy(trunk.norm)
+        own = trunk.shape.family.mtp
+        self.norm = copy.deepcopy(trunk.norm) if own is not None and own.norm else nn.Identity()
         self.chooses = "index_top" in trunk.shape.sizes  # its layer has an indexer, which reads the mask itself
 
     def join(self, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,7 @@ class CutExpertSize(PlanStep):
         before, after, family = shape.sizes, shape.resized(**self._expert_size()).sizes, shape.family
         if self.shared and "shared_size" not in before:
             raise PlanError(f"shared: models of {family.model_type} have no shared expert; leave it out")
-        if "shared_size" not in family.derived:
+        if "shared_size" not in family.derived or "shared_size" not in before:
             return
         kept = {len(ids) for ids in self.shared.values()} or {before["shared_size"]}
         if kept != {after["shared_size"]}:
