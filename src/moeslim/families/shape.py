@@ -7,7 +7,7 @@ from typing import Any
 from moeslim.errors import FamilyError
 from moeslim.families.layers import MOST, dense, holds, integer, mixers, per_layer
 from moeslim.families.registry import family_of, text_config
-from moeslim.families.spec import Family
+from moeslim.families.spec import Family, names
 
 _MOST_LAYERS, _MOST_EXPERTS = 4096, 1 << 18
 """Of all layers together: ten times those of the largest models. Tables of names are made for each, in memory."""
@@ -207,6 +207,11 @@ class Shape:
         """
         words = [word for word in self.family.mixers if "sliding" in word]
         return self.sizes.get("window") if self.mixer(key) in words or not words else None
+
+    def has_indexer(self, key: str) -> bool:
+        """Whether the layer chooses the tokens that it attends to; others that attend to chosen ones use its choice."""
+        tensors = self.family.parts.get(self.mixer(key), ())
+        return any("index_dim" in names(axis) for tensor in tensors for axis in tensor.axes)
 
     def is_moe(self, key: str) -> bool:
         """Whether the layer has routed experts (the MTP block of a model that has any always does)."""
