@@ -8,7 +8,7 @@ SERVE := .venv-serve
 BENCH := $(VENV)/bench
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: demo test test-cpus check format serve-check study-smoke soak fuzz families clean
+.PHONY: demo test test-cpus check format serve-check serve-families study-smoke soak fuzz families clean
 .PHONY: bench-calibrate bench-stream bench-experts bench-loss bench-cache bench-train
 
 demo: $(INSTALLED)  ## a trained model gets smaller, end to end, on two CPU cores
@@ -32,6 +32,9 @@ format: $(INSTALLED)
 
 serve-check: $(SERVE)/.installed  ## stock vLLM on a CPU loads the demo's output; by hand, minutes
 	$(SERVE)/bin/python tests/serve/serve_check.py $(ARGS)
+
+serve-families: $(INSTALLED) $(SERVE)/.installed  ## stock vLLM on a CPU with cut models of every family; by hand
+	OMP_NUM_THREADS=2 $(BIN)/python tests/serve/families.py $(SERVE)/bin/python $(ARGS)
 
 study-smoke: $(INSTALLED)  ## a whole study, four runs of a model of a few thousand parameters, in a minute or two
 	$(BIN)/python tests/study_smoke.py $(ARGS)

@@ -84,9 +84,9 @@ def link_that_leaves_the_folder(given: Given) -> list[object]:
     return given.cut(folder)
 
 
-@case("model_type", "'llama'", "qwen3_next")
+@case("model_type", "'grok'", "qwen3_next")
 def unknown_family(given: Given) -> list[object]:
-    return given.prune(given.configured(model_type="llama"), "--experts", "4")
+    return given.prune(given.configured(model_type="grok"), "--experts", "4")
 
 
 @case("num_experts_per_tok is 9", "there are 8 experts")

@@ -6,6 +6,7 @@ What a cell compares with is transformers' own model, or the oracle of wide.py: 
 import json
 import math
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from moeslim.calibrate.run import calibrate
 from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.structure import read_structure
 from moeslim.checkpoint.verify import verify
+from moeslim.errors import CheckpointError
 from moeslim.evaluate.generate import generate
 from moeslim.model.init import write_random
 from moeslim.model.load import load_student
@@ -59,6 +61,28 @@ def walked(case: Case) -> Figure:
     raise AssertionError("the walk has no last norm")
 
 
+@cell("resume")
+def resumed(case: Case) -> Figure:
+    """A walk that was stopped in its third layer, gone on with three experts in memory at a time, has the same bits."""
+    rows = torch.cat([TOKENS, TOKENS[:, :1]], dim=1).numpy()
+
+    def states(folder: Path, *, stop_at: str, group: int | None) -> torch.Tensor:
+        settings = WalkSettings(rows_per_batch=1, group=group)
+        for visit in walk(Reader(case.single), rows, workdir=folder, settings=settings):
+            batches = visit.batches()
+            if visit.key == stop_at:
+                return next(batches).y  # half of its rows
+            found = torch.cat([batch.y for batch in batches])
+            if visit.key == "norm":
+                return found
+        raise AssertionError("the walk has no last norm")
+
+    expected, work = states(case.out("walk"), stop_at="", group=None), case.out("walk")
+    states(work, stop_at="2", group=3)
+    assert json.loads((work / "walk.json").read_text())["done"] == ["0", "1"]
+    return Figure(difference(states(work, stop_at="", group=3), expected))
+
+
 @cell("keep all", short=True)
 def keep_all(case: Case) -> Figure:
     """A plan without steps copies every tensor bit by bit."""
@@ -80,8 +104,11 @@ def opens(case: Case) -> Figure:
     assert verify(out).ok
     _, info = case.stock(out)
     shape = read_structure(out).shape
-    head = shape.named(shape.family.mtp.prefix) if shape.family.mtp is not None and shape.mtp_layers else None
-    unexpected = [name for name in info["unexpected_keys"] if head is None or not name.startswith(head)]
+    unexpected = info["unexpected_keys"]
+    if shape.family.mtp is not None and shape.mtp_layers:
+        head = shape.named(shape.family.mtp.prefix)  # listed under its name in memory, so without what is before layers
+        own = head[head.find("layers.") :] if "layers." in head else head
+        unexpected = [name for name in unexpected if own not in name]
     return Figure(len(info["missing_keys"]) + len(info["mismatched_keys"]) + len(unexpected))
 
 
@@ -180,6 +207,38 @@ def hidden(case: Case) -> Figure:
     wrong = difference(oracle.run(TOKENS), expected)
     oracle.scale_hidden_eps(HIDDEN / len(CHANNELS), TOKENS)
     return Figure(difference(oracle.run(TOKENS), expected), EXACT, wrong=wrong)
+
+
+@cell("tower")
+def tower(case: Case) -> Figure | None:
+    """After the cut of width, tensors beside the text model that still make 16 channels for it."""
+    model, _ = case.stock(case.silent)
+    text = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    beside = {
+        n: p for n, p in model.named_parameters() if not n.startswith((f"{text}.", "lm_head.")) and HIDDEN in p.shape
+    }
+    if not beside:
+        return None
+    step = CutHidden(kept=CHANNELS)
+    cut, _ = case.stock(cut_by(case.silent, case.out("tower"), step))
+    return Figure(sum(HIDDEN in cut.get_parameter(name).shape for name in beside))
+
+
+@cell("stacked")
+def stacked(case: Case) -> Figure | None:
+    """The experts' cut of files in which transformers wrote a layer's experts as one tensor, if the page reads it."""
+    if not case.shape.moe_keys:
+        return None
+    source = build_stock(case.out("stacked"), case.family, dtype=torch.float64, stacked=True)
+    try:
+        if read_structure(source).problems():
+            return None
+    except CheckpointError:
+        return None
+    step, oracle = experts_step(case.shape), Wide(source)
+    oracle.mask_experts(step.kept)
+    found = Wide(cut_by(source, case.out("experts"), step)).run(TOKENS)
+    return Figure(difference(found, oracle.run(TOKENS)), EXACT)
 
 
 @cell("compose")

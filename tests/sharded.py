@@ -89,7 +89,7 @@ def loaded(folder: Path, *, shard_over: int | None = None) -> dict[str, Any]:
         student = load_student(folder, sharding=sharding(shard_over))
     own = sum(p._local_tensor.nbytes for p in student.parameters())
     kept = {name: whole(tensor).detach() for name, tensor in student.disk_state().items()}
-    tied = student.head is student.trunk.model.embed_tokens.weight
+    tied = student.head is student.parts.embed.weight
     return {"tensors": kept, "own": own, "largest": largest.nbytes, "tied": tied}
 
 

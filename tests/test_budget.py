@@ -455,5 +455,5 @@ def test_what_the_command_refuses(moeslim: Command, tmp_path: Path, *, arguments
 
 
 def test_an_unknown_family_says_so(moeslim: Command, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**RELEASED, "model_type": "mixtral"}))
-    assert "'mixtral' is not a family that moeslim knows" in moeslim.fails("plan", tmp_path, "--target", "6B").err
+    (tmp_path / "config.json").write_text(json.dumps({**RELEASED, "model_type": "unheard_of"}))
+    assert "'unheard_of' is not a family that moeslim knows" in moeslim.fails("plan", tmp_path, "--target", "6B").err

@@ -25,8 +25,8 @@ from moeslim.checkpoint.verify import verify
 from moeslim.data.cursor import Cursor
 from moeslim.distill.optimizer import make_optimizer
 from moeslim.distill.state import Position, States, load_moments, slice_moments
-from moeslim.errors import FamilyError
-from moeslim.families import FAMILIES, Family, count, forward_operations
+from moeslim.errors import CheckpointError, FamilyError
+from moeslim.families import FAMILIES, Family, count, detect, forward_operations
 from moeslim.losses import LossWeights, coefficients, term_counts
 from moeslim.model.experts import ExpertFile, FileExperts, activation_of, by_rows, check_layout
 from moeslim.model.load import load_student, stacked_experts
@@ -203,6 +203,25 @@ def test_of_layouts_that_do_not_fit_the_first_is_compared(tmp_path: Path, monkey
     save_file(found, folder / "model.safetensors")
     problems = read_structure(folder).problems()
     assert any("experts.down_proj has shape (8, 16, 12), the config asks for (8, 12, 16)" in text for text in problems)
+
+
+def test_a_router_may_lie_where_the_experts_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Granite's input_linear stands beside the router; a name of neither is refused."""
+    beside = replace(FAMILIES["mixtral"], expert_prefix="block_sparse_moe", layouts=("linear",))
+    monkeypatch.setitem(FAMILIES, "mixtral", beside)
+    folder = write_tiny(tmp_path / "model", family="mixtral")
+    found, names = (
+        tensors(folder),
+        [f"model.layers.2.block_sparse_moe.{own}.weight" for own in ("input_linear", "gate")],
+    )
+    assert {*names} < {*found}
+    assert read_structure(folder).problems() == []
+    step = experts_step(KEYS, 5)
+    out = tensors(cut_by(folder, tmp_path / "out", step))
+    assert all(torch.equal(out[name], found[name][list(step.kept["2"])]) for name in names)
+    more = {"model.layers.0.block_sparse_moe.extra": Reader(folder).rows[names[0]]}
+    with pytest.raises(CheckpointError, match=r"no known layout of mixtral's experts.*known are linear, stacked"):
+        detect({**Reader(folder).rows, **more}, Reader(folder).shape)
 
 
 def test_counts_have_the_biases_and_no_gate_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,28 @@ QWEN3_30B = {
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 768,
 }
+OLMOE_7B = {
+    "model_type": "olmoe",
+    "vocab_size": 50_304,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+}
+QWEN15_MOE = {
+    "model_type": "qwen2_moe",
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+}
 GLM_AIR = {
     "model_type": "glm4_moe",
     "vocab_size": 151_552,
@@ -133,11 +155,16 @@ def test_the_page_is_what_transformers_saves(tmp_path: Path, family: str, change
 
 @pytest.mark.parametrize(
     ("config", "total", "active", "mtp"),
-    [(QWEN3_30B, 30.532, 3.353, 0.0), (GLM_AIR, 106.852, 13.424, 2.375)],
-    ids=["Qwen3-30B-A3B", "GLM-4.5-Air"],
+    [
+        (QWEN3_30B, 30.532, 3.353, 0.0),
+        (GLM_AIR, 106.852, 13.424, 2.375),
+        (OLMOE_7B, 6.919, 1.282, 0.0),
+        (QWEN15_MOE, 14.316, 2.689, 0.0),
+    ],
+    ids=["Qwen3-30B-A3B", "GLM-4.5-Air", "OLMoE-1B-7B", "Qwen1.5-MoE-A2.7B"],
 )
 def test_released_sizes(config: dict[str, Any], total: float, active: float, mtp: float) -> None:
-    """In billions: 30.5 and 106 of the model cards; active ones count embedding and head whole, cards do not."""
+    """In billions, those of the model cards (30.5, 106, 6.92, 14.3); active ones count embedding and head whole."""
     counted = count(Shape.from_config(config))
     assert (round(counted.total / 1e9, 3), round(counted.active / 1e9, 3)) == (total, active)
     assert round(counted.mtp / 1e9, 3) == mtp

@@ -452,7 +452,4 @@ def test_a_packed_vision_part_is_refused(tmp_path: Path) -> None:
     said = {**config, "quantization_config": METHODS["fp8 block"][0]}
     (tmp_path / "model" / "config.json").write_text(json.dumps(said))
     found = read_structure(tmp_path / "model").problems()
-    assert any("model.visual.proj.weight is F8_E4M3 and not of the text model" in line for line in found), (
-        folder,
-        found,
-    )
+    assert any("model.visual.proj.weight is F8_E4M3 and not of the text model" in line for line in found)

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import MtpLayer
 
+import ranks
+import sharded
 from command import MEASURE, SMALL, TOKENIZER, TRAIN, Command, moeslim, settings, write_text
 from cuts import cut_by, same, tensors
 from moeslim import api
@@ -266,6 +268,22 @@ def test_what_is_wrong_is_named(source: Path, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(error, match=message):
             api.inspect(str(tmp_path / "config.json"))
+
+
+def test_two_ranks_are_one_process(source: Path, tmp_path: Path) -> None:
+    """Loaded in parts, a step's gradients, and saved: rank 0 copies what is beside the text model."""
+    plain = load_student(source).disk_state()
+    for here in ranks.run(sharded.loaded, source):
+        assert here["tensors"].keys() == plain.keys()
+        assert all(torch.equal(tensor, plain[name]) for name, tensor in here["tensors"].items())
+    one = sharded.gradients(source)
+    for here in ranks.run(sharded.gradients, source):
+        for name, gradient in here["gradients"].items():
+            wanted = one["gradients"][name]
+            # rounding of sums in another order, through four layers
+            torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()), msg=name)
+    ranks.run(sharded.saved, source, tmp_path / "two")
+    assert same(tensors(tmp_path / "two"), tensors(source))
 
 
 def test_the_command_line_from_prune_to_distill(moeslim: Command, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ _SIGHT: dict[str, Any] = {
     "num_heads": 2,
     "patch_size": 4,
     "out_hidden_size": HIDDEN,
-    "num_position_embeddings": 16,
+    "num_position_embeddings": 25,
 }
 _SPECIAL = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
 _SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -86,7 +86,7 @@ MOE: dict[str, dict[str, Any]] = {
         "vision_config": _SIGHT,
         **_SPECIAL,
     },
-    "gpt_oss": {**_PLAIN, **_SLIDING, "head_dim": 8, "num_local_experts": EXPERTS},
+    "gpt_oss": {**_PLAIN, **_SLIDING, "head_dim": 8, "num_local_experts": EXPERTS, "max_position_embeddings": 131_072},
     "glm4_moe": {**_WIDE_HEADS, **_EXPERTS, **_GROUPS}
     | {"n_routed_experts": EXPERTS, "n_shared_experts": 2, "routed_scaling_factor": 1.5, "first_k_dense_replace": 1}
     | {"attention_bias": True, "use_qk_norm": True},

@@ -1,12 +1,14 @@
-"""REAP's own observer beside our calibration, on one tiny model and the same rows; by hand, a minute.
+"""REAP's own observer beside our calibration, on tiny models of three families and the same rows; by hand, a minute.
 
-    .venv/bin/python tests/peers/reap.py write FOLDER       # here: a tiny Qwen3-MoE, its rows, our scores
-    OTHER/bin/python tests/peers/reap.py observe FOLDER     # where REAP is installed: its observer's scores
+    .venv/bin/python tests/peers/reap.py write FOLDER       # here: the models, their rows, our scores
+    OTHER/bin/python tests/peers/reap.py observe FOLDER     # where REAP can be imported: its observer's scores
     .venv/bin/python tests/peers/reap.py compare FOLDER     # here: they must agree to 1e-5
 
 OTHER is an environment of its own: REAP needs an older transformers, whose experts are modules that can be called one
-by one. `pip install git+https://github.com/CerebrasResearch/reap torch transformers==4.55.0` makes it. The model
-renormalises its router's scores and the observer is asked to, since it does not read that from the model.
+by one: `pip install torch transformers==4.55.0`, and a clone of github.com/CerebrasResearch/reap with its `src` on
+PYTHONPATH. The models renormalise their router's scores and the observer is asked to, since it does not read that from
+the model. On GLM-4.5 it weighs by a softmax of the logits, where the model's router uses sigmoids, a bias and groups:
+there both rankings are shown and only ours is held against a direct computation (tests/test_live_families.py).
 """
 
 import json
@@ -17,6 +19,9 @@ from typing import Any
 import numpy as np
 
 SEED, ROWS, LENGTH, VOCAB = 0, 8, 24, 64
+FAMILIES: dict[str, dict[str, Any]] = {"qwen3_moe": {"norm_topk_prob": True}, "mixtral": {}, "glm4_moe": {}}
+UNLIKE = ("glm4_moe",)
+"""Families whose routers the observer does not follow."""
 TOLERANCE = 1e-5
 NAMES = ("reap", "weighted_ean_sum", "ean", "router_blind", "frequency")
 THEIRS = {"ean": "ean_sum", "router_blind": "ean_mean"}
@@ -25,7 +30,7 @@ Scores = dict[str, dict[str, list[float]]]
 
 
 def write(folder: Path) -> None:
-    """FOLDER/model, FOLDER/rows.json and FOLDER/ours.json."""
+    """FOLDER/FAMILY/model, rows.json and ours.json of every family."""
     import torch
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -34,52 +39,73 @@ def write(folder: Path) -> None:
     from moeslim.plan.importance import expert_importance
     from tiny import write_tiny
 
-    model = write_tiny(folder / "model", family="qwen3_moe", norm_topk_prob=True)
-    rows = np.random.default_rng(SEED).integers(0, VOCAB, (ROWS, LENGTH + 1))
-    (folder / "rows.json").write_text(json.dumps(rows.tolist()))
     settings = WalkSettings(rows_per_batch=4, dtype=torch.float32)
-    stats = calibrate(model, rows, out=folder / "stats", settings=settings)
-    ours = {
-        key: {name: expert_importance(layer, name).tolist() for name in NAMES} for key, layer in stats.layers.items()
-    }
-    (folder / "ours.json").write_text(json.dumps(ours))
+    rows = np.random.default_rng(SEED).integers(0, VOCAB, (ROWS, LENGTH + 1))
+    for family, changes in FAMILIES.items():
+        home = folder / family
+        model = write_tiny(home / "model", family=family, form={"mtp": False}, **changes)
+        (home / "rows.json").write_text(json.dumps(rows.tolist()))
+        layers = calibrate(model, rows, out=home / "stats", settings=settings).layers
+        ours = {
+            key: {name: expert_importance(layer, name).tolist() for name in NAMES}
+            for key, layer in layers.items()
+            if layer.is_moe
+        }
+        (home / "ours.json").write_text(json.dumps(ours))
 
 
 def observe(folder: Path) -> None:
-    """FOLDER/theirs.json: what REAP's observer says after the same rows, without the last token of each."""
+    """FOLDER/FAMILY/theirs.json: what REAP's observer says after the same rows, without the last token of each."""
     import torch
-    from reap.observer import MoETransformerObserver, Qwen3MoEObserverHookConfig  # type: ignore[import-not-found]
+    from reap.observer import OBSERVER_CONFIG_REGISTRY, MoETransformerObserver  # type: ignore[import-not-found]
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", torch_dtype=torch.float32).eval()
-    wanted = Qwen3MoEObserverHookConfig(renormalize_router_weights=True, record_pruning_metrics_only=True)
-    observer = MoETransformerObserver(model, hook_config=wanted)
-    with torch.no_grad():
-        for row in json.loads((folder / "rows.json").read_text()):
-            model(torch.tensor([row[:-1]]), use_cache=False)
-    theirs: Scores = {}
-    for layer, found in observer.report_state().items():
-        scores: dict[str, Any] = {name: found[THEIRS.get(name, name)] for name in NAMES if name != "frequency"}
-        scores["frequency"] = found["expert_frequency"] / found["total_tokens"]
-        theirs[str(layer)] = {name: values.double().tolist() for name, values in scores.items()}
-    (folder / "theirs.json").write_text(json.dumps(theirs))
+    for family in FAMILIES:
+        model = AutoModelForCausalLM.from_pretrained(folder / family / "model", torch_dtype=torch.float32).eval()
+        config = OBSERVER_CONFIG_REGISTRY[type(model).__name__]
+        bare = [module for module in model.modules() if type(module).__name__ == "Glm4MoeMoE"]
+        for block in bare:  # REAP's own copy of this class gives its logits too
+            block.register_forward_hook(lambda m, i, y: (y, i[0].flatten(0, 1) @ m.gate.weight.T))
+        wanted = config(renormalize_router_weights=True, record_pruning_metrics_only=True)
+        observer = MoETransformerObserver(model, hook_config=wanted)
+        for block in bare:
+            block.register_forward_hook(lambda m, i, y: y[0])
+        with torch.no_grad():
+            for row in json.loads((folder / family / "rows.json").read_text()):
+                model(torch.tensor([row[:-1]]), use_cache=False)
+        theirs: Scores = {}
+        for layer, found in observer.report_state().items():
+            scores: dict[str, Any] = {name: found[THEIRS.get(name, name)] for name in NAMES if name != "frequency"}
+            scores["frequency"] = found["expert_frequency"] / found["total_tokens"]
+            theirs[str(layer)] = {name: values.double().tolist() for name, values in scores.items()}
+        (folder / family / "theirs.json").write_text(json.dumps(theirs))
 
 
 def compare(folder: Path) -> int:
     """How many scores disagree; each is printed, and the largest difference of every score."""
-    ours, theirs = (json.loads((folder / f"{name}.json").read_text()) for name in ("ours", "theirs"))
     wrong = 0
-    assert ours.keys() == theirs.keys(), (sorted(ours), sorted(theirs))
-    for name in NAMES:
-        worst = 0.0
-        for layer in ours:
-            one, other = np.array(ours[layer][name]), np.array(theirs[layer][name])
-            apart = np.abs(one - other) / np.maximum(np.abs(other), 1e-30) * (one != other)
-            worst = max(worst, float(apart.max()))
-            for expert in np.flatnonzero(apart > TOLERANCE):
-                wrong += 1
-                print(f"layer {layer} expert {expert}: {name} {one[expert]:.9g}, REAP's {other[expert]:.9g}")
-        print(f"{name}: {worst:.1e} apart at most, relative")
+    for family in FAMILIES:
+        ours, theirs = (json.loads((folder / family / f"{name}.json").read_text()) for name in ("ours", "theirs"))
+        assert ours.keys() == theirs.keys(), (family, sorted(ours), sorted(theirs))
+        if family in UNLIKE:
+            for layer in ours:
+                ranks = (np.argsort(scores[layer]["reap"])[::-1].tolist() for scores in (ours, theirs))
+                print(f"{family} layer {layer}, experts by reap: ours {next(ranks)}, REAP's {next(ranks)}")
+        else:
+            wrong += sum(_differences(family, name, ours, theirs=theirs) for name in NAMES)
+    return wrong
+
+
+def _differences(family: str, name: str, ours: Scores, *, theirs: Scores) -> int:
+    worst, wrong = 0.0, 0
+    for layer in ours:
+        one, other = np.array(ours[layer][name]), np.array(theirs[layer][name])
+        apart = np.abs(one - other) / np.maximum(np.abs(other), 1e-30) * (one != other)
+        worst = max(worst, float(apart.max()))
+        for expert in np.flatnonzero(apart > TOLERANCE):
+            wrong += 1
+            print(f"{family} layer {layer} expert {expert}: {name} {one[expert]:.9g}, REAP's {other[expert]:.9g}")
+    print(f"{family} {name}: {worst:.1e} apart at most, relative")
     return wrong
 
 

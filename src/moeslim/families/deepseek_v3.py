@@ -9,9 +9,9 @@ SPEC = Family(
     sizes=keys("""
         vocab vocab_size    hidden hidden_size    dense_size intermediate_size=18432    top_k num_experts_per_tok=8
         experts n_routed_experts=256    expert_size moe_intermediate_size=2048    num_shared n_shared_experts=1
-        groups n_group=8    topk_group topk_group=4    heads num_attention_heads    kv_heads num_key_value_heads=heads
+        groups n_group=8    topk_group topk_group=4    heads num_attention_heads
         q_lora q_lora_rank?    kv_lora kv_lora_rank=512    nope_dim qk_nope_head_dim=128    rope_dim qk_rope_head_dim=64
-        v_dim v_head_dim=128    head_dim v_head_dim=128
+        v_dim v_head_dim=128
     """),
     derived={"shared_size": "num_shared * expert_size"},
     layer_prefix="model.layers.{l}.",

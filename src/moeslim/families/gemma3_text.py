@@ -12,7 +12,7 @@ SPEC = Family(
     layer_prefix="model.layers.{l}.",
     parts=sections("""
         outer:
-            embedding  model.embed_tokens.weight  vocab, hidden
+            embedding  model.embed_tokens.weight  vocab, hidden  times_sqrt_hidden
             norm       model.norm.weight          hidden         zero_centred
             head       lm_head.weight             vocab, hidden
         every:
@@ -38,5 +38,4 @@ SPEC = Family(
     """),
     tied=True,
     hidden_multiple="heads",
-    multiplied={"model.embed_tokens.weight": 0.5},
 )

@@ -31,6 +31,7 @@ class Tensor:
     matrix: str | None = None  # of an expert: gate | up | gate_up | down, or a bias of these: gate_up_bias, ...
     role: str | None = None  # shared_gate | correction_bias | expert_scale: what live code asks for; see `Family`
     when: str | None = None  # only there where this is one of the shape's `flags`
+    power: float = 0.0  # the class multiplies what it gives with this power of the number of channels
 
 
 _MARKS = {  # what the last column of a page may say, as (init, norm, matrix, role)
@@ -49,7 +50,10 @@ _MARKS = {  # what the last column of a page may say, as (init, norm, matrix, ro
     "gate_up_bias": ("zeros", None, "gate_up_bias", None),
     "down_bias": ("zeros", None, "down_bias", None),
     "shared_gate": ("normal", None, None, "shared_gate"),
+    "times_sqrt_hidden": ("normal", None, None, None),
+    "over_sqrt_hidden": ("normal", None, None, None),
 }
+_POWERS = {"times_sqrt_hidden": 0.5, "over_sqrt_hidden": -0.5}
 
 
 def tensors(text: str) -> tuple[Tensor, ...]:
@@ -64,7 +68,8 @@ def tensors(text: str) -> tuple[Tensor, ...]:
         when = marks.pop().removeprefix("if ") if marks and marks[-1].startswith("if ") else None
         init, norm, matrix, role = _MARKS[marks[0]] if marks else ("normal", None, None, None)
         when = name if when == "present" else when
-        found.append(Tensor(name, tuple(re.split(r",\s*", axes)), component, init, norm, matrix, role, when))
+        power = _POWERS.get(marks[0], 0.0) if marks else 0.0
+        found.append(Tensor(name, tuple(re.split(r",\s*", axes)), component, init, norm, matrix, role, when, power))
     return tuple(found)
 
 
@@ -196,15 +201,13 @@ class Wrapper:
 class Family:
     """The facts of one architecture. `sizes` maps an axis to its config key.
 
-    A router that chooses groups of experts first has the sizes `groups` (n_group) and `topk_group`, default 1; a group's
-    rank is made of its `ranked_by` best experts. A family
+    A router that chooses groups of experts first has the sizes `groups` (n_group) and `topk_group`, default 1. A family
     without the sizes `experts`, `expert_size` and `top_k` is dense.
 
     What mixing tokens costs is computed from sizes of these names: `heads`, `kv_heads`, `head_dim` and perhaps `window`
-    of attention; `heads`, `nope_dim`, `rope_dim`, `v_dim`, `kv_lora`, perhaps `q_lora` of mla, with
-    `index_heads`, `index_dim` and `index_top` where an indexer chooses the tokens; `mamba_heads`,
-    `mamba_dim`, `mamba_groups`, `state`, `kernel` of mamba; `kernel` of conv. Which of these a mixer is, the component
-    of its tensors says.
+    of attention; `heads`, `nope_dim`, `rope_dim`, `v_dim`, `kv_lora`, perhaps `q_lora` of mla, with `index_heads`,
+    `index_dim` and `index_top` where an indexer chooses the tokens; `mamba_heads`, `mamba_dim`, `mamba_groups`,
+    `state`, `kernel` of mamba; `kernel` of conv. Which of these a mixer is, the component of its tensors says.
 
     `parts` holds the tensors by part: "outer" outside the layers; "every" in all layers, one entry per token mixer (the
     words of `layer_types`), "moe" and "dense"; "mtp" in the MTP head outside its layer. `expert_prefix` is where
@@ -214,8 +217,7 @@ class Family:
     `lists` are the config's lists with an entry per layer, which a cut of depth cuts too; None: no rule makes one.
 
     `fixed_width` says why channels cannot be cut, by the config key with which that is so, "" for always. The number of
-    channels must be a multiple of the size of the axis `hidden_multiple`, if any. `multiplied` names tensors (as in
-    `parts`) whose output the class multiplies with a power of the number of channels, and the power.
+    channels must be a multiple of the size of the axis `hidden_multiple`, if any.
 
     `router` is how a router makes scores of its logits: "softmax" over all experts, "sigmoid" or "sqrtsoftplus" of
     each, "softmax_topk" over the chosen ones (the same as "softmax" and renormalised), "sparsemixer"; or
@@ -236,9 +238,9 @@ class Family:
     mixer_key: str = "layer_types"
     fixed_width: Mapping[str, str] = field(default_factory=dict)
     hidden_multiple: str | None = None
-    multiplied: Mapping[str, float] = field(default_factory=dict)
     tied: bool = False  # whether a config without tie_word_embeddings means one matrix
     router: str = "softmax"
+    ranked_by: int = 2  # how many of its experts' best scores a group is chosen by: the sum of 2, or the largest
     renormalise: bool | tuple[str, bool] = True
     eager_attention: bool = False  # the class has no "sdpa" attention, so all scores are in memory
     mtp: Mtp | None = None  # None: the family has no MTP head
@@ -251,7 +253,6 @@ class Family:
     untouched: tuple[str, ...] = ()  # see `Wrapper`
     logits: tuple[str, str] | None = None  # what a head's product goes through: ("cap" | "times" | "over", config key)
     carries: bool = False  # layers return a pair, whose second part the next layer gets (model/carry.py)
-    ranked_by: int = 2
     follows: tuple[str, ...] = ()  # mixers that use what a layer before them hands on, so none can be the first
     mtp_key: str = "num_nextn_predict_layers"  # says how many layers the MTP head has
 

@@ -6,11 +6,12 @@ where the class has them. A head's modules are called by their role on the page;
 converted as those of a trunk's layer are.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -60,26 +61,10 @@ class Names:
         return f"trunk.{name}.weight"
 
     def _renamed(self, rows: Mapping[str, Row]) -> dict[str, str]:
-        """Live names, behind `trunk.`, of all tensors but experts; of a head's, as if its layer were the trunk's first.
-
-        In the order in which transformers converts them, since a renaming may wait for another.
-        """
-        model = self.parts.model
-        conversions = get_model_conversion_mapping(model)
-        renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-        converters = [one for one in conversions if isinstance(one, WeightConverter)]
-        there = model.state_dict()
+        """Live names, behind `trunk.`, of all tensors but experts; a head's as if its layer were the trunk's first."""
         asked = {name: self._as_trunk(row) for name, row in rows.items() if row.component != "experts"}
-        found = {}
-        for name, plain in sorted(asked.items(), key=lambda pair: dot_natural_key(pair[1])):
-            found[name], converter = rename_source_key(plain, renamings, converters, model.base_model_prefix, there)
-            if converter is not None:
-                raise FamilyError(
-                    f"{type(model).__name__} makes {found[name]} of {name} and others by a conversion of values "
-                    f"({converter}), and only new names are followed here; what works on files does: inspect, plan, "
-                    "cut and verify"
-                )
-        return found
+        there = live_names(self.parts.model, asked.values())
+        return {name: there[plain] for name, plain in asked.items()}
 
     def _as_trunk(self, row: Row) -> str:
         if row.layer is not None and is_mtp(row.layer):
@@ -107,6 +92,27 @@ class Names:
         """Where a layer's routed experts are; by the page's name where the class has none, for the comparison."""
         places = self._experts_at[key]
         return f"{self.layer(key)}.{places[0] if places else self.shape.family.expert_prefix}"
+
+
+def live_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """What tensors with these names on disk are called in `model`, as transformers converts them.
+
+    In the order in which it does, since a renaming may wait for another. FamilyError where a conversion changes more
+    than a name.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    there, found = model.state_dict(), {}
+    for name in sorted(set(names), key=dot_natural_key):
+        found[name], converter = rename_source_key(name, renamings, converters, model.base_model_prefix, there)
+        if converter is not None:
+            raise FamilyError(
+                f"{type(model).__name__} makes {found[name]} of {name} and others by a conversion of values "
+                f"({converter}), and only new names are followed here; what works on files does: inspect, plan, cut "
+                "and verify"
+            )
+    return found
 
 
 def expert_places(layer: nn.Module) -> list[str]:

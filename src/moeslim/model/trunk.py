@@ -13,7 +13,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+)
 
 from moeslim.errors import FamilyError
 from moeslim.families import Shape, family_of, text_config
@@ -32,15 +36,25 @@ def build_trunk(config: Mapping[str, Any], *, attn: str, experts: str) -> PreTra
         raise _no_class(kind)
     # `architectures` would be kept in the config and says nothing that the class does not
     raw = {key: value for key, value in config.items() if key != "architectures"}
-    live = CONFIG_MAPPING[kind].from_dict({**raw, "model_type": kind})
+    live = CONFIG_MAPPING[kind].from_dict({**_with_floats(raw), "model_type": kind})
     found = _class_of(live, config)
     live._attn_implementation = "eager" if attn == "sdpa" and not found._supports_sdpa else attn
-    if found._can_set_experts_implementation():  # a class without experts refuses a back end for them
-        live._experts_implementation = experts
-    live.get_text_config().use_cache = False
+    text = live.get_text_config()
+    for one, config_of in ((found, live), (MODEL_MAPPING[type(text)], text)):
+        if one._can_set_experts_implementation():  # a class without experts refuses a back end for them
+            config_of._experts_implementation = experts
+    text.use_cache = False
     model = found(live)
     _drop_all_but(model, (model.get_decoder(), model.get_output_embeddings()))
     return model
+
+
+def _with_floats(value: Any) -> Any:
+    """A raw config with its infinities as numbers: transformers writes {"__float__": "Infinity"}, JSON having none."""
+    if isinstance(value, dict):
+        tag = value.get("__float__") if len(value) == 1 else None
+        return float(tag) if isinstance(tag, str) else {key: _with_floats(one) for key, one in value.items()}
+    return [_with_floats(one) for one in value] if isinstance(value, list) else value
 
 
 def _class_of(live: PreTrainedConfig, config: Mapping[str, Any]) -> type[PreTrainedModel]:
@@ -139,13 +153,17 @@ class Trunk:
         A rotary module's frequencies, by a module of its class; any other (an embedding's factor) as the class's own
         initialisation of weights sets it, its weights left alone.
         """
+        self._renew_rotary(device)
         for name, child in self.body.named_children():
-            if name == self.rotary_name:
-                with torch.device(device):
-                    setattr(self.body, name, type(child)(config=self.config))
-            elif name != self.layers_name:
+            if name not in (self.layers_name, self.rotary_name):
                 for module in child.modules():
                     _renew(self.body, module, device=device)
+
+    def _renew_rotary(self, device: torch.device | str) -> None:
+        rotary: Any = self.rotary
+        if self.rotary_name is not None:
+            with torch.device(device):
+                setattr(self.body, self.rotary_name, type(rotary)(config=self.config))
 
     @property
     def _page(self) -> str:
@@ -174,7 +192,7 @@ class Trunk:
         recorders = nn.ModuleList(self.recorders())
         try:
             self.layers = recorders
-            self.renew_buffers("cpu")  # a rotary is not stood in for: masks and positions come with it
+            self._renew_rotary("cpu")  # it is not stood in for: masks and positions come with it
             for name, child in self.body.named_children():
                 if name not in (self.layers_name, self.rotary_name):
                     others.append(child)

@@ -27,7 +27,7 @@ RULES = (
     "target: met within half a unit of its last digit, or 3 % where that is more; never above the memory",
     "servable: whole periods of layers; channels in multiples of 128 (of an eighth of them in a small model); counts "
     "of experts that fused top-k kernels are compiled for; top-k its own or a power of two, at most a quarter of them; "
-    "without experts neurons in multiples of 512",
+    "without experts neurons in twelve steps or more",
     "kept: heads, expert sizes (and dense ones beside experts) and vocabulary stay, unless an option gives another",
     "rank: first what engines do not object to, then the least sum over axes of weight x ln(there / kept)^2",
     "weight: how fast sqrt(total x active parameters) falls with the axis, so what costs the model more is spared more",
@@ -217,16 +217,22 @@ def _ladder(shape: Shape, axis: str) -> list[int]:
     if axis == "layers":
         tried = range(there, 0, -pattern_period(shape.layer_types))
     elif axis == "hidden":
-        unit = 2 ** min(7, max(0, (there // 8).bit_length() - 1))
+        unit = min(128, _power(there // 8))
+        unit = unit if shape["experts"] else max(unit, _power(there // 32))  # three axes of many steps are too many
         tried = [count for count in range(unit, there, unit) if shape.width_problem(count) is None]
     elif axis == "dense_size" and not shape["experts"]:
-        unit = 2 ** min(9, max(0, (there // 8).bit_length() - 1))
+        unit = _power(there // 12)
         tried = range(unit, there, unit)
     elif axis == "experts":
         tried = [count for count in FAST_EXPERTS if count < there]
     elif axis == "top_k":
         tried = [2**power for power in range(there.bit_length()) if 2**power < there]
     return sorted({there, *tried}, reverse=True)
+
+
+def _power(size: int) -> int:
+    """The largest power of two up to `size`, 1 at least."""
+    return 2 ** max(0, size.bit_length() - 1)
 
 
 def _reachable(shape: Shape) -> bool:

@@ -1,7 +1,7 @@
 """Routers that choose groups of experts first: what such a router still can do with fewer experts.
 
 `n_group` groups of E / n_group consecutive experts each; per token only `topk_group` of them are open, ranked by the
-sum of the two best experts of each (DeepSeek-V3), or by the best one (DeepSeek-V2). A router without groups is one group.
+sum of the two best experts of each (DeepSeek-V3), or by the best (DeepSeek-V2). A router without groups is one group.
 """
 
 from collections.abc import Sequence

@@ -76,12 +76,12 @@ def _plain(view: View, row: Row, *, key: str | None) -> tuple[str, tuple[Slot, .
     prefix = "" if key is None else view.shape.prefix(key)
     name = prefix + (view.shape.named(row.tensor.name) if key is None else row.tensor.name)
     source = Source(name, None, _index(view, row.axes, key=key))
-    if name in view.scale:
-        how = {"scale": view.scale[name], "zero_centred": row.tensor.norm == "zero_centred"}
-        return name, (Slot((source,), "rescale", how),)
     if key is not None and key in view.routers and row.component == "router" and row.axes == ("experts", "hidden"):
         new = view.routers[key]
         source = Source(new.prefix + row.tensor.name, None, (None, None), new.file)
+    elif name in view.scale:
+        how = {"scale": view.scale[name], "zero_centred": row.tensor.norm == "zero_centred"}
+        return name, (Slot((source,), "rescale", how),)
     return name, (Slot((source,)),)
 
 

@@ -81,10 +81,10 @@ def _undone(view: View, count: int) -> Iterator[tuple[str, float]]:
     head's too, the last norm takes the inverse, for the head has no such factor.
     """
     shape, change = view.shape, view.count("hidden") / count
-    for pattern, power in shape.family.multiplied.items():
-        for part in (part for part, lines in shape.family.parts.items() if pattern in {line.name for line in lines}):
-            keys = (key for key in view.source_keys if part in ("every", shape.mixer(key), shape.ffn(key)))
-            for name in [pattern] if part == "outer" else [shape.prefix(key) + pattern for key in keys]:
-                yield name, change**power
-                if shape.tied and name == shape.outer("head"):
-                    yield shape.outer("norm"), change**-power
+    lines = ((part, line) for part, lines in shape.family.parts.items() for line in lines if line.power)
+    for part, line in lines:
+        keys = [key for key in view.source_keys if part in ("every", shape.mixer(key), shape.ffn(key))]
+        for name in [line.name] if part == "outer" else [shape.prefix(key) + line.name for key in keys]:
+            yield name, change**line.power
+            if shape.tied and name == shape.outer("head"):
+                yield shape.outer("norm"), change**-line.power
