@@ -236,8 +236,8 @@ class Shape:
         key = self.family.key
         if self.layer_types[0] in self.family.follows:
             raise FamilyError(
-                f"config.json: the first of {self.family.mixer_key} is {self.layer_types[0]!r}, which uses what a layer "
-                "before it hands on"
+                f"config.json: the first of {self.family.mixer_key} is {self.layer_types[0]!r}, which uses what a "
+                "layer before it hands on"
             )
         if self["experts"] and not self["top_k"]:
             raise FamilyError(f"config.json: {key('top_k')} is missing; it says how many experts a token is sent to")

@@ -138,8 +138,8 @@ class PerLayer:
     """A list in the config with an entry per layer, and what it is where a config has none: `most` in every layer, but
     `other` in each n-th (n by `every`) or from layer n on (n by `start`), both (key, default), "" for a fixed n.
 
-    `offset`: the n-th are counted from this layer on, and the layers before it are `other`. `letters`: a key under which
-    the words may be written as one string of their first letters, in capitals.
+    `offset`: the n-th are counted from this layer on, and the layers before it are `other`. `letters`: a key under
+    which the words may be written as one string of their first letters, in capitals.
     `when`: a key that must say yes for `other`; a config that says so must have the list if no rule is given here.
     """
 

@@ -39,9 +39,9 @@ CONTEXT = 32_768
 class Footprint:
     """Parameters of the trunk, in all and per token (method section 7), and of the MTP head; bytes; operations.
 
-    `cache`: bytes of keys and values (MLA: of what they are made from; with an indexer's) per token of context, bf16, the MTP block's own
-    included; `state`: bytes per sequence, however long: keys and values of windows shorter than CONTEXT; of DeltaNet
-    and Mamba the state in fp32, as transformers keeps it, and convolutions' inputs in bf16.
+    `cache`: bytes of keys and values (MLA: of what they are made from; with an indexer's) per token of context, bf16,
+    the MTP block's own included; `state`: bytes per sequence, however long: keys and values of windows shorter than
+    CONTEXT; of DeltaNet and Mamba the state in fp32, as transformers keeps it, and convolutions' inputs in bf16.
     `operations`: of a forward pass per token in rows of ROW tokens, with the head, without the MTP block.
     """
 
