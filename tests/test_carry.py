@@ -1,6 +1,6 @@
 """Layers that hand the next one more than their output, in a walk: the chosen tokens of sparse attention.
 
-A page of the class is made here for that: its layers are of two kinds, the second of which reuses the first's choice.
+Layers are of two kinds, the second of which reuses the first's choice.
 """
 
 import json
@@ -18,7 +18,6 @@ from moeslim.calibrate.run import calibrate
 from moeslim.checkpoint.reader import Reader
 from moeslim.errors import FamilyError
 from moeslim.families import FAMILIES
-from moeslim.families.spec import Key, tensors
 from moeslim.model.carry import CarryColumns
 from moeslim.model.load import load_student
 from moeslim.model.walk import WalkSettings, walk
@@ -28,27 +27,11 @@ pytestmark = pytest.mark.bits("a walk is the whole model bit by bit")
 
 TOKENS = torch.randint(0, 64, (4, 15), generator=torch.Generator().manual_seed(1))
 KINDS = ["full", "shared", "full", "shared"]
-INDEXER = tensors("""
-    mla  self_attn.indexer.k_norm.bias          index_dim  bias
-    mla  self_attn.indexer.k_norm.weight        index_dim  plain_norm
-    mla  self_attn.indexer.weights_proj.weight  index_heads, hidden
-    mla  self_attn.indexer.wk.weight            index_dim, hidden
-    mla  self_attn.indexer.wq_b.weight          index_heads*index_dim, q_lora
-""")
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model that attends to 4 chosen tokens of 14, with a page that names what it holds."""
-    page = FAMILIES["deepseek_v3"]
-    mixer = page.parts["full_attention"]
-    parts = {name: lines for name, lines in page.parts.items() if name not in ("mtp", "full_attention")}
-    parts |= {"full": (*mixer, *INDEXER), "shared": mixer}
-    sizes = {**page.sizes, "index_dim": Key("index_head_dim"), "index_heads": Key("index_n_heads")}
-    made = replace(
-        page, model_type="glm_moe_dsa", parts=parts, sizes=sizes, mtp=None, mixer_key="indexer_types", carries=True
-    )
-    monkeypatch.setitem(FAMILIES, "glm_moe_dsa", made)
+def folder(tmp_path: Path) -> Path:
+    """A model that attends to 4 chosen tokens of 14."""
     config = {
         **tiny_config("deepseek_v3", architectures=["GlmMoeDsaForCausalLM"], model_type="glm_moe_dsa"),
         **{"indexer_types": KINDS, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},

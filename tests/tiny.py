@@ -130,8 +130,6 @@ _DEEPSEEK_V3: dict[str, Any] = {
     "num_nextn_predict_layers": 1,
 }
 
-OTHERS: dict[str, dict[str, Any]] = {"qwen3_5_moe": _QWEN3_5_MOE, "deepseek_v3": _DEEPSEEK_V3}
-"""Families whose laws are tested in files of their own."""
 _MIXTRAL: dict[str, Any] = {
     **{k: v for k, v in _GLM4_MOE.items() if k in _QWEN3_MOE and k not in ("moe_intermediate_size", "attention_bias")},
     "architectures": ["MixtralForCausalLM"],
@@ -139,6 +137,22 @@ _MIXTRAL: dict[str, Any] = {
     "intermediate_size": 12,
     "num_local_experts": 8,
 }
+
+_LATENT = {
+    **{k: v for k, v in _DEEPSEEK_V3.items() if k != "first_k_dense_replace"},
+    "mlp_layer_types": ["dense", *["sparse"] * 3],
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen3_5_moe": _QWEN3_5_MOE,
+    "deepseek_v3": _DEEPSEEK_V3,
+    "deepseek_v2": {k: v for k, v in _DEEPSEEK_V3.items() if k != "num_nextn_predict_layers"}
+    | {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "topk_method": "group_limited_greedy"},
+    "glm4_moe_lite": {**_LATENT, "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite"},
+    "glm_moe_dsa": {**_LATENT, "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa"}
+    | {"indexer_types": ["full", "shared"] * 2, "index_topk": 6, "index_head_dim": 14, "index_n_heads": 15},
+    "minimax_m2": {**_MIXTRAL, "architectures": ["MiniMaxM2ForCausalLM"], "model_type": "minimax_m2"},
+}
+"""Families whose laws are tested in files of their own."""
 
 _GPT_OSS: dict[str, Any] = {
     **_MIXTRAL,

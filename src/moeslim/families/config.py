@@ -46,8 +46,8 @@ def check_layers(after: Shape) -> None:
     """
     if after.layer_types[0] in after.family.follows:
         raise PlanError(
-            f"the first layer of the cut model would be {after.layer_types[0]!r} ({after.family.mixer_key}), which uses "
-            "what a layer before it hands on; keep that one too"
+            f"the first layer of the cut model would be {after.layer_types[0]!r} ({after.family.mixer_key}), which "
+            "uses what a layer before it hands on; keep that one too"
         )
     if after.family.ffn.rule == "steps" and after.mtp_layers and 0 in after.dense_layers and after["experts"]:
         raise PlanError(

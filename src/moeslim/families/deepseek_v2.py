@@ -7,9 +7,10 @@ SPEC = Family(
     sizes=keys("""
         vocab vocab_size    hidden hidden_size    dense_size intermediate_size=11008    top_k num_experts_per_tok
         experts n_routed_experts=64    expert_size moe_intermediate_size=1407    num_shared n_shared_experts=2
-        groups n_group?=1    topk_group topk_group?=1    heads num_attention_heads    kv_heads num_key_value_heads?=heads
-        q_lora q_lora_rank?    kv_lora kv_lora_rank=512    nope_dim qk_nope_head_dim=128    rope_dim qk_rope_head_dim=64
-        v_dim v_head_dim=128    head_dim v_head_dim=128
+        groups n_group?=1    topk_group topk_group?=1
+        heads num_attention_heads    kv_heads num_key_value_heads?=heads    head_dim v_head_dim=128
+        q_lora q_lora_rank?    kv_lora kv_lora_rank=512
+        nope_dim qk_nope_head_dim=128    rope_dim qk_rope_head_dim=64    v_dim v_head_dim=128
     """),
     derived={"shared_size": "num_shared * expert_size"},
     layer_prefix="model.layers.{l}.",

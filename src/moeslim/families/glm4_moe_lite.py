@@ -1,4 +1,4 @@
-"""GLM-4.7-Flash: MLA, a list of dense and sparse layers, a router with a correction bias, GLM-4.5's form of MTP head."""
+"""GLM-4.7-Flash: MLA, a list of dense and sparse layers, a correction bias, and GLM-4.5's form of MTP head."""
 
 from moeslim.families.spec import Family, Ffn, Mtp, keys, sections
 

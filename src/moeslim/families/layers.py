@@ -115,8 +115,8 @@ def _spelled(given: Any, rule: PerLayer, *, layers: int) -> tuple[Any, ...]:
     words = {str(word)[0].upper(): word for word in (rule.most, rule.other)}
     if not isinstance(given, str) or len(given) != layers or not {*given} <= {*words}:
         raise FamilyError(
-            f"config.json: {rule.letters} must be {layers} letters (num_hidden_layers) out of {', '.join(words)}, found "
-            f"{str(given)[:60]}"
+            f"config.json: {rule.letters} must be {layers} letters (num_hidden_layers) out of {', '.join(words)}, "
+            f"found {str(given)[:60]}"
         )
     return tuple(words[letter] for letter in given)
 

@@ -6,7 +6,8 @@ kernel does besides, so that a share of a device's peak can only rise by going f
 - a matrix: 2 per value that the token meets (k of E routed experts); the embedding is a look-up and costs nothing;
 - attention: scores and their sum over values are 2 + 2 per head channel and earlier position, (T+1)/2 of them on the
   average of a row of T (the masked half is left out), or fewer where a window slides; MLA's heads have one size for
-  scores and one for values;
+  scores and one for values; an indexer scores all of these positions with heads of its own, and what it chooses, at
+  most `index_top`, is then attended to;
 - DeltaNet: reading the state with k, writing the correction, reading with q: 6 dk dv per value head (Yang et al., arXiv
   2412.06464, equation 10, as a recurrence); what working in chunks adds is the kernel's own;
 - Mamba-2: writing to its state and reading from it, 4 values per head channel and state (Dao and Gu, arXiv 2405.21060);
@@ -58,12 +59,19 @@ def _mixing(shape: Shape, key: str, *, length: int) -> float:
         return 4 * shape["mamba_heads"] * shape["mamba_dim"] * shape["state"]
     if kind not in ("attention", "mla"):
         return 0
-    window = min(shape.window(key) or length, length)
-    met = window - window * (window - 1) / (2 * length)  # positions, itself among them; (T+1)/2 without a window
+    met = _met(shape.window(key) or length, length)
     if kind == "mla":
-        return 2 * shape["heads"] * (shape["nope_dim"] + shape["rope_dim"] + shape["v_dim"]) * met
+        scored = 2 * shape["index_heads"] * shape["index_dim"] * met if shape.has_indexer(key) else 0
+        chosen = min(met, _met(shape.sizes.get("index_top", length), length))
+        return scored + 2 * shape["heads"] * (shape["nope_dim"] + shape["rope_dim"] + shape["v_dim"]) * chosen
     heads, _, head_dim = shape.attention(key)
     return 4 * heads * head_dim * met
+
+
+def _met(window: int, length: int) -> float:
+    """How many positions one in a row of `length` attends to, itself among them: (T+1)/2 without a window."""
+    window = min(window, length)
+    return window - window * (window - 1) / (2 * length)
 
 
 def training_operations(

@@ -19,7 +19,7 @@ from moeslim.families.layers import (
     with_list,
 )
 from moeslim.families.registry import family_of, text_config
-from moeslim.families.spec import Family
+from moeslim.families.spec import Family, names
 
 _MOST_LAYERS, _MOST_EXPERTS = 4096, 1 << 18
 """Of all layers together: ten times those of the largest models. Tables of names are made for each, in memory."""
@@ -250,6 +250,11 @@ class Shape:
         own = "global_" if "global_head_dim" in self.sizes and self.window(key) is None else ""
         return self["heads"], self[f"{own}kv_heads"], self[f"{own}head_dim"]
 
+    def has_indexer(self, key: str) -> bool:
+        """Whether the layer chooses the tokens that it attends to; others that attend to chosen ones use its choice."""
+        tensors = self.family.parts.get(self.mixer(key), ())
+        return any("index_dim" in names(axis) for tensor in tensors for axis in tensor.axes)
+
     def is_moe(self, key: str) -> bool:
         """Whether the layer has routed experts; the MTP block of a model with any has them, or is said to be dense."""
         if is_mtp(key):
@@ -275,8 +280,8 @@ class Shape:
         key = self.family.key
         if self.layer_types[0] in self.family.follows:
             raise FamilyError(
-                f"config.json: the first of {self.family.mixer_key} is {self.layer_types[0]!r}, which uses what a layer "
-                "before it hands on"
+                f"config.json: the first of {self.family.mixer_key} is {self.layer_types[0]!r}, which uses what a "
+                "layer before it hands on"
             )
         if self["experts"] and not self["top_k"]:
             raise FamilyError(f"config.json: {key('top_k')} is missing; it says how many experts a token is sent to")

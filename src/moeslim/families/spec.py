@@ -131,8 +131,8 @@ class PerLayer:
     """A list in the config with an entry per layer, and what it is where a config has none: `most` in every layer, but
     `other` in each n-th (n by `every`) or from layer n on (n by `start`), both (key, default), "" for a fixed n.
 
-    `offset`: the n-th are counted from this layer on, and the layers before it are `other`. `letters`: a key under which
-    the words may be written as one string of their first letters, in capitals.
+    `offset`: the n-th are counted from this layer on, and the layers before it are `other`. `letters`: a key under
+    which the words may be written as one string of their first letters, in capitals.
     `when`: a key that must say yes for `other`; a config that says so must have the list if no rule is given here.
     """
 
@@ -212,8 +212,7 @@ class Wrapper:
 class Family:
     """The facts of one architecture. `sizes` maps an axis to its config key.
 
-    A router that chooses groups of experts first has the sizes `groups` (n_group) and `topk_group`, default 1; a group's
-    rank is made of its `ranked_by` best experts. A family
+    A router that chooses groups of experts first has the sizes `groups` (n_group) and `topk_group`, default 1. A family
     without the sizes `experts`, `expert_size` and `top_k` is dense.
 
     What mixing tokens costs is computed from sizes of these names: `heads`, `kv_heads`, `head_dim` and perhaps `window`

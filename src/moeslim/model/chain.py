@@ -35,12 +35,12 @@ class Keys(NamedTuple):
 class Chain(NamedTuple):
     """What chains attend to: the true pairs (None before depth 1), and per depth from 2 on the slot it has added.
 
-    `index` are the index keys of these in the same order, (B, L or X, I), none of a layer that attends to all slots.
+    `index_keys` are those of these in the same order, (B, L or X, I), none of a layer that attends to all slots.
     """
 
     prefix: Keys | None = None
     own: tuple[Keys, ...] = ()
-    index: tuple[torch.Tensor, ...] = ()
+    index_keys: tuple[torch.Tensor, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -61,14 +61,17 @@ class ChainCall:
     base: str
     grown: Chain | None = None
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, _layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layer has made of its states, as it is: the back end knows the slots before them."""
-        return keys, values
+    def update(self, *made: Any) -> tuple[Any, Any]:
+        """The keys and values of its states that the layer has made, as they are: the back end knows the slots before.
+
+        As of a cache, what comes behind them is the layer's number.
+        """
+        return made[0], made[1]
 
     def update_indexer(self, index_BXI: torch.Tensor, _layer: int) -> torch.Tensor:
         """The index keys of all slots (B, S, I), those that the layer has just made at the end."""
-        self.chain = self.chain._replace(index=(*self.chain.index, index_BXI))
-        prefix, *own = self.chain.index
+        self.chain = self.chain._replace(index_keys=(*self.chain.index_keys, index_BXI))
+        prefix, *own = self.chain.index_keys
         return torch.cat([prefix, *(part[:, : index_BXI.shape[1]] for part in own)], dim=1)
 
     def open_slots(self, starts: int, device: torch.device) -> torch.Tensor:

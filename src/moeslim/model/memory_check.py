@@ -145,6 +145,8 @@ def _values(shape: Shape, key: str, *, attn: str, length: int) -> int:
     elif kind == "mla":
         sizes = 6 * (shape["nope_dim"] + shape["rope_dim"]) + 4 * shape["v_dim"]
         mixer = shape["heads"] * (sizes + scores) + 2 * shape["kv_lora"] + 2 * shape.sizes.get("q_lora", 0)
+        if "index_top" in shape.sizes:  # what is chosen and masks of it; scores before and after their relu
+            mixer += (8 + 3 * shape["index_heads"] * shape.has_indexer(key)) * length
     elif kind == "attention":
         heads, kv_heads, head_dim = shape.attention(key)
         mixer = (5 * heads + 2 * kv_heads) * head_dim + heads * scores

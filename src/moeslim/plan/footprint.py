@@ -39,9 +39,9 @@ CONTEXT = 32_768
 class Footprint:
     """Parameters of the trunk, in all and per token (method section 7), and of the MTP head; bytes; operations.
 
-    `cache`: bytes of keys and values (MLA: of what they are made from) per token of context, bf16, the MTP block's own
-    included; `state`: bytes per sequence, however long: keys and values of windows shorter than CONTEXT; of DeltaNet
-    and Mamba the state in fp32, as transformers keeps it, and convolutions' inputs in bf16.
+    `cache`: bytes of keys and values (MLA: of what they are made from; with an indexer's) per token of context, bf16,
+    the MTP block's own included; `state`: bytes per sequence, however long: keys and values of windows shorter than
+    CONTEXT; of DeltaNet and Mamba the state in fp32, as transformers keeps it, and convolutions' inputs in bf16.
     `operations`: of a forward pass per token in rows of ROW tokens, with the head, without the MTP block.
     """
 
@@ -115,6 +115,7 @@ def _kept_between_tokens(shape: Shape) -> tuple[int, int]:
         _, heads, head_dim = shape.attention(key) if kind == "attention" else (0, 0, 0)
         if kind == "mla":
             cache += 2 * (shape["kv_lora"] + shape["rope_dim"])
+            cache += 2 * shape["index_dim"] if shape.has_indexer(key) else 0
         elif kind == "attention" and window is not None and window < CONTEXT:
             state += window * 2 * 2 * heads * head_dim
         elif kind == "attention":

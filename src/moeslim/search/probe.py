@@ -81,8 +81,8 @@ class ProbeResult:
 def grid(shape: Shape, *, parts: int = 16) -> tuple[int, ...]:
     """Expert counts in `parts` equal steps up to all, ascending, as far down as the router's top-k can be served.
 
-    Multiples of the router's groups, each of which keeps as many experts as rank it and, where several are open to a token,
-    enough of them together.
+    Multiples of the router's groups, each of which keeps as many experts as rank it and, where several are open to a
+    token, enough of them together.
     """
     groups, top_k = shape.groups, shape["top_k"]
     least = top_k if groups == 1 else groups * max(shape.family.ranked_by, -(-top_k // shape.topk_group))
