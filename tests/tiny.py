@@ -21,6 +21,7 @@ from moeslim.families import Shape
 from moeslim.families.layouts import live_layout, possible_layouts
 from moeslim.model.init import write_random
 from moeslim.recipe import Distill
+from tiny_hybrids import HYBRIDS
 
 STACKED = {"trunk": "stacked", "mtp": "stacked"}
 MIXED = {"trunk": "stacked", "mtp": "per_expert"}
@@ -130,7 +131,7 @@ _DEEPSEEK_V3: dict[str, Any] = {
     "num_nextn_predict_layers": 1,
 }
 
-OTHERS: dict[str, dict[str, Any]] = {"qwen3_5_moe": _QWEN3_5_MOE, "deepseek_v3": _DEEPSEEK_V3}
+OTHERS: dict[str, dict[str, Any]] = {"qwen3_5_moe": _QWEN3_5_MOE, "deepseek_v3": _DEEPSEEK_V3, **HYBRIDS}
 """Families whose laws are tested in files of their own."""
 _MIXTRAL: dict[str, Any] = {
     **{k: v for k, v in _GLM4_MOE.items() if k in _QWEN3_MOE and k not in ("moe_intermediate_size", "attention_bias")},
