@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from moeslim.errors import FamilyError, PlanError
-from moeslim.families import FAMILIES, PER_EXPERT, Shape, count, forward_operations, table
+from moeslim.families import FAMILIES, Shape, count, forward_operations, table
 from moeslim.families.config import edit_config
 from moeslim.families.spec import Family, Ffn, PerLayer, keys, sections
 from moeslim.plan.engines import engine_warnings
 from moeslim.plan.footprint import CONTEXT, Footprints
 from moeslim.plan.steps import DropLayers
-from tiny import tiny_config
+from tiny import tiny_config, tiny_shape
 
 BASE: dict[str, Any] = {
     "model_type": "made_up",
@@ -166,11 +166,11 @@ def test_one_mixer_per_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     config, shape = made_up(monkeypatch, MIXERS, layers_block_type=WORDS)
     assert (shape.moe_keys, shape.dense_keys) == (("1",), ("3",))
     assert [shape.ffn(key) for key in shape.trunk_keys] == ["", "moe", "", "dense", "", ""]
-    names = {name for name in table(shape, PER_EXPERT) if ".experts." not in name}
+    names = {name for name in table(shape) if ".experts." not in name}
     own = {0: ["in_proj"], 1: ["gate"], 2: ["q", "k"], 3: ["up", "down"], 4: ["in_proj"], 5: ["q", "kv"]}
     layers = {f"layers.{number}.{name}" for number, found in own.items() for name in ("norm", *found)}
     assert names == {"embed", "norm", "head"} | layers
-    assert sum(".experts." in name for name in table(shape, PER_EXPERT)) == 8 * 3
+    assert sum(".experts." in name for name in table(shape)) == 8 * 3
     edited = edit_config(config, shape.keep_layers((0, 1, 3)))
     assert edited["layers_block_type"] == ["mamba", "moe", "mlp"]
     assert "mlp_only_layers" not in edited
@@ -246,3 +246,12 @@ def test_rules_of_mistral_and_qwen2_on_windows() -> None:
     assert [Shape.from_config(tiny_config("mistral")).window(key) for key in "0123"] == [6, 6, 6, 6]
     assert [Shape.from_config(tiny_config("qwen2")).window(key) for key in "0123"] == [None, None, 6, 6]
     assert Shape.from_config(tiny_config("mistral", sliding_window=None)).window("0") is None
+
+
+def test_layers_whose_kind_an_engine_takes_from_their_number() -> None:
+    """gpt-oss alternates; vLLM does not read `layer_types` there, so what is left must alternate as well."""
+    whole = tiny_shape("gpt_oss")
+    assert engine_warnings(whole.keep_layers([0, 1]), before=whole) == []
+    assert engine_warnings(whole.keep_layers([0, 1, 2]), before=whole) == []
+    (found,) = engine_warnings(whole.keep_layers([0, 2, 3]), before=whole)
+    assert "vLLM takes the kind from the layer's number" in found

@@ -57,6 +57,7 @@ _DEEPSEEK = {
     "v_head_dim": 10,
 }
 _GROUPS = {"n_group": 2, "topk_group": 1}
+_NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # keys of releases that transformers itself never reads
 _DELTANET = {
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_num_key_heads": 2,
@@ -104,9 +105,9 @@ MOE: dict[str, dict[str, Any]] = {
         "audio_token_id": 61,
         "video_token_id": 62,
     },
-    "deepseek_v3": {**_DEEPSEEK, **_GROUPS, "first_k_dense_replace": 1},
+    "deepseek_v3": {**_DEEPSEEK, **_GROUPS, **_NOAUX, "first_k_dense_replace": 1},
     "kimi_k25": {
-        "text_config": {**_DEEPSEEK, "model_type": "deepseek_v3", "n_group": 1, "topk_group": 1}
+        "text_config": {**_DEEPSEEK, **_NOAUX, "model_type": "deepseek_v3", "n_group": 1, "topk_group": 1}
         | {"first_k_dense_replace": 1},
         "vision_config": {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
         | {"patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4},

@@ -28,13 +28,28 @@ def _pattern(shape: Shape) -> list[str]:
     if not any(attends):
         return ["no full-attention layer: engines do not serve such a model; keep at least one period of layers"]
     if "full_attention_interval" not in _intervals(shape):
-        return []
+        return _numbered(shape)
     interval = attends.index(True) + 1
     if all(attention == ((i + 1) % interval == 0) for i, attention in enumerate(attends)):
         return []
     return [
         "the layers' pattern is not one attention layer per full_attention_interval: transformers and vLLM load it by "
         "layer_types, SGLang does not; drop whole periods, or the last layers only"
+    ]
+
+
+def _numbered(shape: Shape) -> list[str]:
+    """Kinds of layers that no key of the config counts: an engine may take a layer's kind from its number alone."""
+    rule = shape.family.lists.get(shape.family.mixer_key)
+    if rule is None or rule.every is None or rule.every[0]:
+        return []
+    step = rule.every[1]
+    if all(word == (rule.most if (i + 1) % step else rule.other) for i, word in enumerate(shape.layer_types)):
+        return []
+    return [
+        f"the layers' pattern is not {rule.most} with {rule.other} in each {step}th layer: transformers loads it by "
+        f"{shape.family.mixer_key}, vLLM takes the kind from the layer's number and is wrong; drop {step} layers at a "
+        "time, or the last ones only"
     ]
 
 
