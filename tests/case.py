@@ -100,15 +100,19 @@ class Case:
 
     @cached_property
     def fewer_layers(self) -> DropLayers:
-        """All layers but one, the first of the middle ones that the family can do without."""
+        """All layers but one, the first of the middle ones that the family can do without.
+
+        An attention layer stays: transformers' cache generates with none without one.
+        """
         layers = self.shape.layers
         problems = []
         for gone in (*range(2, layers), 1, 0):
             step = DropLayers(kept=tuple(i for i in range(layers) if i != gone))
             try:
                 step.check(self.shape, top_k=self.shape.sizes.get("top_k", 0))
-                step.after(self.shape)
-                return step
+                after = step.after(self.shape)
+                if any(after.kind(key) in ("attention", "mla") for key in after.trunk_keys):
+                    return step
             except MoeslimError as problem:
                 problems.append(problem)
         raise problems[0]

@@ -21,6 +21,7 @@ from moeslim.families import Shape
 from moeslim.families.layouts import live_layout, possible_layouts
 from moeslim.model.init import write_random
 from moeslim.recipe import Distill
+from tiny_hybrids import HYBRIDS
 
 STACKED = {"trunk": "stacked", "mtp": "stacked"}
 MIXED = {"trunk": "stacked", "mtp": "per_expert"}
@@ -145,6 +146,7 @@ _LATENT = {
 OTHERS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": _QWEN3_5_MOE,
     "deepseek_v3": _DEEPSEEK_V3,
+    **HYBRIDS,
     "deepseek_v2": {k: v for k, v in _DEEPSEEK_V3.items() if k != "num_nextn_predict_layers"}
     | {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "topk_method": "group_limited_greedy"},
     "glm4_moe_lite": {**_LATENT, "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite"},

@@ -129,7 +129,7 @@ def with_list(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     listed = config.get(family.mixer_key)
     if family.letters is not None and config.get(family.letters[0]) is not None:
         key, text = family.letters[0], config[family.letters[0]]
-        found = {letter: word for word, letter in reversed(list(family.words.items()))}
+        found = {letter: word for word, letter in reversed(list(family.letter_of.items()))}
         if not isinstance(text, str) or not set(text) <= set(found):
             raise FamilyError(
                 f"config.json: {key} must have a letter out of {', '.join(sorted(found))} for every layer"
@@ -144,9 +144,9 @@ def with_list(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     return config
 
 
-def letters(words: Any, family: Family) -> str:
+def letters(listed: Any, family: Family) -> str:
     """A list of mixers in letters; a word without one is a question mark."""
-    return "".join(family.words.get(str(word), "?") for word in words) if isinstance(words, list | tuple) else "?"
+    return "".join(family.letter_of.get(str(word), "?") for word in listed) if isinstance(listed, list | tuple) else "?"
 
 
 def mixers(config: Mapping[str, Any], family: Family, *, layers: int) -> tuple[str, ...]:

@@ -75,7 +75,7 @@ class Shape:
             )
         words = mixers(config, family, layers=layers)
         check_exceptions(config, family, kinds=words)
-        sizes = _present(sizes, family, words=words)
+        sizes = _present(sizes, family, kinds=words)
         experts = sizes.get("experts", 0)
         named = {family.mixer_key, family.ffn.key}
         lists = {key: per_layer(config, key, rule=family.lists[key], layers=layers) for key in {*family.lists} - named}
@@ -350,11 +350,11 @@ def _sizes(config: Mapping[str, Any], family: Family) -> dict[str, int]:
     return sizes
 
 
-def _present(sizes: Mapping[str, int], family: Family, *, words: Collection[str]) -> dict[str, int]:
-    """The axes that a model with layers of these `words` has, and those that follow from them."""
-    by_words, every = family.ffn.rule == "mixer", family.ffn.rule == "all"
-    moe = "experts" in sizes and (not by_words or "moe" in words)
-    plain = "mlp" in words if by_words else not (moe and every)
+def _present(sizes: Mapping[str, int], family: Family, *, kinds: Collection[str]) -> dict[str, int]:
+    """The axes that a model with layers of these `kinds` has, and those that follow from them."""
+    listed, every = family.ffn.rule == "mixer", family.ffn.rule == "all"
+    moe = "experts" in sizes and (not listed or "moe" in kinds)
+    plain = "mlp" in kinds if listed else not (moe and every)
     lacked = {*(() if moe else _OF_EXPERTS), *(() if plain else ("dense_size",))}
     sizes = {axis: size for axis, size in sizes.items() if axis not in lacked}
     return {**sizes, **_derived(family, sizes)}

@@ -284,7 +284,7 @@ class Family:
         return next((tensor.component for tensor in self.parts.get(mixer, ())), "")
 
     @property
-    def words(self) -> Mapping[str, str]:
+    def letter_of(self) -> Mapping[str, str]:
         """The letter of every word, where the config may spell the list of mixers as a text (see `letters`)."""
         found, letter = {}, ""
         for word in () if self.letters is None else self.letters[1].split():

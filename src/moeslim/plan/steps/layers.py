@@ -5,10 +5,8 @@ from typing import Literal
 from moeslim.errors import PlanError
 from moeslim.families import Shape
 from moeslim.families.config import check_layers
-from moeslim.plan.steps.base import Ids, PlanStep, in_range, span
+from moeslim.plan.steps.base import Ids, PlanStep, in_range
 from moeslim.plan.view import View
-
-_ATTENTION = ("attention", "mla")
 
 
 class DropLayers(PlanStep):
@@ -31,12 +29,6 @@ class DropLayers(PlanStep):
             )
         if moe and len(after.dense_layers) == after.layers:
             raise PlanError("no layer with experts would stay; keep at least one")
-        attending = [key for key in shape.trunk_keys if shape.kind(key) in _ATTENTION]
-        if attending and not any(int(key) in self.kept for key in attending):
-            raise PlanError(
-                "no attention layer would stay, and transformers' cache counts tokens there alone, so nothing could be "
-                f"generated; keep at least one of {span(attending)}"
-            )
         check_layers(after)
 
     def after(self, shape: Shape) -> Shape:
