@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeslim.errors import FamilyError
+from moeslim.families.axes import names
 from moeslim.families.layers import (
     MOST,
     check_exceptions,
@@ -19,7 +20,7 @@ from moeslim.families.layers import (
     with_list,
 )
 from moeslim.families.registry import family_of, text_config
-from moeslim.families.spec import Family, names
+from moeslim.families.spec import Family
 
 _MOST_LAYERS, _MOST_EXPERTS = 4096, 1 << 18
 """Of all layers together: ten times those of the largest models. Tables of names are made for each, in memory."""
