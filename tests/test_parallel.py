@@ -62,10 +62,25 @@ def test_gradients_of_two_ranks_add_up_to_one_process(request: Any, model: str, 
     assert all(float(g.abs().max()) > 1e-5 for g in one["gradients"].values())
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "mixtral", "gpt_oss", "qwen3_5_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen3_moe",
+        "glm4_moe",
+        "mixtral",
+        "gpt_oss",
+        "qwen3_5_moe",
+        "deepseek_v3",
+        "deepseek_v2",
+        "minimax_m2",
+        "glm_moe_dsa",
+    ],
+)
 def test_two_ranks_are_one_process_in_every_family(tmp_path: Path, family: str) -> None:
     """Sigmoid routers, whose correction biases are buffers and whole on every rank; loaded, trained and saved."""
-    folder = write_tiny(tmp_path / "model", family=family, num_hidden_layers=2)
+    lists = {"indexer_types": ["full", "shared"], "mlp_layer_types": ["dense", "sparse"]}
+    changes: Any = lists if family == "glm_moe_dsa" else {}
+    folder = write_tiny(tmp_path / "model", family=family, num_hidden_layers=2, **changes)
     found = ranks.run(sharded.gradients, folder)
     _assert_same_step(found, sharded.gradients(folder))
     plain, loaded = load_student(folder).disk_state(), ranks.run(sharded.loaded, folder)
