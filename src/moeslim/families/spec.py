@@ -150,6 +150,7 @@ class Mtp:
     """The MTP head's modules by their names behind `prefix`: `norm(layer(fc([norm_embedding(e); norm_hidden(h)])))`.
 
     `prefix` and `layer` may hold `{L}`, the trunk's number of layers; `layer` is where the head's decoder layer stands.
+    `halves`: in a family whose layers are a mixer or experts alone, where the layer of each stands behind that.
     """
 
     prefix: str
@@ -158,6 +159,7 @@ class Mtp:
     norm_embedding: str
     norm_hidden: str
     norm: str
+    halves: tuple[str, str] | None = None
 
     @property
     def layer_prefix(self) -> str:

@@ -23,15 +23,16 @@ from moeslim.model.trunk import Trunk
 
 
 def mtp_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
-    """A copy of the trunk's config that describes one MoE layer with the head's mixer, at index 0.
+    """A copy of the trunk's config that describes one MoE layer with the head's mixer, at index 0, or the two halves.
 
     The copy keeps the attention and expert back ends of the original. Rules that make layers dense count the trunk's
     layers, so they are emptied: a 0 among them would make the block dense.
     """
     block: Any = copy.deepcopy(config)
-    block.num_hidden_layers = 1
+    kinds = [family.mtp_mixer, *(["moe"] if family.mtp is not None and family.mtp.halves else [])]
+    block.num_hidden_layers = len(kinds)
     if getattr(block, "layer_types", None) is not None:
-        block.layer_types = [family.mtp_mixer]
+        block.layer_types = kinds
     facts = {"decoder_sparse_step": 1} if family.ffn.rule == "steps" else {}
     write_dense(facts, family, numbers=(), layers=1)
     for key, value in facts.items():
@@ -54,7 +55,8 @@ class MtpBlock(nn.Module):
         self.fc = nn.Linear(2 * d, d, bias=False)
         self.norm_embedding = copy.deepcopy(trunk.norm)
         self.norm_hidden = copy.deepcopy(trunk.norm)
-        self.layers = nn.ModuleList([type(trunk.layers[-1])(self.config, 0)])
+        halves = [type(trunk.layers[-1])(self.config, number) for number in range(self.config.num_hidden_layers)]
+        self.layers = nn.ModuleList([_Halves(*halves) if len(halves) > 1 else halves[0]])
         self.norm = copy.deepcopy(trunk.norm)
 
     def join(self, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
@@ -103,6 +105,16 @@ class MtpBlock(nn.Module):
             yield
         finally:
             self.config._attn_implementation = base
+
+
+class _Halves(nn.Sequential):
+    """A decoder layer whose mixer and experts are layers of their own class, with the same arguments each."""
+
+    def forward(self, x: torch.Tensor, **arguments: Any) -> torch.Tensor:  # type: ignore[override]  # more than one
+        """The layer's states (B, T, d)."""
+        for half in self:
+            x = _states(half(x, **arguments))
+        return x
 
 
 def _states(output: Any) -> torch.Tensor:
