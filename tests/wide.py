@@ -35,18 +35,17 @@ class Wide(nn.Module):
         assert all(t.dtype != torch.float32 for t in (*self.parameters(), *self.buffers()))
 
     def layer(self, key: str) -> nn.Module:
-        """The decoder layer of a key, "mtp.0" being the MTP head's first."""
-        if key.startswith("mtp."):
+        """The decoder layer of a key, "mtp.0" being the MTP head's, or all of them, where each is a part alone."""
+        if key == "mtp.0":
             assert self.head is not None
-            return layers_of(self.head.model)[int(key[4:])]
+            found = layers_of(self.head.model)
+            return found if len(found) > 1 else found[0]
         return layers_of(self.trunk)[int(key)]
 
     @property
     def keys(self) -> list[str]:
         """All layer keys."""
-        heads = () if self.head is None else layers_of(self.head.model)
-        trunk = range(len(layers_of(self.trunk)))
-        return [*map(str, trunk), *(f"mtp.{number}" for number in range(len(heads)))]
+        return [*map(str, range(len(layers_of(self.trunk)))), *([] if self.head is None else ["mtp.0"])]
 
     @property
     def moe_keys(self) -> list[str]:

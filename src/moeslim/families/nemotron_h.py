@@ -4,7 +4,7 @@ Experts and MLPs are down(relu2(up(x))), without a gate. Releases spell the laye
 are older words. The MTP head is an attention layer and a mixture, with the projection in the first of them.
 """
 
-from moeslim.families.spec import Family, Ffn, keys, sections
+from moeslim.families.spec import Family, Ffn, Mtp, keys, sections
 
 SPEC = Family(
     model_type="nemotron_h",
@@ -52,11 +52,20 @@ SPEC = Family(
         dense:
             dense  mixer.up_proj.weight    dense_size, hidden  up
             dense  mixer.down_proj.weight  hidden, dense_size  down
+        mtp:
+            mtp_fc  mtp.layers.0.eh_proj.weight          hidden, hidden|hidden
+            norm    mtp.layers.0.enorm.weight            hidden  plain_norm
+            norm    mtp.layers.0.hnorm.weight            hidden  plain_norm
+            norm    mtp.layers.1.final_layernorm.weight  hidden  plain_norm
     """),
     expert_prefix="mixer.experts",
     layouts=("per_expert_ungated",),
     ffn=Ffn("mixer"),
     router="sigmoid",
     renormalise=("norm_topk_prob", True),
+    mtp=Mtp(
+        *("mtp.", "", "layers.0.eh_proj", "layers.0.enorm", "layers.0.hnorm", "layers.1.final_layernorm"),
+        halves=("layers.0.", "layers.1."),
+    ),
     spellings={"num_local_experts": "n_routed_experts"},
 )

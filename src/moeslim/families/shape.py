@@ -190,6 +190,11 @@ class Shape:
             return "" if self.family.mtp is None else self.named(self.family.mtp.layer_prefix)
         return self.family.layer_prefix.replace("{l}", key)
 
+    def halves(self, key: str) -> tuple[str, str] | None:
+        """Where a layer's mixer and its experts stand behind its prefix, if they are layers of their own: see `Mtp`."""
+        head = self.family.mtp
+        return head.halves if head is not None and is_mtp(key) else None
+
     @property
     def trunk_keys(self) -> tuple[str, ...]:
         """ "0".."L-1": the trunk's layers."""

@@ -161,6 +161,7 @@ class Mtp:
 
     `prefix` and `layer` may hold `{L}`, the trunk's number of layers; `layer` is where the head's decoder layer stands.
     `norm` "": there is no norm behind the layer. `dense`: the layer has a dense MLP where the trunk's have experts.
+    `halves`: in a family whose layers are a mixer or experts alone, where the layer of each stands behind that.
     """
 
     prefix: str
@@ -170,6 +171,7 @@ class Mtp:
     norm_hidden: str
     norm: str = ""
     dense: bool = False
+    halves: tuple[str, str] | None = None
 
     @property
     def layer_prefix(self) -> str:

@@ -66,7 +66,8 @@ def table(
 
 def expert_prefix(shape: Shape, key: str) -> str:
     """Where the routed experts of a layer lie, for example `model.layers.3.mlp.experts`."""
-    return shape.prefix(key) + shape.family.expert_prefix
+    halves = shape.halves(key)
+    return shape.prefix(key) + (halves[1] if halves else "") + shape.family.expert_prefix
 
 
 def _rows(shape: Shape, layouts: Layouts) -> Iterator[Row]:
@@ -81,16 +82,21 @@ def _rows(shape: Shape, layouts: Layouts) -> Iterator[Row]:
 
     def layer_rows(key: str, subtree: str) -> Iterator[Row]:
         prefix = shape.prefix(key)
-        parts = dict.fromkeys(("every", shape.mixer(key), shape.ffn(key)))  # a mixer's word may be "moe" itself
-        yield from (row(tensor, prefix, key, subtree) for name in parts for tensor in part(name))
+        if halves := shape.halves(key):
+            for half, own in zip(halves, (shape.mixer(key), shape.ffn(key)), strict=True):
+                lines = (replace(tensor, name=half + tensor.name) for name in ("every", own) for tensor in part(name))
+                yield from (row(tensor, prefix, key, subtree) for tensor in lines)
+        else:
+            parts = dict.fromkeys(("every", shape.mixer(key), shape.ffn(key)))  # a mixer's word may be "moe" itself
+            yield from (row(tensor, prefix, key, subtree) for name in parts for tensor in part(name))
         if shape.is_moe(key):
-            own = layout_lines(family, layouts[subtree])
-            lines = [row(tensor, f"{prefix}{family.expert_prefix}.", key, subtree) for tensor in own]
-            for line in lines:
+            layout = layout_lines(family, layouts[subtree])
+            stacks = [row(tensor, f"{expert_prefix(shape, key)}.", key, subtree) for tensor in layout]
+            for line in stacks:
                 if "{e}" not in line.name:
                     yield line
             for expert in range(sizes["experts"]):
-                for line in lines:
+                for line in stacks:
                     if "{e}" in line.name:
                         yield replace(line, name=line.name.replace("{e}", str(expert)), expert=expert)
 

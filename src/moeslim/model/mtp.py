@@ -25,15 +25,18 @@ from moeslim.model.trunk import Trunk
 def mtp_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
     """A copy of the trunk's config that describes one layer with the head's mixer, at index 0, dense if the head's is.
 
+    In a family whose layers are a mixer or experts alone it describes the two halves of that layer.
+
     The copy keeps the attention and expert back ends of the original. Rules that make layers dense count the trunk's
     layers, so they are written anew: a 0 among them would make any block dense.
     """
     block: Any = copy.deepcopy(config)
-    block.num_hidden_layers = 1
+    kinds = [family.mtp_mixer, *(["moe"] if family.mtp is not None and family.mtp.halves else [])]
+    block.num_hidden_layers = len(kinds)
     for key in {"layer_types", *family.lists}:
         if getattr(block, key, None) is not None:
             mixers = key == family.mixer_key or key not in family.lists
-            setattr(block, key, [family.mtp_mixer] if mixers else getattr(block, key)[:1])
+            setattr(block, key, kinds if mixers else getattr(block, key)[: len(kinds)])
     facts = {"decoder_sparse_step": 1} if family.ffn.rule == "steps" else {}
     write_dense(facts, family, numbers=(0,) if family.mtp is not None and family.mtp.dense else (), layers=1)
     for key, value in facts.items():
@@ -56,7 +59,8 @@ class MtpBlock(nn.Module):
         self.fc = nn.Linear(2 * d, d, bias=False)
         self.norm_embedding = copy.deepcopy(trunk.norm)
         self.norm_hidden = copy.deepcopy(trunk.norm)
-        self.layers = nn.ModuleList([type(trunk.layers[-1])(self.config, 0)])
+        halves = [type(trunk.layers[-1])(self.config, number) for number in range(self.config.num_hidden_layers)]
+        self.layers = nn.ModuleList([_Halves(*halves) if len(halves) > 1 else halves[0]])
         own = trunk.shape.family.mtp
         self.norm = copy.deepcopy(trunk.norm) if own is not None and own.norm else nn.Identity()
         self.chooses = "index_top" in trunk.shape.sizes  # its layer has an indexer, which reads the mask itself
@@ -116,6 +120,16 @@ class MtpBlock(nn.Module):
             yield
         finally:
             self.config._attn_implementation = base
+
+
+class _Halves(nn.Sequential):
+    """A decoder layer whose mixer and experts are layers of their own class, with the same arguments each."""
+
+    def forward(self, x: torch.Tensor, **arguments: Any) -> torch.Tensor:  # type: ignore[override]  # more than one
+        """The layer's states (B, T, d)."""
+        for half in self:
+            x = _states(half(x, **arguments))
+        return x
 
 
 def _states(output: Any) -> torch.Tensor:

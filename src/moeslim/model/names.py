@@ -51,7 +51,7 @@ class Names:
     def within(self, key: str) -> dict[str, str]:
         """The tensors of a decoder layer: their names on the page -> in the layer."""
         prefix = f"{self.layer(key)}."
-        found = {row.tensor.name: live for live, row in self.rows.items() if row.layer == key}
+        found = {self._inside(row)[1]: live for live, row in self.rows.items() if row.layer == key}
         return {name: live.removeprefix(prefix) for name, live in found.items() if live.startswith(prefix)}
 
     @cached_property
@@ -68,8 +68,17 @@ class Names:
 
     def _as_trunk(self, row: Row) -> str:
         if row.layer is not None and is_mtp(row.layer):
-            return self.shape.prefix("0") + row.name.removeprefix(self.shape.prefix(row.layer))
+            return self.shape.prefix("0") + self._inside(row)[1]
         return row.name
+
+    def _inside(self, row: Row) -> tuple[str, str]:
+        """Where in its decoder layer a tensor's part of it is, "" for the layer itself, and what the page calls it."""
+        assert row.layer is not None
+        name = row.name.removeprefix(self.shape.prefix(row.layer))
+        for number, half in enumerate(self.shape.halves(row.layer) or ()):
+            if name.startswith(half):
+                return f"{number}.", name.removeprefix(half)
+        return "", name
 
     def _live(self, row: Row, renamed: Mapping[str, str]) -> str:
         if is_copy(row):
@@ -80,7 +89,8 @@ class Names:
         if row.subtree == "trunk":
             return f"trunk.{renamed[row.name]}"
         if row.layer is not None:
-            return f"{self.layer(row.layer)}.{renamed[row.name].removeprefix(f'{self.parts.layer_name(0)}.')}"
+            inside = renamed[row.name].removeprefix(f"{self.parts.layer_name(0)}.")
+            return f"{self.layer(row.layer)}.{self._inside(row)[0]}{inside}"
         assert self.shape.family.mtp is not None
         inside = row.name.removeprefix(self.shape.named(self.shape.family.mtp.prefix))
         for role, there in self.shape.family.mtp.roles.items():
