@@ -127,7 +127,7 @@ def test_table_is_one_row_per_tensor_and_layouts_change_no_count(family: str, nu
     assert sum(row.parameters for row in rows.values()) == counted.total + counted.mtp
     assert sum(row.parameters for row in rows.values() if row.subtree == "mtp") == counted.mtp
     assert all(name == row.name for name, row in rows.items())
-    present = layouts if counted.mtp else {"trunk": layouts["trunk"]}
+    present = layouts if any(map(shape.is_moe, shape.mtp_keys)) else {"trunk": layouts["trunk"]}
     assert detect(rows, shape) == (present if shape["experts"] else {})
     assert not any(name.startswith("mtp.") for name in table(shape.trunk, layouts))
 

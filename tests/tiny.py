@@ -1,6 +1,6 @@
 """Tiny models of every family, written in a fraction of a second, and settings for them.
 
-A new family joins every law in FAMILIES.
+A family without a config here has the one of `tiny_families`.
 """
 
 import re
@@ -21,6 +21,7 @@ from moeslim.families import Shape
 from moeslim.families.layouts import live_layout, possible_layouts
 from moeslim.model.init import write_random
 from moeslim.recipe import Distill
+from tiny_families import stock_raw
 from tiny_hybrids import HYBRIDS
 
 STACKED = {"trunk": "stacked", "mtp": "stacked"}
@@ -243,7 +244,8 @@ DENSE: dict[str, dict[str, Any]] = {
 
 def tiny_config(family: str = "qwen3_next", **changes: Any) -> dict[str, Any]:
     """A raw config.json of a few thousand parameters; a changed depth or interval gets its `layer_types`."""
-    config = {**(FAMILIES | OTHERS | DENSE)[family], **changes}
+    own = (FAMILIES | OTHERS | DENSE).get(family)
+    config = {**(stock_raw(family) if own is None else own), **changes}
     hybrid = "full_attention_interval" in config
     if hybrid and "layer_types" not in changes and {"num_hidden_layers", "full_attention_interval"} & changes.keys():
         interval = config["full_attention_interval"]

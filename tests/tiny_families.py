@@ -191,6 +191,13 @@ def stock_class(config: transformers.PreTrainedConfig) -> type[nn.Module]:
     return (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if inner else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
 
 
+def stock_raw(family: str) -> dict[str, Any]:
+    """The same as the config.json that a save would write."""
+    config = stock_config(family)
+    config.architectures = [stock_class(config).__name__]
+    return config.to_dict()
+
+
 def build_stock(
     folder: Path,
     family: str,
