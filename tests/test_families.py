@@ -27,7 +27,7 @@ from moeslim.families import (
     size,
     table,
 )
-from moeslim.families.spec import Key
+from moeslim.families.spec import Key, tensors
 from tiny import LAYOUTS, layouts_of, tiny_config, tiny_shape, write_tiny
 
 pytestmark = pytest.mark.bits("values are copied, not computed")
@@ -318,3 +318,12 @@ def test_the_room_is_light(tmp_path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={"PYTHONPATH": path}
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_line_with_braces_stands_for_a_line_per_word() -> None:
+    line = "shared  mlp.{gate,up}_proj.weight  shared_size, hidden  {gate,up}  if use_{a,b}\n"
+    both = "".join(line.replace("{gate,up}", one).replace("{a,b}", key) for one, key in (("gate", "a"), ("up", "b")))
+    assert tensors(line) == tensors(both)
+    with pytest.raises(ValueError, match="zip"):
+        tensors("norm  {a,b}.weight  hidden  {ones,zeros,conv}")
+    assert [one.name for one in tensors("norm  experts.{e}.weight  hidden")] == ["experts.{e}.weight"]

@@ -20,8 +20,7 @@ SPEC = Family(
             norm       model.norm.weight          hidden         plain_norm
             head       lm_head.weight             vocab, hidden
         every:
-            norm  input_layernorm.weight           hidden  plain_norm
-            norm  post_attention_layernorm.weight  hidden  plain_norm
+            norm  {input,post_attention}_layernorm.weight  hidden  plain_norm
         full_attention:
             mla  self_attn.q_proj.weight              heads*(nope_dim|rope_dim), hidden  if not q_lora_rank
             mla  self_attn.q_a_proj.weight            q_lora, hidden                     if q_lora_rank
@@ -32,14 +31,12 @@ SPEC = Family(
             mla  self_attn.kv_b_proj.weight           heads*(nope_dim|v_dim), kv_lora
             mla  self_attn.o_proj.weight              hidden, heads*v_dim
         moe:
-            router  mlp.gate.weight                      experts, hidden
-            shared  mlp.shared_experts.gate_proj.weight  shared_size, hidden  gate
-            shared  mlp.shared_experts.up_proj.weight    shared_size, hidden  up
-            shared  mlp.shared_experts.down_proj.weight  hidden, shared_size  down
+            router  mlp.gate.weight                           experts, hidden
+            shared  mlp.shared_experts.{gate,up}_proj.weight  shared_size, hidden  {gate,up}
+            shared  mlp.shared_experts.down_proj.weight       hidden, shared_size  down
         dense:
-            dense  mlp.gate_proj.weight  dense_size, hidden  gate
-            dense  mlp.up_proj.weight    dense_size, hidden  up
-            dense  mlp.down_proj.weight  hidden, dense_size  down
+            dense  mlp.{gate,up}_proj.weight  dense_size, hidden  {gate,up}
+            dense  mlp.down_proj.weight       hidden, dense_size  down
     """),
     expert_prefix="mlp.experts",
     ffn=Ffn("first", "first_k_dense_replace", 0),

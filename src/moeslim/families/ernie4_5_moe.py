@@ -20,13 +20,11 @@ SPEC = Family(
             norm       model.norm.weight          hidden         plain_norm
             head       lm_head.weight             vocab, hidden
         every:
-            norm  input_layernorm.weight           hidden  plain_norm
-            norm  post_attention_layernorm.weight  hidden  plain_norm
+            norm  {input,post_attention}_layernorm.weight  hidden  plain_norm
         full_attention:
-            attention  self_attn.q_proj.weight  heads*head_dim, hidden
-            attention  self_attn.k_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.v_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.o_proj.weight  hidden, heads*head_dim
+            attention  self_attn.q_proj.weight      heads*head_dim, hidden
+            attention  self_attn.{k,v}_proj.weight  kv_heads*head_dim, hidden
+            attention  self_attn.o_proj.weight      hidden, heads*head_dim
         moe:
             router  mlp.gate.weight                          experts, hidden
             router  mlp.moe_statics.e_score_correction_bias  1, experts           correction_bias
@@ -34,13 +32,11 @@ SPEC = Family(
             shared  mlp.shared_experts.up_proj.weight    shared_size, hidden  up    if moe_num_shared_experts=true
             shared  mlp.shared_experts.down_proj.weight  hidden, shared_size  down  if moe_num_shared_experts=true
         dense:
-            dense  mlp.gate_proj.weight  dense_size, hidden  gate
-            dense  mlp.up_proj.weight    dense_size, hidden  up
-            dense  mlp.down_proj.weight  hidden, dense_size  down
+            dense  mlp.{gate,up}_proj.weight  dense_size, hidden  {gate,up}
+            dense  mlp.down_proj.weight       hidden, dense_size  down
         mtp:
-            mtp_fc  model.mtp_linear_proj.0.weight  hidden, hidden|hidden
-            norm    model.mtp_emb_norm.0.weight     hidden  plain_norm
-            norm    model.mtp_hidden_norm.0.weight  hidden  plain_norm
+            mtp_fc  model.mtp_linear_proj.0.weight        hidden, hidden|hidden
+            norm    model.mtp_{emb,hidden}_norm.0.weight  hidden                 plain_norm
     """),
     expert_prefix="mlp.experts",
     ffn=Ffn("interval"),

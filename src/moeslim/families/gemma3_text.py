@@ -22,25 +22,18 @@ SPEC = Family(
             norm       model.norm.weight          hidden         zero_centred
             head       lm_head.weight             vocab, hidden
         every:
-            norm  input_layernorm.weight             hidden  zero_centred
-            norm  post_attention_layernorm.weight    hidden  zero_centred
-            norm  pre_feedforward_layernorm.weight   hidden  zero_centred
-            norm  post_feedforward_layernorm.weight  hidden  zero_centred
+            norm  {input,post_attention,pre_feedforward,post_feedforward}_layernorm.weight  hidden  zero_centred
         full_attention, sliding_attention:
-            attention  self_attn.q_proj.weight  heads*head_dim, hidden
-            attention  self_attn.k_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.v_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.o_proj.weight  hidden, heads*head_dim
-            attention  self_attn.q_proj.bias    heads*head_dim     bias  if attention_bias
-            attention  self_attn.k_proj.bias    kv_heads*head_dim  bias  if attention_bias
-            attention  self_attn.v_proj.bias    kv_heads*head_dim  bias  if attention_bias
-            attention  self_attn.o_proj.bias    hidden             bias  if attention_bias
-            attention  self_attn.q_norm.weight  head_dim  zero_centred
-            attention  self_attn.k_norm.weight  head_dim  zero_centred
+            attention  self_attn.q_proj.weight      heads*head_dim, hidden
+            attention  self_attn.{k,v}_proj.weight  kv_heads*head_dim, hidden
+            attention  self_attn.o_proj.weight      hidden, heads*head_dim
+            attention  self_attn.q_proj.bias        heads*head_dim             bias          if attention_bias
+            attention  self_attn.{k,v}_proj.bias    kv_heads*head_dim          bias          if attention_bias
+            attention  self_attn.o_proj.bias        hidden                     bias          if attention_bias
+            attention  self_attn.{q,k}_norm.weight  head_dim                   zero_centred
         dense:
-            dense  mlp.gate_proj.weight  dense_size, hidden  gate
-            dense  mlp.up_proj.weight    dense_size, hidden  up
-            dense  mlp.down_proj.weight  hidden, dense_size  down
+            dense  mlp.{gate,up}_proj.weight  dense_size, hidden  {gate,up}
+            dense  mlp.down_proj.weight       hidden, dense_size  down
     """),
     tied=True,
     hidden_multiple="heads",

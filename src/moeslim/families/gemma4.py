@@ -38,39 +38,30 @@ SPEC = Family(
             norm       model.norm.weight          hidden         plain_norm
             head       lm_head.weight             vocab, hidden
         every:
-            norm  input_layernorm.weight             hidden  plain_norm
-            norm  post_attention_layernorm.weight    hidden  plain_norm
-            norm  pre_feedforward_layernorm.weight   hidden  plain_norm
-            norm  post_feedforward_layernorm.weight  hidden  plain_norm
-            norm  layer_scalar                       1       ones
+            norm  {input,post_attention,pre_feedforward,post_feedforward}_layernorm.weight  hidden  plain_norm
+            norm  layer_scalar                                                              1       ones
         sliding_attention:
-            attention  self_attn.q_proj.weight  heads*head_dim, hidden
-            attention  self_attn.k_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.v_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.o_proj.weight  hidden, heads*head_dim
-            attention  self_attn.q_norm.weight  head_dim  plain_norm
-            attention  self_attn.k_norm.weight  head_dim  plain_norm
+            attention  self_attn.q_proj.weight      heads*head_dim, hidden
+            attention  self_attn.{k,v}_proj.weight  kv_heads*head_dim, hidden
+            attention  self_attn.o_proj.weight      hidden, heads*head_dim
+            attention  self_attn.{q,k}_norm.weight  head_dim                   plain_norm
         full_attention:
-            attention  self_attn.q_proj.weight  heads*global_head_dim, hidden
-            attention  self_attn.k_proj.weight  global_kv_heads*global_head_dim, hidden
-            attention  self_attn.v_proj.weight  global_kv_heads*global_head_dim, hidden  if not attention_k_eq_v
-            attention  self_attn.o_proj.weight  hidden, heads*global_head_dim
-            attention  self_attn.q_norm.weight  global_head_dim  plain_norm
-            attention  self_attn.k_norm.weight  global_head_dim  plain_norm
+            attention  self_attn.q_proj.weight      heads*global_head_dim, hidden
+            attention  self_attn.k_proj.weight      global_kv_heads*global_head_dim, hidden
+            attention  self_attn.v_proj.weight      global_kv_heads*global_head_dim, hidden  if not attention_k_eq_v
+            attention  self_attn.o_proj.weight      hidden, heads*global_head_dim
+            attention  self_attn.{q,k}_norm.weight  global_head_dim                          plain_norm
         moe:
-            router  router.proj.weight                     experts, hidden
-            norm    router.scale                           hidden   norm_over_sqrt_hidden
-            router  router.per_expert_scale                experts  expert_scale
-            shared  mlp.gate_proj.weight                   shared_size, hidden  gate
-            shared  mlp.up_proj.weight                     shared_size, hidden  up
-            shared  mlp.down_proj.weight                   hidden, shared_size  down
-            norm    post_feedforward_layernorm_1.weight    hidden  plain_norm
-            norm    post_feedforward_layernorm_2.weight    hidden  plain_norm
-            norm    pre_feedforward_layernorm_2.weight     hidden  plain_norm
+            router  router.proj.weight                       experts, hidden
+            norm    router.scale                             hidden               norm_over_sqrt_hidden
+            router  router.per_expert_scale                  experts              expert_scale
+            shared  mlp.{gate,up}_proj.weight                shared_size, hidden  {gate,up}
+            shared  mlp.down_proj.weight                     hidden, shared_size  down
+            norm    post_feedforward_layernorm_{1,2}.weight  hidden               plain_norm
+            norm    pre_feedforward_layernorm_2.weight       hidden               plain_norm
         dense:
-            dense  mlp.gate_proj.weight  dense_size, hidden  gate
-            dense  mlp.up_proj.weight    dense_size, hidden  up
-            dense  mlp.down_proj.weight  hidden, dense_size  down
+            dense  mlp.{gate,up}_proj.weight  dense_size, hidden  {gate,up}
+            dense  mlp.down_proj.weight       hidden, dense_size  down
     """),
     expert_prefix="experts",
     layouts=("stacked",),

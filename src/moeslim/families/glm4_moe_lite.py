@@ -19,8 +19,7 @@ SPEC = Family(
             norm       model.norm.weight          hidden         plain_norm
             head       lm_head.weight             vocab, hidden
         every:
-            norm  input_layernorm.weight           hidden  plain_norm
-            norm  post_attention_layernorm.weight  hidden  plain_norm
+            norm  {input,post_attention}_layernorm.weight  hidden  plain_norm
         full_attention:
             mla  self_attn.q_proj.weight              heads*(nope_dim|rope_dim), hidden  if not q_lora_rank
             mla  self_attn.q_a_proj.weight            q_lora, hidden                     if q_lora_rank
@@ -31,22 +30,18 @@ SPEC = Family(
             mla  self_attn.kv_b_proj.weight           heads*(nope_dim|v_dim), kv_lora
             mla  self_attn.o_proj.weight              hidden, heads*v_dim
         moe:
-            router  mlp.gate.weight                      experts, hidden
-            router  mlp.gate.e_score_correction_bias     experts              correction_bias
-            shared  mlp.shared_experts.gate_proj.weight  shared_size, hidden  gate
-            shared  mlp.shared_experts.up_proj.weight    shared_size, hidden  up
-            shared  mlp.shared_experts.down_proj.weight  hidden, shared_size  down
+            router  mlp.gate.weight                           experts, hidden
+            router  mlp.gate.e_score_correction_bias          experts              correction_bias
+            shared  mlp.shared_experts.{gate,up}_proj.weight  shared_size, hidden  {gate,up}
+            shared  mlp.shared_experts.down_proj.weight       hidden, shared_size  down
         dense:
-            dense  mlp.gate_proj.weight  dense_size, hidden  gate
-            dense  mlp.up_proj.weight    dense_size, hidden  up
-            dense  mlp.down_proj.weight  hidden, dense_size  down
+            dense  mlp.{gate,up}_proj.weight  dense_size, hidden  {gate,up}
+            dense  mlp.down_proj.weight       hidden, dense_size  down
         mtp:
-            mtp_fc     model.layers.{L}.eh_proj.weight           hidden, hidden|hidden
-            norm       model.layers.{L}.enorm.weight             hidden  plain_norm
-            norm       model.layers.{L}.hnorm.weight             hidden  plain_norm
-            norm       model.layers.{L}.shared_head.norm.weight  hidden  plain_norm
-            embedding  model.layers.{L}.embed_tokens.weight      vocab, hidden  if present
-            head       model.layers.{L}.shared_head.head.weight  vocab, hidden  if present
+            mtp_fc     model.layers.{L}.eh_proj.weight                         hidden, hidden|hidden
+            norm       model.layers.{L}.{enorm,hnorm,shared_head.norm}.weight  hidden                 plain_norm
+            embedding  model.layers.{L}.embed_tokens.weight                    vocab, hidden          if present
+            head       model.layers.{L}.shared_head.head.weight                vocab, hidden          if present
     """),
     expert_prefix="mlp.experts",
     ffn=Ffn("list", "mlp_layer_types", 1, first="first_k_dense_replace"),

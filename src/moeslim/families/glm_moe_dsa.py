@@ -1,10 +1,15 @@
 """GLM-5, 5.1 and 5.2: MLA to the tokens that an indexer chooses; a "shared" layer takes the choice of the one before.
 
-That choice is the second output of every layer. The MTP head has GLM-4.5's form, and an indexer of its own.
+That choice is the second output of every layer. All but the token mixers is as in DeepSeek-V3; the MTP head has an
+indexer of its own.
 """
 
+from moeslim.families import deepseek_v3
 from moeslim.families.spec import Family, Ffn, Mtp, PerLayer, keys, sections
 
+_TYPES = PerLayer(
+    "shared", "full", ("index_topk_freq", 1), offset=("index_skip_topk_offset", 2), letters="index_topk_pattern"
+)
 SPEC = Family(
     model_type="glm_moe_dsa",
     sizes=keys("""
@@ -16,28 +21,13 @@ SPEC = Family(
         index_heads index_n_heads=32    index_dim index_head_dim=128    index_top index_topk=2048
     """),
     derived={"shared_size": "num_shared * expert_size"},
-    lists={
-        "indexer_types": PerLayer(
-            "shared",
-            "full",
-            every=("index_topk_freq", 1),
-            offset=("index_skip_topk_offset", 2),
-            letters="index_topk_pattern",
-        ),
-        "layer_types": None,
-    },
+    lists={"indexer_types": _TYPES, "layer_types": None},
     mixer_key="indexer_types",
     follows=("shared",),
     carries=True,
     layer_prefix="model.layers.{l}.",
-    parts=sections("""
-        outer:
-            embedding  model.embed_tokens.weight  vocab, hidden
-            norm       model.norm.weight          hidden         plain_norm
-            head       lm_head.weight             vocab, hidden
-        every:
-            norm  input_layernorm.weight           hidden  plain_norm
-            norm  post_attention_layernorm.weight  hidden  plain_norm
+    parts={part: deepseek_v3.SPEC.parts[part] for part in ("outer", "every", "moe", "dense", "mtp")}
+    | sections("""
         full, shared:
             mla  self_attn.q_a_proj.weight            q_lora, hidden
             mla  self_attn.q_a_layernorm.weight       q_lora  plain_norm
@@ -52,23 +42,6 @@ SPEC = Family(
             mla  self_attn.indexer.k_norm.weight        index_dim  plain_norm
             mla  self_attn.indexer.k_norm.bias          index_dim  bias
             mla  self_attn.indexer.weights_proj.weight  index_heads, hidden
-        moe:
-            router  mlp.gate.weight                      experts, hidden
-            router  mlp.gate.e_score_correction_bias     experts              correction_bias
-            shared  mlp.shared_experts.gate_proj.weight  shared_size, hidden  gate
-            shared  mlp.shared_experts.up_proj.weight    shared_size, hidden  up
-            shared  mlp.shared_experts.down_proj.weight  hidden, shared_size  down
-        dense:
-            dense  mlp.gate_proj.weight  dense_size, hidden  gate
-            dense  mlp.up_proj.weight    dense_size, hidden  up
-            dense  mlp.down_proj.weight  hidden, dense_size  down
-        mtp:
-            mtp_fc     model.layers.{L}.eh_proj.weight           hidden, hidden|hidden
-            norm       model.layers.{L}.enorm.weight             hidden  plain_norm
-            norm       model.layers.{L}.hnorm.weight             hidden  plain_norm
-            norm       model.layers.{L}.shared_head.norm.weight  hidden  plain_norm
-            embedding  model.layers.{L}.embed_tokens.weight      vocab, hidden  if present
-            head       model.layers.{L}.shared_head.head.weight  vocab, hidden  if present
     """),
     expert_prefix="mlp.experts",
     ffn=Ffn("list", "mlp_layer_types", 3, first="first_k_dense_replace"),

@@ -21,18 +21,15 @@ SPEC = Family(
             norm       model.norm.weight          hidden         plain_norm
             head       lm_head.weight             vocab, hidden
         every:
-            norm  input_layernorm.weight           hidden  plain_norm
-            norm  post_attention_layernorm.weight  hidden  plain_norm
+            norm  {input,post_attention}_layernorm.weight  hidden  plain_norm
         full_attention, sliding_attention:
-            attention  self_attn.q_proj.weight  heads*head_dim, hidden
-            attention  self_attn.k_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.v_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.o_proj.weight  hidden, heads*head_dim
-            attention  self_attn.q_proj.bias    heads*head_dim     bias
-            attention  self_attn.k_proj.bias    kv_heads*head_dim  bias
-            attention  self_attn.v_proj.bias    kv_heads*head_dim  bias
-            attention  self_attn.o_proj.bias    hidden             bias
-            attention  self_attn.sinks          heads
+            attention  self_attn.q_proj.weight      heads*head_dim, hidden
+            attention  self_attn.{k,v}_proj.weight  kv_heads*head_dim, hidden
+            attention  self_attn.o_proj.weight      hidden, heads*head_dim
+            attention  self_attn.q_proj.bias        heads*head_dim             bias
+            attention  self_attn.{k,v}_proj.bias    kv_heads*head_dim          bias
+            attention  self_attn.o_proj.bias        hidden                     bias
+            attention  self_attn.sinks              heads
         moe:
             router  mlp.router.weight  experts, hidden
             router  mlp.router.bias    experts

@@ -24,28 +24,23 @@ SPEC = Family(
             norm       model.norm.weight          hidden         plain_norm
             head       lm_head.weight             vocab, hidden
         every:
-            norm  input_layernorm.weight           hidden  plain_norm
-            norm  post_attention_layernorm.weight  hidden  plain_norm
+            norm  {input,post_attention}_layernorm.weight  hidden  plain_norm
         linear_attention, mamba:
             mamba  mamba.in_proj.weight   2*inner|2*mamba_groups*state|mamba_heads, hidden
             mamba  mamba.in_proj.bias     2*inner|2*mamba_groups*state|mamba_heads  bias  if mamba_proj_bias
             mamba  mamba.conv1d.weight    inner|2*mamba_groups*state, 1, kernel  conv
             mamba  mamba.conv1d.bias      inner|2*mamba_groups*state  bias  if mamba_conv_bias=true
-            mamba  mamba.A_log            mamba_heads  a_log
-            mamba  mamba.D                mamba_heads  ones
-            mamba  mamba.dt_bias          mamba_heads  dt_bias
+            mamba  mamba.{A_log,D,dt_bias}  mamba_heads  {a_log,ones,dt_bias}
             mamba  mamba.norm.weight      inner  plain_norm
             mamba  mamba.out_proj.weight  hidden, inner
             mamba  mamba.out_proj.bias    hidden  bias  if mamba_proj_bias
         full_attention, attention:
-            attention  self_attn.q_proj.weight  heads*head_dim, hidden
-            attention  self_attn.k_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.v_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.o_proj.weight  hidden, heads*head_dim
-            attention  self_attn.q_proj.bias    heads*head_dim     bias  if attention_bias
-            attention  self_attn.k_proj.bias    kv_heads*head_dim  bias  if attention_bias
-            attention  self_attn.v_proj.bias    kv_heads*head_dim  bias  if attention_bias
-            attention  self_attn.o_proj.bias    hidden             bias  if attention_bias
+            attention  self_attn.q_proj.weight      heads*head_dim, hidden
+            attention  self_attn.{k,v}_proj.weight  kv_heads*head_dim, hidden
+            attention  self_attn.o_proj.weight      hidden, heads*head_dim
+            attention  self_attn.q_proj.bias        heads*head_dim             bias  if attention_bias
+            attention  self_attn.{k,v}_proj.bias    kv_heads*head_dim          bias  if attention_bias
+            attention  self_attn.o_proj.bias        hidden                     bias  if attention_bias
         moe:
             router  block_sparse_moe.router.layer.weight  experts, hidden
             shared  shared_mlp.input_linear.weight        shared_size|shared_size, hidden  gate_up

@@ -21,29 +21,24 @@ SPEC = Family(
             norm       model.embedding_norm.weight  hidden         plain_norm
             head       lm_head.weight               vocab, hidden
         every:
-            norm  operator_norm.weight  hidden  plain_norm
-            norm  ffn_norm.weight       hidden  plain_norm
+            norm  {operator,ffn}_norm.weight  hidden  plain_norm
         conv:
-            conv  conv.in_proj.weight   3*hidden, hidden
-            conv  conv.conv.weight      hidden, 1, kernel  conv
-            conv  conv.out_proj.weight  hidden, hidden
-            conv  conv.in_proj.bias     3*hidden  bias  if conv_bias
-            conv  conv.conv.bias        hidden    bias  if conv_bias
-            conv  conv.out_proj.bias    hidden    bias  if conv_bias
+            conv  conv.in_proj.weight        3*hidden, hidden
+            conv  conv.conv.weight           hidden, 1, kernel  conv
+            conv  conv.out_proj.weight       hidden, hidden
+            conv  conv.in_proj.bias          3*hidden           bias  if conv_bias
+            conv  conv.{conv,out_proj}.bias  hidden             bias  if conv_bias
         full_attention:
-            attention  self_attn.q_proj.weight       heads*head_dim, hidden
-            attention  self_attn.k_proj.weight       kv_heads*head_dim, hidden
-            attention  self_attn.v_proj.weight       kv_heads*head_dim, hidden
-            attention  self_attn.out_proj.weight     hidden, heads*head_dim
-            attention  self_attn.q_layernorm.weight  head_dim  plain_norm
-            attention  self_attn.k_layernorm.weight  head_dim  plain_norm
+            attention  self_attn.q_proj.weight           heads*head_dim, hidden
+            attention  self_attn.{k,v}_proj.weight       kv_heads*head_dim, hidden
+            attention  self_attn.out_proj.weight         hidden, heads*head_dim
+            attention  self_attn.{q,k}_layernorm.weight  head_dim                   plain_norm
         moe:
             router  feed_forward.gate.weight  experts, hidden
             router  feed_forward.expert_bias  experts          correction_bias  if use_expert_bias=true
         dense:
-            dense  feed_forward.w1.weight  dense_size, hidden  gate
-            dense  feed_forward.w3.weight  dense_size, hidden  up
-            dense  feed_forward.w2.weight  hidden, dense_size  down
+            dense  feed_forward.{w1,w3}.weight  dense_size, hidden  {gate,up}
+            dense  feed_forward.w2.weight       hidden, dense_size  down
     """),
     expert_prefix="feed_forward.experts",
     layouts=("per_expert_w",),

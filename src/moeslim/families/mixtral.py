@@ -16,13 +16,11 @@ SPEC = Family(
             norm       model.norm.weight          hidden         plain_norm
             head       lm_head.weight             vocab, hidden
         every:
-            norm  input_layernorm.weight           hidden  plain_norm
-            norm  post_attention_layernorm.weight  hidden  plain_norm
+            norm  {input,post_attention}_layernorm.weight  hidden  plain_norm
         full_attention:
-            attention  self_attn.q_proj.weight  heads*head_dim, hidden
-            attention  self_attn.k_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.v_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.o_proj.weight  hidden, heads*head_dim
+            attention  self_attn.q_proj.weight      heads*head_dim, hidden
+            attention  self_attn.{k,v}_proj.weight  kv_heads*head_dim, hidden
+            attention  self_attn.o_proj.weight      hidden, heads*head_dim
         moe:
             router  block_sparse_moe.gate.weight  experts, hidden
     """),

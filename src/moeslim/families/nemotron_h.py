@@ -29,21 +29,18 @@ SPEC = Family(
         every:
             norm  norm.weight  hidden  plain_norm
         linear_attention, mamba:
-            mamba  mixer.in_proj.weight   2*inner|2*mamba_groups*state|mamba_heads, hidden
-            mamba  mixer.in_proj.bias     2*inner|2*mamba_groups*state|mamba_heads     bias  if use_bias
-            mamba  mixer.conv1d.weight    inner|2*mamba_groups*state, 1, kernel        conv
-            mamba  mixer.conv1d.bias      inner|2*mamba_groups*state                   bias  if use_conv_bias=true
-            mamba  mixer.A_log            mamba_heads    a_log
-            mamba  mixer.D                mamba_heads    ones
-            mamba  mixer.dt_bias          mamba_heads    dt_bias
-            mamba  mixer.norm.weight      inner          plain_norm
-            mamba  mixer.out_proj.weight  hidden, inner
-            mamba  mixer.out_proj.bias    hidden         bias  if use_bias
+            mamba  mixer.in_proj.weight     2*inner|2*mamba_groups*state|mamba_heads, hidden
+            mamba  mixer.in_proj.bias       2*inner|2*mamba_groups*state|mamba_heads  bias  if use_bias
+            mamba  mixer.conv1d.weight      inner|2*mamba_groups*state, 1, kernel     conv
+            mamba  mixer.conv1d.bias        inner|2*mamba_groups*state                bias  if use_conv_bias=true
+            mamba  mixer.{A_log,D,dt_bias}  mamba_heads                               {a_log,ones,dt_bias}
+            mamba  mixer.norm.weight        inner                                     plain_norm
+            mamba  mixer.out_proj.weight    hidden, inner
+            mamba  mixer.out_proj.bias      hidden                                    bias  if use_bias
         full_attention, attention:
-            attention  mixer.q_proj.weight  heads*head_dim, hidden
-            attention  mixer.k_proj.weight  kv_heads*head_dim, hidden
-            attention  mixer.v_proj.weight  kv_heads*head_dim, hidden
-            attention  mixer.o_proj.weight  hidden, heads*head_dim
+            attention  mixer.q_proj.weight      heads*head_dim, hidden
+            attention  mixer.{k,v}_proj.weight  kv_heads*head_dim, hidden
+            attention  mixer.o_proj.weight      hidden, heads*head_dim
         moe:
             router  mixer.gate.weight                      experts, hidden
             router  mixer.gate.e_score_correction_bias     experts              correction_bias
@@ -53,10 +50,8 @@ SPEC = Family(
             dense  mixer.up_proj.weight    dense_size, hidden  up
             dense  mixer.down_proj.weight  hidden, dense_size  down
         mtp:
-            mtp_fc  mtp.layers.0.eh_proj.weight          hidden, hidden|hidden
-            norm    mtp.layers.0.enorm.weight            hidden  plain_norm
-            norm    mtp.layers.0.hnorm.weight            hidden  plain_norm
-            norm    mtp.layers.1.final_layernorm.weight  hidden  plain_norm
+            mtp_fc  mtp.layers.0.eh_proj.weight                            hidden, hidden|hidden
+            norm    mtp.layers.{0.enorm,0.hnorm,1.final_layernorm}.weight  hidden                 plain_norm
     """),
     expert_prefix="mixer.experts",
     layouts=("per_expert_ungated",),

@@ -15,8 +15,7 @@ SPEC = Family(
             norm       model.norm.weight          hidden         plain_norm
             head       lm_head.weight             vocab, hidden
         every:
-            norm  input_layernorm.weight           hidden  plain_norm
-            norm  post_attention_layernorm.weight  hidden  plain_norm
+            norm  {input,post_attention}_layernorm.weight  hidden  plain_norm
         full_attention:
             attention  self_attn.qkv_proj.weight  heads*head_dim|kv_heads*head_dim|kv_heads*head_dim, hidden
             attention  self_attn.o_proj.weight    hidden, heads*head_dim

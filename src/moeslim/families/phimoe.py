@@ -23,14 +23,12 @@ SPEC = Family(
             norm  post_attention_layernorm.weight  hidden  plain_norm
             norm  post_attention_layernorm.bias    hidden  bias
         full_attention:
-            attention  self_attn.q_proj.weight  heads*head_dim, hidden
-            attention  self_attn.k_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.v_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.o_proj.weight  hidden, heads*head_dim
-            attention  self_attn.q_proj.bias    heads*head_dim     bias  if attention_bias
-            attention  self_attn.k_proj.bias    kv_heads*head_dim  bias  if attention_bias
-            attention  self_attn.v_proj.bias    kv_heads*head_dim  bias  if attention_bias
-            attention  self_attn.o_proj.bias    hidden             bias  if attention_bias
+            attention  self_attn.q_proj.weight      heads*head_dim, hidden
+            attention  self_attn.{k,v}_proj.weight  kv_heads*head_dim, hidden
+            attention  self_attn.o_proj.weight      hidden, heads*head_dim
+            attention  self_attn.q_proj.bias        heads*head_dim             bias  if attention_bias
+            attention  self_attn.{k,v}_proj.bias    kv_heads*head_dim          bias  if attention_bias
+            attention  self_attn.o_proj.bias        hidden                     bias  if attention_bias
         moe:
             router  block_sparse_moe.gate.weight  experts, hidden
     """),

@@ -28,36 +28,29 @@ SPEC = Family(
             norm       model.norm.weight          hidden         zero_centred
             head       lm_head.weight             vocab, hidden
         every:
-            norm  input_layernorm.weight           hidden  zero_centred
-            norm  post_attention_layernorm.weight  hidden  zero_centred
+            norm  {input,post_attention}_layernorm.weight  hidden  zero_centred
         full_attention:
-            attention  self_attn.q_proj.weight  heads*(head_dim|head_dim), hidden
-            attention  self_attn.k_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.v_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.o_proj.weight  hidden, heads*head_dim
-            attention  self_attn.q_norm.weight  head_dim  zero_centred
-            attention  self_attn.k_norm.weight  head_dim  zero_centred
+            attention  self_attn.q_proj.weight      heads*(head_dim|head_dim), hidden
+            attention  self_attn.{k,v}_proj.weight  kv_heads*head_dim, hidden
+            attention  self_attn.o_proj.weight      hidden, heads*head_dim
+            attention  self_attn.{q,k}_norm.weight  head_dim                           zero_centred
         linear_attention:
-            deltanet  linear_attn.in_proj_qkv.weight  2*key_heads*key_dim|key_heads*per_key*value_dim, hidden
-            deltanet  linear_attn.in_proj_z.weight    key_heads*per_key*value_dim, hidden
-            deltanet  linear_attn.in_proj_b.weight    key_heads*per_key, hidden
-            deltanet  linear_attn.in_proj_a.weight    key_heads*per_key, hidden
-            deltanet  linear_attn.conv1d.weight       2*key_heads*key_dim|key_heads*per_key*value_dim, 1, kernel  conv
-            deltanet  linear_attn.A_log               key_heads*per_key  a_log
-            deltanet  linear_attn.dt_bias             key_heads*per_key  dt_bias
-            deltanet  linear_attn.norm.weight         value_dim  plain_norm
-            deltanet  linear_attn.out_proj.weight     hidden, key_heads*per_key*value_dim
+            deltanet  linear_attn.in_proj_qkv.weight    2*key_heads*key_dim|key_heads*per_key*value_dim, hidden
+            deltanet  linear_attn.in_proj_z.weight      key_heads*per_key*value_dim, hidden
+            deltanet  linear_attn.in_proj_{b,a}.weight  key_heads*per_key, hidden
+            deltanet  linear_attn.conv1d.weight         2*key_heads*key_dim|key_heads*per_key*value_dim, 1, kernel  conv
+            deltanet  linear_attn.A_log  key_heads*per_key  a_log
+            deltanet  linear_attn.dt_bias  key_heads*per_key  dt_bias
+            deltanet  linear_attn.norm.weight  value_dim  plain_norm
+            deltanet  linear_attn.out_proj.weight       hidden, key_heads*per_key*value_dim
         moe:
-            router  mlp.gate.weight                     experts, hidden
-            shared  mlp.shared_expert.gate_proj.weight  shared_size, hidden  gate
-            shared  mlp.shared_expert.up_proj.weight    shared_size, hidden  up
-            shared  mlp.shared_expert.down_proj.weight  hidden, shared_size  down
-            shared  mlp.shared_expert_gate.weight       1, hidden            shared_gate
+            router  mlp.gate.weight                          experts, hidden
+            shared  mlp.shared_expert.{gate,up}_proj.weight  shared_size, hidden  {gate,up}
+            shared  mlp.shared_expert.down_proj.weight       hidden, shared_size  down
+            shared  mlp.shared_expert_gate.weight            1, hidden            shared_gate
         mtp:
-            mtp_fc  mtp.fc.weight                     hidden, hidden|hidden
-            norm    mtp.pre_fc_norm_embedding.weight  hidden  zero_centred
-            norm    mtp.pre_fc_norm_hidden.weight     hidden  zero_centred
-            norm    mtp.norm.weight                   hidden  zero_centred
+            mtp_fc  mtp.fc.weight                                               hidden, hidden|hidden
+            norm    mtp.{pre_fc_norm_embedding,pre_fc_norm_hidden,norm}.weight  hidden                 zero_centred
     """),
     expert_prefix="mlp.experts",
     mtp=Mtp("mtp.", "layers.0.", "fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"),

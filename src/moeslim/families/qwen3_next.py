@@ -20,15 +20,12 @@ SPEC = Family(
             norm       model.norm.weight          hidden         zero_centred
             head       lm_head.weight             vocab, hidden
         every:
-            norm  input_layernorm.weight           hidden  zero_centred
-            norm  post_attention_layernorm.weight  hidden  zero_centred
+            norm  {input,post_attention}_layernorm.weight  hidden  zero_centred
         full_attention:
-            attention  self_attn.q_proj.weight  heads*(head_dim|head_dim), hidden
-            attention  self_attn.k_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.v_proj.weight  kv_heads*head_dim, hidden
-            attention  self_attn.o_proj.weight  hidden, heads*head_dim
-            attention  self_attn.q_norm.weight  head_dim  zero_centred
-            attention  self_attn.k_norm.weight  head_dim  zero_centred
+            attention  self_attn.q_proj.weight      heads*(head_dim|head_dim), hidden
+            attention  self_attn.{k,v}_proj.weight  kv_heads*head_dim, hidden
+            attention  self_attn.o_proj.weight      hidden, heads*head_dim
+            attention  self_attn.{q,k}_norm.weight  head_dim                           zero_centred
         linear_attention:
             deltanet  linear_attn.in_proj_qkvz.weight  key_heads*(2*key_dim|2*per_key*value_dim), hidden
             deltanet  linear_attn.in_proj_ba.weight    key_heads*(per_key|per_key), hidden
@@ -38,20 +35,16 @@ SPEC = Family(
             deltanet  linear_attn.norm.weight          value_dim  plain_norm
             deltanet  linear_attn.out_proj.weight      hidden, key_heads*per_key*value_dim
         moe:
-            router  mlp.gate.weight                     experts, hidden
-            shared  mlp.shared_expert.gate_proj.weight  shared_size, hidden  gate
-            shared  mlp.shared_expert.up_proj.weight    shared_size, hidden  up
-            shared  mlp.shared_expert.down_proj.weight  hidden, shared_size  down
-            shared  mlp.shared_expert_gate.weight       1, hidden            shared_gate
+            router  mlp.gate.weight                          experts, hidden
+            shared  mlp.shared_expert.{gate,up}_proj.weight  shared_size, hidden  {gate,up}
+            shared  mlp.shared_expert.down_proj.weight       hidden, shared_size  down
+            shared  mlp.shared_expert_gate.weight            1, hidden            shared_gate
         dense:
-            dense  mlp.gate_proj.weight  dense_size, hidden  gate
-            dense  mlp.up_proj.weight    dense_size, hidden  up
-            dense  mlp.down_proj.weight  hidden, dense_size  down
+            dense  mlp.{gate,up}_proj.weight  dense_size, hidden  {gate,up}
+            dense  mlp.down_proj.weight       hidden, dense_size  down
         mtp:
-            mtp_fc  mtp.fc.weight                     hidden, hidden|hidden
-            norm    mtp.pre_fc_norm_embedding.weight  hidden  zero_centred
-            norm    mtp.pre_fc_norm_hidden.weight     hidden  zero_centred
-            norm    mtp.norm.weight                   hidden  zero_centred
+            mtp_fc  mtp.fc.weight                                               hidden, hidden|hidden
+            norm    mtp.{pre_fc_norm_embedding,pre_fc_norm_hidden,norm}.weight  hidden                 zero_centred
     """),
     expert_prefix="mlp.experts",
     renormalise=("norm_topk_prob", True),

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 
@@ -43,17 +44,20 @@ _MARKS = {  # what the last column of a page may say, as (init, norm, matrix, ro
     "over_sqrt_hidden": ("normal", None, None, None),
     "norm_over_sqrt_hidden": ("ones", "plain", None, None),
 }
+_BRACES = re.compile(r"\{(\w[^{}]*,[^{}]*)\}")
 _POWERS = {"times_sqrt_hidden": 0.5, "over_sqrt_hidden": -0.5, "norm_over_sqrt_hidden": -0.5}
 
 
 def tensors(text: str) -> tuple[Tensor, ...]:
     """The lines of a page: component, name, axes by commas, at most one of `_MARKS`; two spaces part columns.
 
+    `{a,b}` stands for two lines, one with a and one with b, in all columns that have braces.
+
     Behind them `if KEY`: a tensor of models whose config says true there, or a number above 0; `if not KEY`: of all
     others; `if KEY=true`: a config without the key says true. `if present`: files may hold it or not.
     """
     found = []
-    for line in text.strip().splitlines():
+    for line in chain.from_iterable(map(_lines_of, text.strip().splitlines())):
         component, name, axes, *marks = re.split(r"\s{2,}", line.strip())
         when = marks.pop().removeprefix("if ") if marks and marks[-1].startswith("if ") else None
         init, norm, matrix, role = _MARKS[marks[0]] if marks else ("normal", None, None, None)
@@ -61,6 +65,13 @@ def tensors(text: str) -> tuple[Tensor, ...]:
         power = _POWERS.get(marks[0], 0.0) if marks else 0.0
         found.append(Tensor(name, tuple(re.split(r",\s*", axes)), component, init, norm, matrix, role, when, power))
     return tuple(found)
+
+
+def _lines_of(line: str) -> list[str]:
+    """A line for each word in braces, taken from all braces at once; the line itself where it has none."""
+    texts = _BRACES.split(line)
+    choices = zip(*(words.split(",") for words in texts[1::2]), strict=True)
+    return ["".join(map("".join, zip(texts[::2], (*words, ""), strict=True))) for words in choices] or [line]
 
 
 def sections(text: str) -> dict[str, tuple[Tensor, ...]]:
