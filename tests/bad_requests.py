@@ -149,9 +149,9 @@ def no_text(given: Given) -> list[object]:
     return ["prune", given.model, given.out, "--experts", "4", "--data", given.home / "nothing.txt"]
 
 
-@case("bad.jsonl:2", "neither `text` nor `messages`", "it has body")
+@case("bad.jsonl:2", "neither `text` nor `messages`", "it has y; name the column", "data.text_key")
 def line_without_text(given: Given) -> list[object]:
-    file = given.written("bad.jsonl", '{"text": "good"}\n{"body": "lost"}\n')
+    file = given.written("bad.jsonl", '{"text": "good"}\n{"y": "lost"}\n')
     return ["calibrate", given.model, given.out, "--data", file]
 
 

@@ -156,7 +156,10 @@ def test_step_by_step_is_what_prune_does(moeslim: Command, tmp_path: Path, *, mo
     proof = moeslim("verify", tmp_path / "cut", "--json").json
     assert (proof["ok"], proof["hashed"], proof["problems"]) == (True, True, [])
 
-    moeslim("prune", model, tmp_path / "pruned", *options, *data, *settings(*MEASURE))
+    # `calibrate` holds nothing out, so neither may `prune`
+    (tmp_path / "heldout.txt").write_text("Other words, to measure on.\n" * 40)
+    heldout = ["--set", f"data.heldout={tmp_path / 'heldout.txt'}"]
+    moeslim("prune", model, tmp_path / "pruned", *options, *data, *heldout, *settings(*MEASURE))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "pruned" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 

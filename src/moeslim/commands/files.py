@@ -11,7 +11,7 @@ from moeslim.checkpoint.structure import Opened, check_structure, read_structure
 from moeslim.commands.describe import amount, sizes
 from moeslim.commands.inputs import model_folder, options_recipe
 from moeslim.commands.settings import memory_bound, prepare, walk_settings
-from moeslim.commands.text import advice, text_parts
+from moeslim.commands.text import advice, part_text, text_parts
 from moeslim.errors import PlanError, RecipeError
 from moeslim.plan.schedule import resolve
 from moeslim.recipe import Keep
@@ -21,8 +21,6 @@ def calibrate(
     model: str, out: Path | str, *, data: Sequence[str] | None = None, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Statistics of `model` over calibration text, in `out`; an interrupted calibration resumes at its layer."""
-    from moeslim.calibrate.run import calibrate as observe
-    from moeslim.data.tokens import pack
     from moeslim.stats import coverage_lines, super_expert_lines
 
     recipe = options_recipe(model, keep={}, overrides=overrides, data=data)
@@ -30,7 +28,10 @@ def calibrate(
     check_structure(read_structure(folder))
     if not (out / "stats.json").is_file():
         check_vacant(out)
-    text = text_parts(recipe.data)["calibration"]
+    text = part_text(recipe.data, "calibration")
+    from moeslim.calibrate.run import calibrate as observe  # torch: seconds, behind what a user may have mistaken
+    from moeslim.data.tokens import pack
+
     length, beside = recipe.data.sequence_length, out.with_name(out.name + ".tokens")
     tokens = pack(text, folder, out_folder=beside, sequence_length=length, seed=recipe.seed)
     sequences = min(recipe.calibrate.sequences, len(tokens))

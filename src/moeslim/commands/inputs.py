@@ -41,7 +41,7 @@ def options_recipe(
 ) -> Recipe:
     """The recipe that a verb's options amount to; `data` is one heap of text, of which some is held out."""
     values: dict[str, Any] = {"model": model, "keep": dict(keep), **more}
-    if data:
-        sources = [{"path": path} for path in data]
+    if data and list(data) != ["demo"]:
+        sources = list(data)
         values["data"] = {**values.get("data", {}), "train": sources, "calibration": sources, "heldout": []}
     return Recipe.parse(values, overrides, where="options")

@@ -8,10 +8,12 @@ from moeslim.artifacts.commit import write_json
 from moeslim.artifacts.lock import run_lock
 from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.structure import check_structure, read_structure
-from moeslim.commands.inputs import BUNDLED, labels, model_folder, options_recipe
+from moeslim.commands.inputs import labels, model_folder, options_recipe
 from moeslim.commands.settings import device, evaluate_settings, prepare
+from moeslim.commands.text import part_text
 from moeslim.errors import RunError
 from moeslim.families import is_known
+from moeslim.recipe import Recipe
 
 
 def evaluate(
@@ -23,13 +25,13 @@ def evaluate(
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Records of the models (by folder name) on held-out text, in `out`; all documents of `data` are held out."""
-    from moeslim.data.corpus import read_corpus
-    from moeslim.data.tokens import pack
+    measured = {"data": {"heldout": list(data)}} if data else {}
+    recipe = Recipe.parse({"model": models[0], "keep": {}, **measured}, overrides, where="options")
+    out = Path(out)
+    text = part_text(recipe.data, "heldout")
+    from moeslim.data.tokens import pack  # torch: seconds, behind what a user may have mistaken
     from moeslim.evaluate.run import evaluate as measure
 
-    recipe, out = options_recipe(models[0], keep={}, overrides=overrides), Path(out)
-    paths: list[Any] = list(data) if data else [BUNDLED / "text" / "heldout.jsonl.xz"]
-    text = read_corpus([(path, None) for path in paths])
     folders = {name: model_folder(model) for name, model in labels(models).items()}
     teacher_folder = None if teacher is None else model_folder(teacher)
     for folder in folders.values():

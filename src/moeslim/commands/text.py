@@ -1,12 +1,14 @@
 """From the text that a recipe names to documents by part: train, calibration, held-out."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 from moeslim.commands.inputs import BUNDLED
 from moeslim.data.corpus import Corpus, Document, check_disjoint, read_source
+from moeslim.data.mix import Given, mix_lines, mixed
 from moeslim.data.split import hold_out
 from moeslim.errors import DataError, RecipeError
+from moeslim.log import logger
 from moeslim.recipe import Data, Source
 
 
@@ -17,36 +19,59 @@ def text_parts(data: Data) -> dict[str, Corpus]:
     it. Sources given apart must not overlap. DataError or RecipeError where that cannot be.
     """
     one_heap = data.calibration == data.train and "demo" not in data.train
-    parts = {"train": _corpus(data.train, "train")}
-    parts["calibration"] = parts["train"] if one_heap else _corpus(data.calibration, "calibration")
+    parts = {"train": part_text(data, "train")}
+    if not one_heap:
+        parts["calibration"] = part_text(data, "calibration")
     if data.heldout:
-        parts["heldout"] = _corpus(data.heldout, "heldout")
+        parts["heldout"] = part_text(data, "heldout")
     elif one_heap:
         parts["train"], parts["heldout"] = hold_out(parts["train"])
-        parts["calibration"] = parts["train"]
     else:
         raise RecipeError("data.heldout is empty; it may be left empty only where train and calibration are the same")
-    check_disjoint({name: parts[name] for name in ("train", "heldout")})
-    if not one_heap:
+    if one_heap:
+        check_disjoint(parts)
+        parts["calibration"] = replace(parts["train"], learnt=False)
+    else:
+        check_disjoint({name: parts[name] for name in ("train", "heldout")})
         check_disjoint(parts)
     return parts
 
 
-def _corpus(sources: Sequence[Source | str], part: str) -> Corpus:
-    documents: dict[str, Document] = {}
+def part_text(data: Data, part: str) -> Corpus:
+    """All text that `data` names for train, calibration or heldout; nothing is held out of it.
+
+    Of each source there are as many documents as its share allows; a text that two have is the first's.
+    """
+    sources: Sequence[Source | str] = getattr(data, part)
+    seen: set[str] = set()
+    given = []
     for source in sources:
         if isinstance(source, str):
-            found = read_source(BUNDLED / "text" / f"{part}.jsonl.xz")
+            name, found, share = "demo", read_source(BUNDLED / "text" / f"{part}.jsonl.xz"), None
         else:
-            on_disk = Path(source.path).exists()
-            name = source.path if on_disk or source.split == "train" else f"{source.path}:{source.split}"
-            domain = None if source.domain == "text" else source.domain
-            found = read_source(name, domain=domain, text_key=source.text_key)
-        for document in found:
-            documents.setdefault(document.digest, document)
+            name, found, share = source.path, _documents(source, data), source.share
+        fresh = [document for document in found if document.digest not in seen]
+        seen |= {document.digest for document in fresh}
+        given.append(Given(name, fresh, share))
+    mix = mixed(given)
+    documents = [document for each in mix for document in each.documents]
     if not documents:
         raise DataError(f"data.{part} names no text; give at least one source or `demo`")
-    return Corpus(tuple(documents.values()))
+    if len(given) > 1:
+        for line in mix_lines(f"data.{part}", mix):
+            logger.info("%s", line)
+    return Corpus(tuple(documents), learnt=part == "train")
+
+
+def _documents(source: Source, data: Data) -> list[Document]:
+    return read_source(
+        source.path,
+        domain=None if source.domain == "text" else source.domain,
+        text_key=source.text_key or data.text_key,
+        subset=source.subset,
+        split=source.split,
+        limit=source.documents,
+    )
 
 
 def advice(data: Sequence[str] | None) -> list[str]:

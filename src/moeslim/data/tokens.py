@@ -154,8 +154,8 @@ def pack(
     """Tokenise and pack `corpus` into `out_folder`; a folder that already holds exactly this is opened instead.
 
     One that holds other tokens is replaced with `redo`, and RunError without, before anything is tokenised.
-    Documents are shuffled by `seed`. Chat documents go through the tokenizer's template and only the assistant's
-    tokens count as targets; of the others every token counts, and the EOS after them.
+    Documents are shuffled by `seed`. Chats go through the tokenizer's template and only the assistant's tokens count as
+    targets (a chat without a place for them is refused where the corpus is `learnt`), of others every token, then EOS.
     """
     if sequence_length < 1:
         raise DataError(f"sequence_length is {sequence_length}; a row needs at least one input and one target")
@@ -259,16 +259,24 @@ def _stream(
     eos = tokenizer.eos_token_id
     tokens: list[np.ndarray] = [np.array([eos], np.int64)]
     counts: list[np.ndarray] = []
-    places, position = [], 1
+    places, position, unplaced = [], 1, 0
     with progress("tokenise", len(documents), unit="documents") as advance:
         for start in range(0, len(documents), _ENCODED_AT_ONCE):
             group = documents[start : start + _ENCODED_AT_ONCE]
-            for document, (ids, counted, num_bytes) in zip(group, _encode(group, tokenizer), strict=True):
+            encoded = _encode(group, tokenizer, learnt=corpus.learnt)
+            for document, (ids, counted, num_bytes, own_unplaced) in zip(group, encoded, strict=True):
+                unplaced += own_unplaced
                 places.append((position, len(ids), num_bytes, domains[document.domain]))
                 tokens.append(np.array([*ids, eos], np.int64))
                 counts.append(np.array([*counted, document.messages is None], bool))
                 position += len(ids) + 1
                 advance()
+    if unplaced and corpus.learnt:
+        logger.warning(
+            "%d answers of chats are not learnt: the chat template renders them differently once the talk goes on; "
+            "the last answers are learnt",
+            unplaced,
+        )
     joined, mask = np.concatenate(tokens), np.concatenate(counts)
     padding = -len(mask) % length
     joined = np.concatenate([joined, np.full(padding, eos, np.int64)])
@@ -276,16 +284,20 @@ def _stream(
     return joined, mask, np.array(places, np.int64), documents
 
 
-def _encode(documents: Sequence[Document], tokenizer: Any) -> Iterator[tuple[list[int], list[bool], int]]:
-    """Per document its ids, which of them count, and the UTF-8 bytes that they spell.
+def _encode(
+    documents: Sequence[Document], tokenizer: Any, *, learnt: bool
+) -> Iterator[tuple[list[int], list[bool], int, int]]:
+    """Per document its ids, which of them count, the UTF-8 bytes that they spell, and answers that have no place.
 
     A chat is encoded piece by piece at the borders of its spans, as it is when served: the prompt first, then what the
     model adds. So no token straddles a border.
     """
     pieces: list[tuple[str, bool]] = []
     owners: list[int] = []
+    unplaced: list[int] = []
     for owner, document in enumerate(documents):
-        own = _pieces(document, tokenizer)
+        own, missing = pieces_of(document, tokenizer, learnt=learnt)
+        unplaced.append(missing)
         pieces += own
         owners += [owner] * len(own)
     with _RustErrors(tokenizer.name_or_path):
@@ -297,21 +309,27 @@ def _encode(documents: Sequence[Document], tokenizer: Any) -> Iterator[tuple[lis
         ids[owner] += piece
         counted[owner] += [counts] * len(piece)
         num_bytes[owner] += len(text.encode())
-    yield from zip(ids, counted, num_bytes, strict=True)
+    yield from zip(ids, counted, num_bytes, unplaced, strict=True)
 
 
-def _pieces(document: Document, tokenizer: Any) -> list[tuple[str, bool]]:
+def pieces_of(document: Document, tokenizer: Any, *, learnt: bool = True) -> tuple[list[tuple[str, bool]], int]:
+    """The document's text in pieces, each with whether it is learnt, and how many answers have no place.
+
+    DataError as `chat.render`.
+    """
     if document.messages is None:
-        return [(document.text, True)]
+        pieces = [(document.text[: document.unlearnt], False), (document.text[document.unlearnt :], True)]
+        return [piece for piece in pieces if piece[0]], 0
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{document.source}: the record has `messages`, but the tokenizer has no chat template")
-    text, spans = render(document.messages, tokenizer, source=document.source)
+    arguments, source = document.arguments, document.source
+    text, spans, unplaced = render(document.messages, tokenizer, source=source, arguments=arguments, learnt=learnt)
     pieces, position = [], 0
     for start, end in spans:
         pieces += [(text[position:start], False), (text[start:end], True)]
         position = end
     pieces.append((text[position:], False))
-    return [piece for piece in pieces if piece[0]]
+    return [piece for piece in pieces if piece[0]], unplaced
 
 
 def _load(path: Path) -> np.ndarray:

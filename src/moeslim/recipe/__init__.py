@@ -11,6 +11,7 @@ from moeslim.recipe.sections import (
     Stage,
     parse_kept,
     parse_memory,
+    parse_source,
 )
 from moeslim.recipe.text import explain, read_yaml
 from moeslim.recipe.training import Distill, Part, PartSettings
@@ -30,5 +31,6 @@ __all__ = [
     "explain",
     "parse_kept",
     "parse_memory",
+    "parse_source",
     "read_yaml",
 ]

@@ -3,6 +3,7 @@
 import re
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -28,10 +29,18 @@ def _checked_memory(value: object) -> object:
     return value
 
 
+def _checked_tokens(value: object) -> object:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([BMK])", value) if isinstance(value, str) else None
+    number = Decimal(found[1]) * {"B": 10**9, "M": 10**6, "K": 10**3}[found[2]] if found else None
+    return int(number) if number is not None and number == int(number) else value
+
+
 Kept = Annotated[int | str | None, BeforeValidator(_checked_kept)]
 Memory = Annotated[str | None, BeforeValidator(_checked_memory)]
 Fractional = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Tokens = Annotated[int, BeforeValidator(_checked_tokens), Field(ge=0)]
+"""A whole number, or one like 120B, 400M or 64K."""
 _kind = Discriminator(lambda value: "word" if isinstance(value, str) else "given")
 Rho = Annotated[Annotated[Literal["auto"], Tag("word")] | Annotated[Fractional, Tag("given")], _kind]
 OWN_IMPORTANCE = {
@@ -79,30 +88,86 @@ class Section(BaseModel):
 
 
 class Source(Section):
-    """Documents of one domain."""
+    """Documents of one domain. In a recipe and behind --data it may be one text: `path`, `name[subset]:4096`, or
+    `code.jsonl=0.3`."""
 
     path: str
-    """Folder or file (.txt .md .rst .py .jsonl .parquet), or the name of a `datasets` dataset."""
+    """Folder or file (.txt .md .rst .py .jsonl .json .csv .parquet ...), or the name of a `datasets` dataset."""
     domain: str = "text"
     """What figures are reported by."""
-    text_key: str = "text"
-    """The column or JSON key that holds the text (`messages` is rendered by the model's chat template)."""
+    text_key: str | None = None
+    """The column or JSON key that holds the text; left out means that of `data.text_key`."""
     split: str = "train"
     """Which split of a `datasets` dataset."""
+    subset: str | None = None
+    """Which subset of a `datasets` dataset that has several."""
+    documents: Annotated[int, Field(ge=1)] | None = None
+    """Only the first ones, so many."""
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Its share of all bytes of text; then every source of the part has one, and they add up to 1."""
 
 
-DataSource = Annotated[Annotated[Literal["demo"], Tag("word")] | Annotated[Source, Tag("given")], _kind]
+def parse_source(text: str) -> dict[str, object]:
+    """The keys of a source out of one text: a path that exists as it is, else `path[subset]:what=share`.
+
+    `what` is how many documents, or a split's name. RecipeError where the number is none.
+    """
+    if Path(text).expanduser().exists():
+        return {"path": text}
+    found = re.fullmatch(r"(.+?)(?:\[([^\[\]]+)\])?(?::([\w.-]+))?(?:=([0-9.]+%?))?", text)
+    if found is None:
+        raise RecipeError(f"{text!r}: text is named like PATH, NAME[SUBSET]:4096 or PATH=0.3")
+    path, subset, what, share = found.groups()
+    source: dict[str, object] = {"path": path}
+    if subset is not None:
+        source["subset"] = subset
+    if what is not None:
+        source |= {"documents": int(what)} if what.isdecimal() else {"split": what}
+    if share is not None:
+        source["share"] = _share(share, text)
+    return source
+
+
+def _share(text: str, whole: str) -> float:
+    try:
+        return float(Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1))
+    except ValueError:
+        raise RecipeError(f"{whole!r}: {text} is no share; write it like 0.3 or 30%") from None
+
+
+def _named_source(value: object) -> object:
+    try:
+        return parse_source(value) if isinstance(value, str) and value != "demo" else value
+    except RecipeError as problem:
+        raise ValueError(str(problem)) from None
+
+
+def _several(value: object) -> object:
+    """One source stands for a list of one; a list that a validator has seen is a tuple for pydantic."""
+    if isinstance(value, str | dict):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+DataSource = Annotated[
+    Annotated[Literal["demo"], Tag("word")] | Annotated[Source, Tag("given")],
+    _kind,
+    BeforeValidator(_named_source),
+]
+DataSources = Annotated[tuple[DataSource, ...], BeforeValidator(_several)]
 
 
 class Data(Section):
     """Text for training, calibration and measuring; the three never share a document."""
 
-    train: tuple[DataSource, ...] = ("demo",)
+    train: DataSources = ("demo",)
     """What distillation reads."""
-    calibration: tuple[DataSource, ...] = ("demo",)
+    calibration: DataSources = ("demo",)
     """What the statistics are taken from."""
-    heldout: tuple[DataSource, ...] = ("demo",)
+    heldout: DataSources = ("demo",)
     """What everything is measured on."""
+    text_key: str = "text"
+    """The column or JSON key that holds the text (`messages` is rendered by the model's chat template)."""
     sequence_length: Count = 2048
     """Tokens per row that are predicted (T); a row holds T+1."""
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from moeslim.recipe.sections import Count, Fractional, Section
+from moeslim.recipe.sections import Count, Fractional, Section, Tokens
 
 _Mixer = Literal["attention", "mla", "deltanet", "mamba", "conv"]
 Part = Literal["embedding", "head", "norm", _Mixer, "router", "shared", "experts", "dense", "mtp"]
@@ -23,8 +23,8 @@ class PartSettings(Section):
 class Distill(Section):
     """Training after each cut: L = (1-lam) LM + lam KD + beta [(1-lam) MTP-LM + lam MTP-KD] + alpha balance."""
 
-    tokens: Annotated[int, Field(ge=0)] = 10_000_000
-    """Predicted tokens over all stages; 0 trains nothing."""
+    tokens: Tokens = 10_000_000
+    """Predicted tokens over all stages, such as 120B; 0 trains nothing."""
     rows_per_step: Count = 16
     """Rows per optimizer step, over all processes; a multiple of micro_rows times their number."""
     micro_rows: Count = 4
