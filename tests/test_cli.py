@@ -164,6 +164,21 @@ def test_step_by_step_is_what_prune_does(moeslim: Command, tmp_path: Path, *, mo
         assert (tmp_path / "pruned" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
+def test_data_shows_what_the_model_reads(moeslim: Command, tmp_path: Path, *, model: Path, text: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "2+2=", "completion": "4"}\n' * 2 + '{"text": "words"}\n')
+    line = ["data", "demo", "--data", tmp_path / "a.jsonl"]
+    record = moeslim(*line, "--show", 1, "--json").json
+    pieces = [{"text": "2+2=", "learnt": False}, {"text": "4", "learnt": True}]
+    shown = {"source": "a.jsonl:1", "domain": "a", "answers_not_learnt": 0, "pieces": pieces}
+    assert record["documents"] == [shown]
+    answer = moeslim(*line)
+    assert "2+2=⟦4⟧" in answer.out
+    assert "data.train: 0.0 kB of text: a 2 documents, 100.0%" in answer.out
+    calibrated = moeslim(*line, "--part", "calibration", "--json").json["documents"][0]["pieces"]
+    assert [piece["learnt"] for piece in calibrated] == [False, False]
+    assert "--part is 'test'; it must be one of" in moeslim.fails(*line, "--part", "test").err
+
+
 def test_prune_then_again(moeslim: Command, tmp_path: Path, *, model: Path, text: Path) -> None:
     out = tmp_path / "out"
     line = ["prune", model, out, "--experts", "50%", "--data", text, *settings(*SMALL, *MEASURE)]

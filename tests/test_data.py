@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -334,3 +335,19 @@ def test_messages_without_a_template_are_refused(tokenizer_folder: Path, tmp_pat
     corpus = Corpus((Document("", "d", "c:1", tuple(CHAT)),))
     with pytest.raises(DataError, match="c:1: the record has `messages`, but the tokenizer has no chat template"):
         pack(corpus, tmp_path, out_folder=tmp_path / "out", sequence_length=4, seed=0)
+
+
+def test_tokens_that_the_embedding_lacks_are_named_up_front(
+    tokenizer_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer_folder, folder)
+    tokens = len(load_tokenizer(folder))
+    largest = max(load_tokenizer(folder)("abc", add_special_tokens=False)["input_ids"])
+    (folder / "config.json").write_text(json.dumps({"text_config": {"vocab_size": tokens - 1}}))
+    pack(corpus_of("abc"), folder, out_folder=tmp_path / "a", sequence_length=4, seed=0)
+    assert f"the tokenizer has {tokens} tokens and the embedding {tokens - 1} rows" in caplog.text
+    (folder / "config.json").write_text(json.dumps({"vocab_size": largest}))
+    with pytest.raises(DataError, match=f"{tokens} tokens and the embedding {largest} rows.*the text has token"):
+        pack(corpus_of("abc"), folder, out_folder=tmp_path / "b", sequence_length=4, seed=0)
+    assert not (tmp_path / "b").exists()

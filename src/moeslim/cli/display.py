@@ -19,6 +19,7 @@ from rich.text import Text
 from moeslim.errors import Interrupted, MoeslimError
 from moeslim.log import logger, set_sink
 
+_SHOWN = 2000  # characters of a document
 out = Console()
 err = Console(stderr=True)
 
@@ -147,6 +148,25 @@ def show_table(rows: list[list[str]]) -> None:
         table.add_row(*row, style=None if row[0].startswith(" ") else "bold")
     # Its own width: rich would cut cells where the terminal is narrower, a terminal only wraps the line.
     Console(width=200).print(table, soft_wrap=True)
+
+
+def show_documents(documents: list[dict[str, Any]]) -> None:
+    """Print documents in pieces; what a training learns is green, or between ⟦ and ⟧ where there are no colours."""
+    marks = ("", "") if out.is_terminal and not out.no_color else ("⟦", "⟧")
+    for document in documents:
+        out.rule(Text(printable(f"{document['source']} ({document['domain']})")), align="left")
+        text, left = Text(), _SHOWN
+        for piece in document["pieces"]:
+            own, learnt = printable(piece["text"][: max(0, left)]), piece["learnt"]
+            text.append(f"{marks[0]}{own}{marks[1]}" if learnt and own else own, style="green" if learnt else "dim")
+            left -= len(piece["text"])
+        out.print(text, soft_wrap=True)
+        if left < 0:
+            out.print(f"... and {-left:,} more characters", style="italic")
+        if document["answers_not_learnt"]:
+            out.print(
+                f"{document['answers_not_learnt']} earlier answers are not learnt: the chat template changes them"
+            )
 
 
 @contextmanager

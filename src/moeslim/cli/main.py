@@ -10,7 +10,7 @@ import typer
 
 from moeslim import __version__
 from moeslim.cli import options
-from moeslim.cli.display import complain, ended, out, printable, show_progress, show_table, stoppable
+from moeslim.cli.display import complain, ended, out, printable, show_documents, show_progress, show_table, stoppable
 from moeslim.cli.options import AsJson, DataOption, DryRun, Kept, MaxMemory, Model, Redo, Revision, Settings
 
 app = typer.Typer(
@@ -49,6 +49,24 @@ def inspect(model: Model, revision: Revision = None, as_json: AsJson = False) ->
     from moeslim.commands import describe
 
     record = describe.inspect(model, revision=revision)
+    _emit(record, as_json=as_json, lines=record["lines"])
+
+
+@app.command("data")
+def show_data(
+    model: Model,
+    data: DataOption = None,
+    show: Annotated[int, typer.Option(min=0, help="Number of documents to show.")] = 3,
+    part: Annotated[str, typer.Option(help="Use of the text: train, calibration or heldout.")] = "train",
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the model will read: the mix, chats through its template, and which text a training learns (green)."""
+    from moeslim.commands import text
+
+    record = text.preview(model, data, show=show, part=part, overrides=settings or [])
+    if not as_json:
+        show_documents(record["documents"])
     _emit(record, as_json=as_json, lines=record["lines"])
 
 

@@ -8,7 +8,12 @@ import typer
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub name, or `demo` (the bundled teacher).")]
 Kept = Annotated[str | None, typer.Option(help="How much is kept: a count, or a percentage such as 50%.")]
 DataOption = Annotated[
-    list[str] | None, typer.Option("--data", help="Text, JSONL or Parquet; may be repeated. Default: bundled text.")
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="Text: files, a folder, or a `datasets` name like NAME[SUBSET]:4096; a share like code.jsonl=0.3. May be "
+        "repeated. Default: bundled text.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print sizes, costs and what would be done, then stop.")]

@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from moeslim.commands.inputs import BUNDLED
+from moeslim.commands.inputs import BUNDLED, model_folder, options_recipe
 from moeslim.data.corpus import Corpus, Document, check_disjoint, read_source
 from moeslim.data.mix import Given, mix_lines, mixed
 from moeslim.data.split import hold_out
 from moeslim.errors import DataError, RecipeError
 from moeslim.log import logger
 from moeslim.recipe import Data, Source
+
+_PARTS = ("train", "calibration", "heldout")
 
 
 def text_parts(data: Data) -> dict[str, Corpus]:
@@ -72,6 +75,35 @@ def _documents(source: Source, data: Data) -> list[Document]:
         split=source.split,
         limit=source.documents,
     )
+
+
+def preview(
+    model: str, data: Sequence[str] | None, *, show: int = 3, part: str = "train", overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What `model` will read: the documents of a part of the text by source and domain, and the first ones rendered.
+
+    `documents` are those shown, each with its `pieces`: text, and whether a training learns it. RecipeError for an
+    unknown part.
+    """
+    from moeslim.data.tokens import load_tokenizer, pieces_of
+
+    if part not in _PARTS:
+        raise RecipeError(f"--part is {part!r}; it must be one of {', '.join(_PARTS)}")
+    recipe = options_recipe(model, keep={}, overrides=overrides, data=data)
+    named = (
+        recipe.data if not data or part != "heldout" else recipe.data.model_copy(update={"heldout": recipe.data.train})
+    )
+    text = part_text(named, part)
+    tokenizer = load_tokenizer(model_folder(model, revision=recipe.revision, config_only=True))
+    shown = []
+    for document in text.documents[:show]:
+        pieces, unplaced = pieces_of(document, tokenizer, learnt=text.learnt)
+        facts = {"source": document.source, "domain": document.domain, "answers_not_learnt": unplaced}
+        shown.append({**facts, "pieces": [{"text": own, "learnt": learnt and text.learnt} for own, learnt in pieces]})
+    domains = {name: [each for each in text.documents if each.domain == name] for name in text.domains}
+    lines = mix_lines(f"data.{part}", [Given(name, found, None) for name, found in domains.items()])
+    lines.append(f"text {text.fingerprint}, {len(text.documents):,} documents")
+    return {"part": part, "text": text.fingerprint, "documents": shown, "lines": [*lines, *advice(data)]}
 
 
 def advice(data: Sequence[str] | None) -> list[str]:

@@ -42,7 +42,7 @@ def mix_lines(part: str, mix: Sequence[Given]) -> list[str]:
     """A line that says what a part of the text consists of."""
     total = max(1, sum(_bytes(each.documents) for each in mix))
     sources = (f"{each.name} {len(each.documents):,} documents, {_bytes(each.documents) / total:.1%}" for each in mix)
-    return [f"{part}: {total / 1e6:,.2f} MB of text: {'; '.join(sources)}"]
+    return [f"{part}: {_amount(total)} of text: {'; '.join(sources)}"]
 
 
 def _up_to(documents: Sequence[Document], wanted: float) -> list[Document]:
@@ -59,3 +59,7 @@ def _up_to(documents: Sequence[Document], wanted: float) -> list[Document]:
 
 def _bytes(documents: Sequence[Document]) -> int:
     return sum(document.num_bytes for document in documents)
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 10**6 else f"{size / 1e3:,.1f} kB"

@@ -223,6 +223,28 @@ def load_tokenizer(folder: Path | str) -> Any:
     return tokenizer
 
 
+def _check_embedded(stream: np.ndarray, tokens: int, *, folder: Path) -> None:
+    """Whether the model beside the tokenizer has a row of the embedding for every token: a warning, or DataError.
+
+    Tokens are often added to a tokenizer whose model was not resized; the text may do without them.
+    """
+    if not (folder / "config.json").is_file():
+        return
+    config = read_json(folder / "config.json", error=DataError)
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    rows = text.get("vocab_size")
+    if type(rows) is not int or tokens <= rows:
+        return
+    counts = f"the tokenizer has {tokens} tokens and the embedding {rows} rows (vocab_size)"
+    largest = int(stream.max(initial=0))
+    if largest >= rows:
+        raise DataError(
+            f"{folder}: {counts}, and the text has token {largest}; resize the model's embedding "
+            "(resize_token_embeddings), or take the added tokens out of the tokenizer"
+        )
+    logger.warning("%s: %s; the text uses none of the others, but `verify` reports it", folder, counts)
+
+
 class _RustErrors:
     """Turns what `tokenizers` raises for broken files, a bare Exception or a panic, into DataError."""
 
@@ -278,6 +300,7 @@ def _stream(
             unplaced,
         )
     joined, mask = np.concatenate(tokens), np.concatenate(counts)
+    _check_embedded(joined, len(tokenizer), folder=Path(tokenizer.name_or_path))
     padding = -len(mask) % length
     joined = np.concatenate([joined, np.full(padding, eos, np.int64)])
     mask = np.concatenate([mask, np.zeros(padding, bool)])
