@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from moeslim.checkpoint.config_json import copy_side_files, read_config
+from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_header, read_index
 from moeslim.checkpoint.reader import Reader
+from moeslim.checkpoint.side_files import copy_side_files
 from moeslim.checkpoint.structure import Opened
 from moeslim.checkpoint.verify import verify
 from moeslim.checkpoint.writer import ShardWriter

@@ -27,8 +27,9 @@ from command import write_model, write_text
 from moeslim.artifacts import strict_json
 from moeslim.artifacts.fingerprint import folder_fingerprint
 from moeslim.artifacts.run import open_run
-from moeslim.checkpoint.config_json import check_side_files, read_config
+from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.index import INDEX_NAME, read_header, read_index
+from moeslim.checkpoint.side_files import check_side_files
 from moeslim.checkpoint.structure import read_structure
 from moeslim.checkpoint.verify import verify
 from moeslim.cli.display import printable

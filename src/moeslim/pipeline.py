@@ -28,10 +28,10 @@ from moeslim.checkpoint.structure import read_structure
 from moeslim.commands import checks, describe, files, inputs, measure, settings
 from moeslim.commands.forecast import left_out
 from moeslim.commands.text import advice, text_parts
-from moeslim.errors import RecipeError
 from moeslim.families import text_config, with_text_config
 from moeslim.log import logger
 from moeslim.machine.disk import check_disk
+from moeslim.machine.home import expands_home
 from moeslim.plan.check import check_plan
 from moeslim.plan.experts import ROUTERS
 from moeslim.plan.file import for_moments, read_plan, write_plan
@@ -71,6 +71,7 @@ class Stage:
     number: int
 
 
+@expands_home
 def run(
     recipe_file: Path | str, out: Path | str, *, overrides: Sequence[str] = (), redo: bool = False
 ) -> dict[str, Any]:
@@ -107,6 +108,7 @@ def run(
         return write_report(state, student)
 
 
+@expands_home
 def prune(
     model: str,
     out: Path | str,
@@ -123,14 +125,11 @@ def prune(
     out = Path(out)
     work = out.with_name(out.name + ".work")
     recipe = inputs.options_recipe(model, keep=keep, overrides=overrides, data=data, evaluate=_LIGHT)
-    if all(kept is None for kept in recipe.keep.model_dump().values()):
-        raise RecipeError(
-            "nothing to cut: say what to keep, for example --experts 50% (or --layers, --top-k and so on)"
-        )
     if not work.exists():
         check_vacant(out)
     source, _ = checks.find_models(recipe)
     targets = settings.stage_targets(recipe.model_copy(update={"schedule": "one_shot"}), source.shape)
+    checks.check_cuts(recipe, source, target=targets[-1])
     settings.check_search(recipe, source.shape, targets=targets)
     checks.check_settings(recipe, source, teacher=source)
     with open_run(work, redo=redo) as folder:

@@ -3,14 +3,14 @@
 import re
 from pathlib import Path
 
-from moeslim.checkpoint.config_json import SIDE_FILES
 from moeslim.checkpoint.index import INDEX_NAME
+from moeslim.checkpoint.side_files import OTHER_WEIGHTS
 from moeslim.errors import CheckpointError
 from moeslim.log import logger
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CONFIG = ("config.json", INDEX_NAME)
-_WHOLE = (*_CONFIG, *SIDE_FILES, "*.safetensors", "*.jinja", "*.tiktoken")
+_LEFT = (*(f"*{suffix}" for suffix in OTHER_WEIGHTS), "*/*.safetensors", ".*", "original/*", "onnx/*", "openvino/*")
 
 
 def resolve(name_or_path: Path | str, *, revision: str | None = None, config_only: bool = False) -> Path:
@@ -40,8 +40,8 @@ def _download(name: str, revision: str | None, *, config_only: bool) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=list(_CONFIG if config_only else _WHOLE),
-                ignore_patterns=["*/*"],
+                allow_patterns=list(_CONFIG) if config_only else None,
+                ignore_patterns=None if config_only else list(_LEFT),
             )
         )
     except (OSError, ValueError) as problem:  # the hub's own errors are one or the other

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moeslim.checkpoint.config_json import check_side_files, read_config
+from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.index import Entry, Index, read_index
 from moeslim.checkpoint.packed import (
     BF16_RELEASE,
@@ -17,6 +17,7 @@ from moeslim.checkpoint.packed import (
     quantisation_of,
     refuse_unexplained,
 )
+from moeslim.checkpoint.side_files import check_side_files
 from moeslim.errors import CheckpointError
 from moeslim.families import Row, Shape, detect, table
 from moeslim.families.formats import FLOATS

@@ -11,10 +11,11 @@ from typing import Any
 
 from moeslim.artifacts import strict_json
 from moeslim.artifacts.fingerprint import hash_file
-from moeslim.checkpoint.config_json import read_config, side_files
+from moeslim.checkpoint.config_json import read_config
 from moeslim.checkpoint.finite import not_finite
 from moeslim.checkpoint.index import INDEX_NAME, TENSOR_BYTES, Entry, Index, path_inside
 from moeslim.checkpoint.packed import shape_problems, value_dtypes
+from moeslim.checkpoint.side_files import loaded_files, side_path
 from moeslim.checkpoint.structure import read_structure
 from moeslim.errors import CheckpointError, FamilyError
 from moeslim.families import text_config
@@ -64,7 +65,7 @@ def verify(
     if stated is not None:
         problems += _hash_problems(folder, stated, hashes=hashes)
         weights = {path.name for path in folder.glob("*.safetensors")}
-        problems += _unnamed(folder, stated, here={"config.json", INDEX_NAME, *side_files(folder), *weights})
+        problems += _unnamed(folder, stated, here={"config.json", INDEX_NAME, *loaded_files(folder), *weights})
     tensors = len(index.tensors) if index is not None else 0
     size = index.bytes if index is not None else 0
     return VerifyRecord(not problems, problems, tensors, size, stated is not None)
@@ -122,7 +123,7 @@ def _blocks(file: Any, entry: Entry) -> Iterator[bytes]:
 
 def _side_problems(folder: Path) -> Iterator[str]:
     """Tokenizer and generation config must parse, and the tokenizer must fit the embedding."""
-    for name in side_files(folder):
+    for name in loaded_files(folder):
         if not name.endswith(".json"):
             continue
         try:
@@ -165,7 +166,7 @@ def _receipt_files(folder: Path) -> tuple[dict[str, dict[str, Any]] | None, list
 def _hash_problems(folder: Path, stated: dict[str, dict[str, Any]], *, hashes: dict[str, str]) -> Iterator[str]:
     for name, facts in stated.items():
         try:
-            path = path_inside(folder, name)
+            path = side_path(folder, name)
             if not path.is_file():
                 yield f"{name} is in the receipt and not in the folder"
             elif path.stat().st_size != facts["bytes"]:

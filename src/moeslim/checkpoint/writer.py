@@ -16,10 +16,10 @@ import torch
 
 from moeslim import __version__
 from moeslim.artifacts.fingerprint import hash_file
-from moeslim.checkpoint.config_json import side_files
 from moeslim.checkpoint.index import INDEX_NAME, ITEM_BYTES, SINGLE_NAME
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
 from moeslim.checkpoint.shard import ShardFile, WriterThreads
+from moeslim.checkpoint.side_files import side_files
 from moeslim.errors import ResourceError
 
 SHARD_BYTES = 5_000_000_000

@@ -7,8 +7,9 @@ from moeslim.checkpoint.structure import Structure, check_structure, read_struct
 from moeslim.commands.forecast import run_bytes
 from moeslim.commands.inputs import model_folder
 from moeslim.commands.settings import check_training, evaluate_settings, prepare
+from moeslim.errors import RecipeError
 from moeslim.machine.disk import check_disk
-from moeslim.plan.schedule import StageTarget
+from moeslim.plan.schedule import StageTarget, Target, axes_of
 from moeslim.recipe import Recipe
 
 
@@ -20,6 +21,17 @@ def find_models(recipe: Recipe) -> tuple[Structure, Structure]:
         teacher = read_structure(model_folder(recipe.teacher))
         check_structure(teacher)
     return source, teacher
+
+
+def check_cuts(recipe: Recipe, source: Structure, *, target: Target) -> None:
+    """RecipeError where what is to be kept is all that there is."""
+    shape, kept = source.shape, recipe.keep.model_dump(exclude_none=True)
+    if all(getattr(target, axis, None) in (None, shape.count(axis)) for axis in axes_of(shape)):
+        said = ", ".join(f"{axis} {kept[axis]} of {shape.count(axis)}" for axis in kept) or "nothing is named"
+        raise RecipeError(
+            f"nothing to cut: all would be kept ({said}); say what to keep, for example --experts 50% "
+            "(or --layers, --top-k and so on)"
+        )
 
 
 def check_settings(recipe: Recipe, source: Structure, *, teacher: Structure) -> None:

@@ -8,6 +8,7 @@ from moeslim.checkpoint.structure import Opened, Structure, check_structure
 from moeslim.commands.inputs import model_folder, options_recipe
 from moeslim.commands.settings import target_shape
 from moeslim.families import Shape, count
+from moeslim.machine.home import expands_home
 from moeslim.plan.engines import engine_warnings
 from moeslim.plan.schedule import StageTarget, axes_of, resolve
 from moeslim.recipe import Recipe
@@ -25,6 +26,7 @@ _NAMES = {
 _SIZES = ("hidden", "experts", "top_k", "expert_size", "shared_size", "dense_size", "vocab")
 
 
+@expands_home
 def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
     """Shape, parameters per component (total and active) and engine notes of a model."""
     opened = Opened.read(model_folder(model, revision=revision, config_only=True))
@@ -60,6 +62,7 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
     return {**record, "lines": _inspect_lines(record)}
 
 
+@expands_home
 def preview(model: str, *, keep: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What pruning `model` to `keep` would give: shapes and parameters before and after, bytes, disk, memory, work.
 

@@ -13,10 +13,12 @@ from moeslim.commands.inputs import model_folder, options_recipe
 from moeslim.commands.settings import memory_bound, prepare, walk_settings
 from moeslim.commands.text import advice, part_text, text_parts
 from moeslim.errors import PlanError, RecipeError
+from moeslim.machine.home import expands_home
 from moeslim.plan.schedule import resolve
 from moeslim.recipe import Keep
 
 
+@expands_home
 def calibrate(
     model: str, out: Path | str, *, data: Sequence[str] | None = None, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -42,6 +44,7 @@ def calibrate(
     return {"stats": str(out), "tokens": stats.tokens, "text": tokens.fingerprint, "lines": [*lines, *advice(data)]}
 
 
+@expands_home
 def plan(
     model: str,
     out: Path | str,
@@ -75,6 +78,7 @@ def plan(
     return {"plan": str(out), "warnings": warnings, "lines": [f"{out}: {steps}", *kept_super_lines(made), *warnings]}
 
 
+@expands_home
 def cut(model: str, plan_file: Path | str, *, out: Path | str, max_memory: str | None = None) -> dict[str, Any]:
     """Carry out a plan; the smaller checkpoint appears in `out` whole, verified, or not at all."""
     from moeslim.plan.file import read_plan
@@ -90,6 +94,7 @@ def cut(model: str, plan_file: Path | str, *, out: Path | str, max_memory: str |
     return {"model": str(out), "receipt": receipt, "lines": [line]}
 
 
+@expands_home
 def verify(model: str, *, max_memory: str | None = None) -> dict[str, Any]:
     """Whether a checkpoint is whole: names, shapes, dtypes, values, index, side files, hashes of its receipt."""
     from moeslim.checkpoint.verify import verify as prove
@@ -113,6 +118,7 @@ def verify(model: str, *, max_memory: str | None = None) -> dict[str, Any]:
     }
 
 
+@expands_home
 def probe(
     model: str,
     out: Path | str = "probe",

@@ -11,6 +11,7 @@ from moeslim.commands.inputs import model_folder
 from moeslim.commands.settings import device, prepare, stage_targets, target_shape
 from moeslim.families import STACKED, Shape, forward_operations, table, training_operations
 from moeslim.machine.gpus import device_peak, measured_rate, peak_of
+from moeslim.machine.home import expands_home
 from moeslim.plan.schedule import AXES, NAMED, StageTarget
 from moeslim.plan.training import UTILISATION
 from moeslim.recipe import Recipe
@@ -20,6 +21,7 @@ _WEIGHT, _GRADIENT, _MOMENTS = 4, 4, 8
 _H100 = peak_of("H100", bfloat16=True) or 0.0
 
 
+@expands_home
 def preview_run(recipe_file: Path | str, overrides: Sequence[str] = (), *, timed: bool = True) -> dict[str, Any]:
     """Every stage's shape, parameters, tokens, disk and (if `timed`) time, before anything starts.
 

@@ -13,9 +13,11 @@ from moeslim.commands.settings import device, evaluate_settings, prepare
 from moeslim.commands.text import part_text
 from moeslim.errors import RunError
 from moeslim.families import is_known
+from moeslim.machine.home import expands_home
 from moeslim.recipe import Recipe
 
 
+@expands_home
 def evaluate(
     models: Sequence[str],
     out: Path | str,
@@ -52,6 +54,7 @@ def evaluate(
         return {"records": str(out), "table": comparison(out), "lines": [f"records: {out}"]}
 
 
+@expands_home
 def evaluate_tasks(
     models: Sequence[str],
     out: Path | str,
@@ -93,6 +96,7 @@ def evaluate_tasks(
     return {"records": str(out), **table, "table": task_rows(table), "lines": [f"records: {place}"]}
 
 
+@expands_home
 def report(run_folder: Path | str) -> dict[str, Any]:
     """The page of a run, made again from its records."""
     from moeslim.report.collect import collect

@@ -15,6 +15,7 @@ from moeslim.commands.inputs import model_folder, options_recipe
 from moeslim.errors import PlanError, RecipeError
 from moeslim.families import Shape
 from moeslim.machine.gpus import GPUS, Gpu
+from moeslim.machine.home import expands_home
 from moeslim.plan.budget import RULES, Budget, Proposal, proposals, read_number, resized
 from moeslim.plan.footprint import ROW, Footprint, Footprints
 from moeslim.plan.schedule import AXES, Target, resolve, stages, units
@@ -49,6 +50,7 @@ class Machines:
         return cls(read_number("--tokens", tokens, such="120B, 400M or 120000000"), number, known[kind.upper()])
 
 
+@expands_home
 def propose(
     model: str,
     budget: Budget,

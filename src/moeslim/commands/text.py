@@ -10,6 +10,7 @@ from moeslim.data.mix import Given, mix_lines, mixed
 from moeslim.data.split import hold_out
 from moeslim.errors import DataError, RecipeError
 from moeslim.log import logger
+from moeslim.machine.home import expands_home
 from moeslim.recipe import Data, Source
 
 _PARTS = ("train", "calibration", "heldout")
@@ -77,6 +78,7 @@ def _documents(source: Source, data: Data) -> list[Document]:
     )
 
 
+@expands_home
 def preview(
     model: str, data: Sequence[str] | None, *, show: int = 3, part: str = "train", overrides: Sequence[str] = ()
 ) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from moeslim.commands.settings import cache_settings, check_training, find_teach
 from moeslim.commands.text import text_parts
 from moeslim.errors import RecipeError
 from moeslim.machine.disk import check_disk
+from moeslim.machine.home import expands_home
 from moeslim.recipe import Recipe
 
 
+@expands_home
 def cache_teacher(
     model: str,
     data: Path | str,
@@ -52,6 +54,7 @@ def cache_teacher(
     return {"cache": str(out), "bytes_per_token": cache.bytes_per_token, "text": tokens.fingerprint, "lines": [line]}
 
 
+@expands_home
 def distill(
     student: str,
     out: Path | str,

@@ -9,9 +9,10 @@ from typing import Any, TypedDict, Unpack
 import torch
 
 from moeslim.artifacts.commit import committed_folder
-from moeslim.checkpoint.config_json import copy_side_files, write_config
+from moeslim.checkpoint.config_json import write_config
 from moeslim.checkpoint.packed import quantisation_of
 from moeslim.checkpoint.reader import TORCH_DTYPES
+from moeslim.checkpoint.side_files import copy_side_files
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, write_receipt
 from moeslim.errors import CheckpointError
 from moeslim.families import Layouts, Row, expert_prefix, file_layouts, pieces, table, text_config

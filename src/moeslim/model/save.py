@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from moeslim.artifacts.commit import committed_folder
-from moeslim.checkpoint.config_json import copy_side_files, write_config
+from moeslim.checkpoint.config_json import write_config
 from moeslim.checkpoint.index import path_inside
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
+from moeslim.checkpoint.side_files import copy_side_files
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, untouched, write_receipt
 from moeslim.families import Row, Shape, expert_prefix, live_layout, pieces
 from moeslim.machine.parallel import gather, world

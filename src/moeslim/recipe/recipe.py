@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from moeslim.errors import RecipeError
-from moeslim.recipe.sections import Calibrate, Data, Evaluate, Keep, Memory, Methods, Schedule, Section
+from moeslim.recipe.sections import Calibrate, Data, Evaluate, HomePath, Keep, Memory, Methods, Schedule, Section
 from moeslim.recipe.text import Lines, explain, override, read_yaml
 from moeslim.recipe.training import Distill
 
@@ -21,11 +21,11 @@ from moeslim.recipe.training import Distill
 class Recipe(Section):
     """A run: which model, on which text, to which size, by which methods, trained and measured how."""
 
-    model: str
+    model: HomePath
     """Folder or hub name of the model to make smaller; `demo` is the bundled one."""
     revision: str | None = None
     """Hub commit, tag or branch of `model`."""
-    teacher: str | None = None
+    teacher: HomePath | None = None
     """Folder or hub name of the teacher; left out means `model`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Which calibration rows are seen, the order of training, random importance and init; not what is measured."""

@@ -16,8 +16,19 @@ def _checked_kept(value: object) -> object:
         return value
     if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?%", value) and 0 < Decimal(value[:-1]) <= 100:
         return value
-    share = f'; for a share write "{value * 100:g}%"' if isinstance(value, float) and 0 < value < 1 else ""
-    raise ValueError(f'a kept count is a whole number above 0, or a percentage above 0 and up to "100%"{share}')
+    share = _meant_share(value)
+    hint = f'; for a share write "{share:g}%"' if share is not None and 0 < share <= 100 else ""
+    raise ValueError(f'a kept count is a whole number above 0, or a percentage above 0 and up to "100%"{hint}')
+
+
+def _meant_share(value: object) -> float | None:
+    """The percentage that somebody means who writes 0.5, 1/2 or 50 %; None for other values."""
+    found = re.fullmatch(r"\s*([0-9.]+)(?:\s*/\s*([0-9]+))?\s*(%?)\s*", str(value))
+    try:
+        number = Fraction(found[1]) / Fraction(found[2] or 1) if found else None
+    except (ValueError, ZeroDivisionError):
+        return None
+    return None if found is None or number is None else float(number * (1 if found[3] else 100))
 
 
 def _checked_memory(value: object) -> object:
@@ -33,6 +44,14 @@ def _checked_tokens(value: object) -> object:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([BMK])", value) if isinstance(value, str) else None
     number = Decimal(found[1]) * {"B": 10**9, "M": 10**6, "K": 10**3}[found[2]] if found else None
     return int(number) if number is not None and number == int(number) else value
+
+
+HomePath = Annotated[str, BeforeValidator(lambda value: str(Path(value).expanduser()) if _at_home(value) else value)]
+"""A path; ~ at its start is the home folder."""
+
+
+def _at_home(value: object) -> bool:
+    return isinstance(value, str) and value.startswith("~")
 
 
 Kept = Annotated[int | str | None, BeforeValidator(_checked_kept)]
@@ -91,7 +110,7 @@ class Source(Section):
     """Documents of one domain. In a recipe and behind --data it may be one text: `path`, `name[subset]:4096`, or
     `code.jsonl=0.3`."""
 
-    path: str
+    path: HomePath
     """Folder or file (.txt .md .rst .py .jsonl .json .csv .parquet ...), or the name of a `datasets` dataset."""
     domain: str = "text"
     """What figures are reported by."""
@@ -311,7 +330,7 @@ class Evaluate(Section):
     """Timed repetitions, after one that is not counted; 0 times nothing."""
     engine: Literal["none", "vllm"] = "none"
     """Also time an engine, without drafts and with two a round; it must be installed."""
-    engine_python: str | None = None
+    engine_python: HomePath | None = None
     """The Python of the environment that has the engine; left out means this one."""
     through: Literal["auto", "memory", "walk"] = "auto"
     """Whole in memory, or walked layer by layer (text alone is measured then); auto walks what does not fit."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from moeslim.recipe.sections import Count, Fractional, Section, Tokens
+from moeslim.recipe.sections import Count, Fractional, HomePath, Section, Tokens
 
 _Mixer = Literal["attention", "mla", "deltanet", "mamba", "conv"]
 Part = Literal["embedding", "head", "norm", _Mixer, "router", "shared", "experts", "dense", "mtp"]
@@ -97,7 +97,7 @@ class Distill(Section):
     """A loss this many standard deviations above the mean of the last 50 steps is reported; 0 never."""
     lm_only: bool = False
     """Train without a teacher (lam = 0; none is loaded)."""
-    teacher_cache: str | None = None
+    teacher_cache: HomePath | None = None
     """A folder from `moeslim cache-teacher`, whose probabilities replace a running teacher's."""
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from typing import Any
 
 from moeslim.artifacts.commit import read_json, write_json
 from moeslim.errors import DataError, RunError
+from moeslim.machine.home import expands_home
 from moeslim.report.collect import collect
 from moeslim.report.compare import write_comparison
 from moeslim.report.console import comparison
@@ -18,6 +19,7 @@ _LAST = ("distilled", "cut")
 """What a run is compared by: the first of these that it has, else its only record."""
 
 
+@expands_home
 def compare(runs: Sequence[Path | str], *, model: str | None = None, out: Path | str | None = None) -> dict[str, Any]:
     """The figures of all records in run folders or folders of records, and each run's `model` less the first run's.
 

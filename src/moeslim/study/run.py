@@ -19,11 +19,13 @@ from moeslim.artifacts.run import Run, open_run
 from moeslim.commands.forecast import preview_run
 from moeslim.errors import Interrupted, MoeslimError, RecipeError, RunError
 from moeslim.log import logger, progress
+from moeslim.machine.home import expands_home
 from moeslim.study.grid import METRICS, SEED_MEANS, Cell, Grid, Label, models_of
 
 Process = subprocess.Popen[bytes]
 
 
+@expands_home
 def study(
     file: Path | str, out: Path | str, *, overrides: Sequence[str] = (), jobs: int = 1, redo: bool = False
 ) -> dict[str, Any]:
@@ -46,6 +48,7 @@ def study(
         return _write_report(grid, out, title=Path(file).stem)
 
 
+@expands_home
 def preview_study(file: Path | str, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What a study would run: its cells, and what one of them costs."""
     grid = Grid.of(file, overrides)

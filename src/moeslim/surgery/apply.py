@@ -12,8 +12,9 @@ import torch
 
 from moeslim.artifacts.commit import check_vacant, committed_folder
 from moeslim.artifacts.fingerprint import folder_fingerprint
-from moeslim.checkpoint.config_json import copy_side_files, write_config
+from moeslim.checkpoint.config_json import write_config
 from moeslim.checkpoint.reader import TORCH_DTYPES, Reader
+from moeslim.checkpoint.side_files import copy_side_files
 from moeslim.checkpoint.verify import check_receipt, verify
 from moeslim.checkpoint.writer import SHARD_BYTES, ShardWriter, untouched, write_receipt
 from moeslim.errors import CheckpointError

@@ -1,0 +1,119 @@
+"""What travels with the weights, paths that begin with ~, and folders as people keep them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from command import TOKENIZER, Command, moeslim
+from moeslim.checkpoint.reader import Reader
+from moeslim.checkpoint.side_files import check_side_files, copy_side_files, side_files, side_path
+from moeslim.checkpoint.verify import verify
+from moeslim.errors import CheckpointError
+from moeslim.plan.file import Plan, source_shape
+from moeslim.recipe import Recipe
+from moeslim.surgery import cut
+from tiny import write_tiny
+
+__all__ = ["moeslim"]  # a fixture
+
+CODE = """
+from transformers import Qwen3MoeConfig
+
+
+class OwnConfig(Qwen3MoeConfig):
+    model_type = "qwen3_moe"
+    own = True
+"""
+TRAVELS = ["LICENSE", "additional_chat_templates/rag.jinja", "configuration_own.py", "notice.txt"]
+STAYS = ["README.md", "optimizer.pt", "trainer_state.json", ".gitattributes", ".cache/x.json", "original/params.json"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny model with everything beside it that a folder may hold."""
+    folder = write_tiny(tmp_path / "model", family="qwen3_moe", vocab_size=2048, form={"tokenizer_from": TOKENIZER})
+    for name in (*TRAVELS, *STAYS):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(CODE if name.endswith(".py") else f"{{}} {name}")
+    (folder / "video.mp4").touch()
+    with (folder / "video.mp4").open("ab") as file:
+        file.truncate(1 << 30)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_own.OwnConfig"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "receipt.json").unlink()
+    return folder
+
+
+def test_a_cut_takes_along_what_makes_the_model(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    receipt = cut(model, Plan(source=source_shape(Reader(model).shape)), out_folder=out)
+    for name in TRAVELS:
+        assert (out / name).read_bytes() == (model / name).read_bytes(), name
+        assert name in receipt["files"]
+    assert not [name for name in (*STAYS, "video.mp4") if (out / name).exists()]
+    assert verify(out).ok
+    loaded = AutoConfig.from_pretrained(out, trust_remote_code=True)
+    assert loaded.own
+    again = tmp_path / "again"
+    cut(out, Plan(source=source_shape(Reader(out).shape)), out_folder=again)
+    assert side_files(again) == side_files(out)
+    for name in TRAVELS:
+        before = (out / name).read_text()
+        (out / name).write_text(before + " ")
+        assert any(name in problem for problem in verify(out).problems), name
+        (out / name).write_text(before)
+
+
+def test_links_and_pipes_do_not_travel(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    (model / "linked.txt").symlink_to(tmp_path / "secret.txt")
+    (model / "additional_chat_templates" / "linked.jinja").symlink_to(tmp_path / "secret.txt")
+    (model / "elsewhere").symlink_to(tmp_path)
+    check_side_files(model)
+    (tmp_path / "target").mkdir()
+    assert not {"linked.txt", "elsewhere"} & set(copy_side_files(model, tmp_path / "target"))
+    for name in ("../secret.txt", "elsewhere/secret.txt", "a/b/c", "additional_chat_templates/linked.jinja", "a/.."):
+        with pytest.raises(CheckpointError):
+            side_path(model, name)
+
+
+def test_a_download_of_the_hub_brings_its_sub_folders(model: Path, tmp_path: Path) -> None:
+    home = tmp_path / "models--some--model"
+    (home / "blobs").mkdir(parents=True)
+    (home / "snapshots").mkdir()
+    folder = Path(shutil.copytree(model, home / "snapshots" / "commit"))
+    for name in ("LICENSE", "additional_chat_templates/rag.jinja"):
+        blob = home / "blobs" / name.replace("/", "-")
+        (folder / name).rename(blob)
+        (folder / name).symlink_to(blob)
+    (tmp_path / "target").mkdir()
+    assert set(TRAVELS) <= set(copy_side_files(folder, tmp_path / "target"))
+    assert not (tmp_path / "target" / "LICENSE").is_symlink()
+
+
+def test_home_is_expanded_in_every_path(
+    moeslim: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    model.rename(home / "model")
+    (home / "text.txt").write_text("some words to read\n" * 200)
+    small = ["--set", "data.sequence_length=32", "--set", "calibrate.sequences=2"]
+    moeslim("calibrate", "~/model", "~/stats", "--data", "~/text.txt", *small)
+    moeslim("plan", "~/model", "~/plan.json", "--stats", "~/stats", "--experts", 4)
+    moeslim("cut", "~/model", "~/plan.json", "~/out")
+    assert moeslim("verify", "~/out", "--json").json["ok"]
+    assert moeslim("inspect", "~/out", "--json").json
+    assert not (tmp_path / "~").exists()
+    recipe = Recipe.parse({"model": "~/model", "data": {"train": "~/text.txt:3", "calibration": [{"path": "~/b"}]}})
+    assert recipe.model == str(home / "model")
+    assert [recipe.data.train[0].path, recipe.data.calibration[0].path] == [  # type: ignore[union-attr]
+        str(home / "text.txt"),
+        str(home / "b"),
+    ]
