@@ -147,7 +147,7 @@ def no_tokenizer(given: Given) -> list[object]:
     return given.prune(folder, "--experts", "4")
 
 
-@case("vocabulary is 64", "own tokenizer")
+@case("2048 tokens and the embedding 64 rows", "resize the model's embedding")
 def tokenizer_of_another_vocabulary(given: Given) -> list[object]:
     return given.prune(write_tiny(given.home / "model", form={"tokenizer_from": TOKENIZER}), "--experts", "4")
 

@@ -201,9 +201,9 @@ def output_below_a_file(given: Given) -> list[object]:
     return ["cut", given.model, given.plan, given.written("file", "") / "out"]
 
 
-@case("called model too", "rename a folder")
-def two_models_of_one_name(given: Given) -> list[object]:
-    return ["evaluate", given.model, given.copy(), "--out", given.out]
+@case("given twice", "give different models")
+def one_model_twice(given: Given) -> list[object]:
+    return ["evaluate", given.model, given.model.parent / "." / given.model.name, "--out", given.out]
 
 
 @case("no run of moeslim", "give the folder of a run")

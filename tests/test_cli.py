@@ -17,6 +17,7 @@ from command import MEASURE, SMALL, TRAIN, Command, moeslim, settings, write_mod
 from fake_run import fake_run
 from moeslim import __version__
 from moeslim.commands import describe
+from moeslim.commands.inputs import labels
 from tiny import tiny_config
 
 __all__ = ["moeslim"]  # a fixture
@@ -162,6 +163,15 @@ def test_step_by_step_is_what_prune_does(moeslim: Command, tmp_path: Path, *, mo
     moeslim("prune", model, tmp_path / "pruned", *options, *data, *heldout, *settings(*MEASURE))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "pruned" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_labels_of_models_with_one_name(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a/model", "b/model", "b/c/model", "other")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    found = labels([*map(str, folders), "owner/model"])
+    assert list(found) == ["a-model", "b-model", "c-model", "other", "owner-model"]
+    assert list(labels(["x/Qwen3", "y/Other"])) == ["Qwen3", "Other"]
 
 
 def test_data_shows_what_the_model_reads(moeslim: Command, tmp_path: Path, *, model: Path, text: Path) -> None:

@@ -10,7 +10,11 @@ from moeslim.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.verify import VerifyRecord, verify
 from moeslim.errors import CheckpointError
+from moeslim.plan.file import Plan, source_shape
+from moeslim.plan.steps import CutExperts, DropLayers
+from moeslim.surgery import cut
 from spoil import rewrite, write_good
+from tiny import write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +99,17 @@ def test_tokenizer_must_fit(copy: Path) -> None:
     assert "cannot be compared" in verify(copy).problems[0]
     (copy / "generation_config.json").write_text("[]")
     assert any("generation_config.json must hold" in problem for problem in verify(copy).problems)
+
+
+def test_a_cut_names_the_tensor_of_the_source(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "model", family="qwen3_moe")
+    name = "model.layers.{}.mlp.experts.{}.up_proj.weight"
+    rewrite(model, lambda tensors: tensors[name.format(2, 5)].view(-1)[:3].fill_(float("nan")))
+    shape = Reader(model).shape
+    steps = (DropLayers(kept=(1, 2, 3)), CutExperts(kept=dict.fromkeys(("0", "1", "2"), (0, 5))))
+    plan = Plan(source=source_shape(shape), steps=steps)
+    with pytest.raises(CheckpointError, match="is not sound") as found:
+        cut(model, plan, out_folder=tmp_path / "out")
+    said = f"{name.format(2, 5)} has 3 values that are NaN or Inf (in {name.format(1, 1)} of the cut model)"
+    assert said in str(found.value)
+    assert not (tmp_path / "out").exists()

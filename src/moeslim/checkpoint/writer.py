@@ -104,13 +104,9 @@ class ShardWriter:
         return facts
 
     @property
-    def problems(self) -> list[str]:
-        """After `finish`, a line per tensor with NaN or Inf."""
-        return [
-            f"{file.path.name}: {tensor} has {bad} values that are NaN or Inf"
-            for file in self._made
-            for tensor, bad in file.bad.items()
-        ]
+    def not_finite(self) -> dict[str, int]:
+        """After `finish`, how many values of a tensor are NaN or Inf, for those that have any."""
+        return {tensor: bad for file in self._made for tensor, bad in file.bad.items()}
 
     def _enter(self, name: str) -> ShardFile:
         """The open file, which is now file `name`, with its header."""

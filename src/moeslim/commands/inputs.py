@@ -23,17 +23,27 @@ def model_folder(model: str, *, revision: str | None = None, config_only: bool =
 
 
 def labels(models: Sequence[str]) -> dict[str, str]:
-    """What each model is called in records and tables: the last part of its name, which must be unique."""
+    """What each model is called in records and tables, and the model: the last part of its name.
+
+    Where several have the same, the parts before it too, as many as tell them apart. RunError for one given twice.
+    """
+    parts = {model: _parts(model) for model in models}
+    if len(set(parts.values())) < len(models):
+        twice = next(model for number, model in enumerate(models) if parts[model] in map(_parts, models[:number]))
+        raise RunError(f"{twice}: given twice; give different models, or evaluate them apart with two --out")
     found: dict[str, str] = {}
-    for model in models:
-        label = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
-        if label in found:
-            raise RunError(
-                f"{model}: {found[label]} is called {label} too, and their records would overwrite each other; "
-                "rename a folder, or evaluate them apart with two --out"
-            )
-        found[label] = model
+    for model, own in parts.items():
+        ends = [{other[-n:] for other in parts.values() if other != own} for n in range(1, len(own) + 1)]
+        length = next((n for n, taken in enumerate(ends, 1) if own[-n:] not in taken), len(own))
+        found["-".join(own[-length:])] = model
+    if len(found) < len(parts):
+        raise RunError(f"{', '.join(models)}: their names do not tell them apart; rename a folder")
     return found
+
+
+def _parts(model: str) -> tuple[str, ...]:
+    """The parts of a model's name, of a folder those of its whole path."""
+    return Path(model).resolve().parts[1:] if Path(model).exists() else tuple(model.split("/"))
 
 
 def options_recipe(

@@ -75,7 +75,8 @@ def cut(
         facts = {} if packed is None else {"source_form": packed.label}
         receipt = write_receipt(folder, kind="cut", weights=weights, parents=parents, recipe=recipe, **facts)
         proven = {name: facts["sha256"] for name, facts in weights.items()}
-        problems = [*writer.problems, *verify(folder, proven=proven).problems]
+        spoilt = [_spoilt(name, bad, output=wanted.get(name)) for name, bad in writer.not_finite.items()]
+        problems = [*spoilt, *verify(folder, proven=proven).problems]
         if problems:
             raise CheckpointError(f"the cut model is not sound: {'; '.join(problems[:5])}")
     return receipt
@@ -91,6 +92,14 @@ def made(output: Output, reader: Reader, *, files: PlanFiles) -> Iterator[torch.
         else:
             sources = (whole(source, reader, files=files) for source in slot.sources)
             yield FUNCTIONS[slot.function](sources, **slot.arguments).to(dtype)
+
+
+def _spoilt(name: str, bad: int, *, output: Output | None) -> str:
+    """What is wrong with a tensor of the cut model, by the names that its values have in the source."""
+    sources = {source.name: None for slot in output.slots for source in slot.sources} if output else {name: None}
+    others = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
+    here = "" if list(sources) == [name] else f" (in {name} of the cut model)"
+    return f"{', '.join([*sources][:3])}{others} has {bad} values that are NaN or Inf{here}"
 
 
 def _reported(found: Iterable[torch.Tensor], advance: Callable[..., None], *, name: str) -> Iterator[torch.Tensor]:
