@@ -117,3 +117,20 @@ def test_home_is_expanded_in_every_path(
         str(home / "text.txt"),
         str(home / "b"),
     ]
+
+
+def test_a_head_that_the_config_promises_and_the_files_lack_is_said(moeslim: Command, tmp_path: Path) -> None:
+    lost, there, none = (tmp_path / name for name in ("lost", "there", "none"))
+    for folder, mtp, promised in ((lost, False, 1), (there, True, 1), (none, False, 0)):
+        write_tiny(folder, family="glm4_moe", form={"mtp": mtp})
+        config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": promised}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "receipt.json").unlink(missing_ok=True)
+    said = "promises an MTP head (num_nextn_predict_layers 1) and no file has a tensor of it"
+    assert said in moeslim("verify", lost).out
+    assert said in " ".join(moeslim("inspect", lost).out.split())
+    assert moeslim("inspect", lost, "--json").json["mtp_parameters"] == 0
+    assert moeslim("verify", lost, "--json").json["ok"]
+    for model in (there, none):
+        answers = [moeslim(command, model) for command in ("verify", "inspect")]
+        assert not any("promises" in answer.out + answer.err for answer in answers)

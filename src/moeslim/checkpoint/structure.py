@@ -19,7 +19,7 @@ from moeslim.checkpoint.packed import (
 )
 from moeslim.checkpoint.side_files import check_side_files
 from moeslim.errors import CheckpointError
-from moeslim.families import Row, Shape, detect, table
+from moeslim.families import Row, Shape, detect, table, text_config
 from moeslim.families.formats import FLOATS
 
 
@@ -49,6 +49,17 @@ class Structure:
     def untouched_bytes(self) -> int:
         """Bytes of the `untouched` tensors."""
         return sum(entry.bytes for entry in self.untouched.values())
+
+    def remarks(self) -> list[str]:
+        """What is no fault and may surprise: an MTP head that the config promises and the files lack."""
+        family, text = self.shape.family, text_config(self.config)
+        promised = text.get(family.mtp_key)
+        if family.mtp is None or self.shape.mtp_layers or type(promised) is not int or promised < 1:
+            return []
+        return [
+            f"config.json promises an MTP head ({family.mtp_key} {promised}) and no file has a tensor of it: the model "
+            "works without, and cannot draft; fetch the release that has the head if you want it"
+        ]
 
     def problems(self) -> list[str]:
         """Every difference between headers and table: unknown, missing, wrong shape, or dtype, not as the config says.

@@ -27,13 +27,14 @@ _BLOCK = 1 << 24  # bytes; a multiple of every item size
 
 @dataclass(frozen=True)
 class VerifyRecord:
-    """What was found. `hashed`: whether there was a receipt to compare file hashes with."""
+    """What was found. `hashed`: whether there was a receipt to compare file hashes with; `remarks` are no faults."""
 
     ok: bool
     problems: list[str]
     tensors: int
     bytes: int
     hashed: bool
+    remarks: tuple[str, ...] = ()
 
 
 def verify(
@@ -49,11 +50,13 @@ def verify(
         raise CheckpointError(f"{folder}: there is no such folder")
     problems: list[str] = []
     index, dtypes = None, {}
+    remarks: tuple[str, ...] = ()
     try:
         structure = read_structure(folder)
         index, dtypes = structure.stored, value_dtypes(structure.index)
         check_bound(max_memory, 4 * _BLOCK + TENSOR_BYTES * len(index.tensors), what="verifying")
         problems += [*structure.problems(), *shape_problems(structure.index)]
+        remarks = tuple(structure.remarks())
     except (CheckpointError, FamilyError, OSError) as problem:
         problems.append(str(problem))
     hashes = dict(proven or {})
@@ -68,7 +71,7 @@ def verify(
         problems += _unnamed(folder, stated, here={"config.json", INDEX_NAME, *loaded_files(folder), *weights})
     tensors = len(index.tensors) if index is not None else 0
     size = index.bytes if index is not None else 0
-    return VerifyRecord(not problems, problems, tensors, size, stated is not None)
+    return VerifyRecord(not problems, problems, tensors, size, stated is not None, remarks)
 
 
 def check_receipt(folder: Path) -> None:

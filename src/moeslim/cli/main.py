@@ -287,7 +287,7 @@ def verify(model: Model, max_memory: MaxMemory = None, as_json: AsJson = False) 
     from moeslim.commands import files
 
     record = files.verify(model, max_memory=max_memory)
-    _emit(record, as_json=as_json, lines=record["lines"][:1])
+    _emit(record, as_json=as_json, lines=[*record["lines"][:1], *record["remarks"]])
     for problem in record["problems"]:
         complain(problem)
     if record["problems"]:

@@ -31,7 +31,7 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
     """Shape, parameters per component (total and active) and engine notes of a model."""
     opened = Opened.read(model_folder(model, revision=revision, config_only=True))
     quantisation = quantisation_of(opened.config, opened.folder)
-    shape = Shape.from_config(opened.config)
+    shape = opened.shape
     counted = count(shape)
     record: dict[str, Any] = {
         "model": model,
@@ -59,6 +59,7 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
             "untouched_bytes": structure.untouched_bytes,
             "files": len(structure.index.files),
         }
+        record["warnings"] += structure.remarks()
     return {**record, "lines": _inspect_lines(record)}
 
 

@@ -114,6 +114,7 @@ def verify(model: str, *, max_memory: str | None = None) -> dict[str, Any]:
         "tensors": proof.tensors,
         "bytes": proof.bytes,
         "hashed": proof.hashed,
+        "remarks": list(proof.remarks),
         "lines": [head, *problems],
     }
 
