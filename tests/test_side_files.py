@@ -1,13 +1,16 @@
 """What travels with the weights, paths that begin with ~, and folders as people keep them."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from command import TOKENIZER, Command, moeslim
+from moeslim.checkpoint.index import INDEX_NAME
 from moeslim.checkpoint.reader import Reader
 from moeslim.checkpoint.side_files import check_side_files, copy_side_files, side_files, side_path
 from moeslim.checkpoint.verify import verify
@@ -134,3 +137,86 @@ def test_a_head_that_the_config_promises_and_the_files_lack_is_said(moeslim: Com
     for model in (there, none):
         answers = [moeslim(command, model) for command in ("verify", "inspect")]
         assert not any("promises" in answer.out + answer.err for answer in answers)
+
+
+def tied(folder: Path, change: float) -> Path:
+    """A tied model whose file holds the head too, `change` added to one of its values."""
+    write_tiny(folder, family="llama", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[3, 2] += change
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "receipt.json").unlink(missing_ok=True)
+    return folder
+
+
+def test_a_second_copy_of_a_tied_head_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tied(tmp_path / "model", change=0.0)
+    with caplog.at_level(logging.WARNING):
+        assert verify(model).ok
+        reader = Reader(model)
+    assert len([record for record in caplog.records if "a second time" in record.getMessage()]) == 1
+    assert "lm_head.weight" not in reader.index.tensors
+    out = tmp_path / "out"
+    cut(model, Plan(source=source_shape(reader.shape)), out_folder=out)
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    assert verify(out).ok
+
+
+def test_another_head_than_the_tied_one_is_used_only_if_asked(tmp_path: Path) -> None:
+    model = tied(tmp_path / "model", change=1.0)
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings.*another lm_head.weight; to use it, set"):
+        Reader(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    assert Reader(model).tensor("lm_head.weight")[3, 2] != Reader(model).tensor("model.embed_tokens.weight")[3, 2]
+
+
+def test_adapters_are_recognised(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "model", family="llama")
+    (model / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors lies beside the model.*merge_and_unload"):
+        Reader(model)
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"an adapter \(adapter_config.json\) and no model"):
+        Reader(lora)
+
+
+def test_names_with_a_start_too_much_or_too_little_are_said_once(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "model", family="llama")
+    tensors = load_file(model / "model.safetensors")
+    for renamed, said in (
+        ({f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}, "that begin with `_orig_mod.`"),
+        ({f"module.{name}": tensor for name, tensor in tensors.items()}, "that begin with `module.`"),
+        ({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, "lack `model.` at the start"),
+    ):
+        save_file(renamed, model / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=said) as found:
+            Reader(model)
+        assert ";" not in str(found.value).replace("config; a", "").replace("names; rename", "")
+
+
+def test_shards_that_the_index_misses_and_sub_folders(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "model", form={"shard_bytes": 30_000})
+    index = json.loads((model / INDEX_NAME).read_text())
+    head = {name: file for name, file in index["weight_map"].items() if name.startswith("mtp.")}
+    tensors = {name: load_file(model / file)[name] for name, file in head.items()}
+    alone = write_tiny(tmp_path / "alone", form={"shard_bytes": 30_000, "mtp": False})
+    save_file(tensors, alone / "mtp.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"mtp.safetensors is not named.*does not know, such as mtp\..*fetch"
+    ) as no:
+        Reader(alone)
+    assert "remove" not in str(no.value)
+    (alone / "mtp.safetensors").unlink()
+    shard = sorted(alone.glob("model-*.safetensors"))[0]
+    shutil.copy(shard, alone / "copy.safetensors")
+    with pytest.raises(CheckpointError, match="copy.safetensors is not named.*in files that are named; remove it"):
+        Reader(alone)
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "outer" / "config.json").write_text((model / "config.json").read_text())
+    model.rename(tmp_path / "outer" / "weights")
+    with pytest.raises(CheckpointError, match="but in weights: sub-folders are not read"):
+        Reader(tmp_path / "outer")

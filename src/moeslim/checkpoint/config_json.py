@@ -7,7 +7,7 @@ from typing import Any
 
 from moeslim.artifacts import strict_json
 from moeslim.checkpoint.config_values import check_values
-from moeslim.checkpoint.index import path_inside
+from moeslim.checkpoint.index import path_inside, refuse_adapter
 from moeslim.errors import CheckpointError
 
 
@@ -18,6 +18,7 @@ def read_config(folder_or_file: Path | str) -> dict[str, Any]:
     """
     path = Path(folder_or_file)
     if path.is_dir():
+        refuse_adapter(path)
         path = path_inside(path, "config.json")
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file; a checkpoint folder holds config.json and *.safetensors")

@@ -5,7 +5,7 @@ data. Nothing of it is believed: a header that lies about lengths, places or its
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from moeslim.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 HEADER_LIMIT = strict_json.BYTES_LIMIT  # half of what the safetensors library allows
 _MOST_TENSORS = 1_000_000  # some ten times those of the largest models; an entry takes half a kilobyte
 _MOST_AXES, _LONGEST = 8, 1 << 48  # a product of more would take minutes to multiply, of longer ones no file holds
@@ -73,15 +74,14 @@ def read_index(folder: Path | str) -> Index:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder; give the folder that holds config.json and *.safetensors")
+    refuse_adapter(folder)
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if (folder / INDEX_NAME).exists():
         weight_map = _weight_map(folder)
         wanted = sorted(set(weight_map.values()))
         spare = [name for name in found if name not in wanted]
         if spare:
-            raise CheckpointError(
-                f"{folder}: {', '.join(spare[:3])} is not named in {INDEX_NAME}; remove it, or write the index anew"
-            )
+            raise CheckpointError(f"{folder}: {_spare(folder, spare, weight_map=weight_map)}")
     else:
         weight_map = None
         if found != [SINGLE_NAME]:
@@ -104,6 +104,22 @@ def read_index(folder: Path | str) -> Index:
     if weight_map is not None:
         _compare(weight_map, Index(folder, tensors, files))
     return Index(folder, tensors, files)
+
+
+def refuse_adapter(folder: Path) -> None:
+    """CheckpointError for the folder of a LoRA or other adapter, and for one that lies beside a model."""
+    names = [name for name in (ADAPTER_CONFIG, "adapter_model.safetensors") if (folder / name).exists()]
+    if not names:
+        return
+    if (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: {names[0]} lies beside the model: an adapter whose weights would be left out. Merge it into "
+            "the model (peft: merge_and_unload, then save_pretrained), or move it to another folder"
+        )
+    raise CheckpointError(
+        f"{folder}: an adapter ({names[0]}) and no model. Load its base model with it, merge them (peft: "
+        "merge_and_unload) and give the folder that save_pretrained writes"
+    )
 
 
 def path_inside(folder: Path, name: str) -> Path:
@@ -225,6 +241,21 @@ def _compare(weight_map: Mapping[str, str], index: Index) -> None:
             raise CheckpointError(f"{folder}: {entry.file} holds {name}, which {INDEX_NAME} does not name")
 
 
+def _spare(folder: Path, spare: Sequence[str], *, weight_map: Mapping[str, str]) -> str:
+    """What is to be done about weight files that the index does not name, by what they hold."""
+    named = f"{', '.join(spare[:3])} is not named in {INDEX_NAME}"
+    new = [
+        tensor for name in spare for tensor in read_header(path_inside(folder, name), name) if tensor not in weight_map
+    ]
+    if not new:
+        return f"{named}, and all that it holds is in files that are named; remove it"
+    return (
+        f"{named}, and holds {len(new)} tensors that the index does not know, such as {new[0]}; if they belong to the "
+        "model (an MTP head often lies in a file of its own), add them to weight_map or fetch the index that has them; "
+        "if not, move the file elsewhere"
+    )
+
+
 def _no_weights(folder: Path, found: list[str]) -> CheckpointError:
     if found:
         return CheckpointError(
@@ -236,5 +267,11 @@ def _no_weights(folder: Path, found: list[str]) -> CheckpointError:
         return CheckpointError(
             f"{folder}: weights only as {', '.join(other[:3])}; moeslim reads safetensors alone, because a pickle can "
             "run code and a GGUF is quantised: use the safetensors release of this model, or convert it"
+        )
+    below = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
+    if below:
+        return CheckpointError(
+            f"{folder}: no *.safetensors in it, but in {', '.join(below[:3])}: sub-folders are not read; give the "
+            "folder that holds config.json and the weights side by side"
         )
     return CheckpointError(f"{folder}: no *.safetensors in it; give a folder with config.json and the weights")

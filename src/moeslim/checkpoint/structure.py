@@ -1,8 +1,8 @@
 """What a checkpoint is, compared with what its config says it must be: no torch, no tensor read."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from moeslim.checkpoint.side_files import check_side_files
 from moeslim.errors import CheckpointError
 from moeslim.families import Row, Shape, detect, table, text_config
 from moeslim.families.formats import FLOATS
+from moeslim.log import logger
+
+_BLOCK = 1 << 22  # bytes that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Structure:
     """A folder's raw config, its shape, its headers, and the table of tensors that it must hold.
 
     `stored` is what the headers say. `config` and `index` are the same model as it is read: where `quantisation` is
-    not None, its packed tensors are one each, in bf16, and the config does not speak of it.
+    not None, its packed tensors are one each, in bf16, and the config does not speak of it. `copies` are tensors that
+    files hold a second time and that are not read.
     """
 
     folder: Path
@@ -39,6 +43,7 @@ class Structure:
     rows: Mapping[str, Row]
     stored: Index
     quantisation: Quantisation | None = None
+    copies: frozenset[str] = frozenset()
 
     @cached_property
     def untouched(self) -> dict[str, Entry]:
@@ -72,6 +77,8 @@ class Structure:
         found: list[str] = []
         for name, entry in self.stored.tensors.items():
             wanted = expected.get(name)
+            if name in self.copies:
+                continue
             if name in self.untouched:
                 found += self._problems_beside(name, entry)
             elif wanted is None:
@@ -83,7 +90,11 @@ class Structure:
                 found.append(f"{entry.file}: {name} has shape {entry.shape}, the config asks for {wanted.shapes[0]}")
             elif entry.dtype not in wanted.dtypes:
                 found.append(f"{entry.file}: {name} is {entry.dtype}; allowed are {', '.join(wanted.dtypes)}")
-        found += [f"{name} is missing from the weights" for name in expected if name not in self.stored.tensors]
+        missing = [name for name in expected if name not in self.stored.tensors]
+        unknown = [name for name in self.stored.tensors if name not in {*expected, *self.untouched, *self.copies}]
+        if prefix := _common_prefix(unknown, missing):
+            return [prefix]
+        found += [f"{name} is missing from the weights" for name in missing]
         found += _contradictions(self.rows, self.quantisation) if self.quantisation else []
         return found
 
@@ -114,7 +125,8 @@ def _structure(folder: Path, config: dict[str, Any]) -> Structure:
     quantisation = quantisation_of(config, folder)
     check_side_files(folder)
     stored = read_index(folder)
-    text = {name: entry for name, entry in stored.tensors.items() if not shape.is_untouched(name)}
+    held = _without_copied_head(stored, shape)
+    text = {name: entry for name, entry in held.tensors.items() if not shape.is_untouched(name)}
     if quantisation is None:
         refuse_unexplained(text, folder)
     formats = {} if quantisation is None else quantisation.packed(text)
@@ -126,8 +138,9 @@ def _structure(folder: Path, config: dict[str, Any]) -> Structure:
     trunk = found.get("trunk", shape.family.layouts[0])
     layouts = {subtree: found.get(subtree, trunk) for subtree in ("trunk", "mtp")}
     rows = table(shape, layouts, formats=formats)
-    index = packed_index(stored, rows)
-    return Structure(folder, float_config(config), shape, index, layouts, rows, stored, quantisation)
+    index = packed_index(held, rows)
+    copies = frozenset(stored.tensors.keys() - held.tensors.keys())
+    return Structure(folder, float_config(config), shape, index, layouts, rows, stored, quantisation, copies)
 
 
 @dataclass(frozen=True)
@@ -175,6 +188,66 @@ def summary(problems: Iterable[str], limit: int = 5) -> str:
     problems = list(problems)
     more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
     return "; ".join(problems[:limit]) + more
+
+
+def _without_copied_head(index: Index, shape: Shape) -> Index:
+    """The index without an output head that a tied model's files hold a second time.
+
+    CheckpointError where it is another matrix than the embedding.
+    """
+    names = {tensor.component: shape.named(tensor.name) for tensor in shape.family.parts["outer"]}
+    head, embedding = index.tensors.get(names["head"]), index.tensors.get(names["embedding"])
+    if not shape.tied or head is None or embedding is None:
+        return index
+    if not _is_copy(index.folder, (head, embedding)):
+        raise CheckpointError(
+            f"{index.folder}: config.json says that head and embedding are one matrix (tie_word_embeddings), and "
+            f"{head.file} holds another {names['head']}; to use it, set tie_word_embeddings to false, to use the "
+            "embedding alone, as transformers does, remove it from the file"
+        )
+    return replace(index, tensors={name: entry for name, entry in index.tensors.items() if name != names["head"]})
+
+
+def _is_copy(folder: Path, pair: tuple[Entry, Entry]) -> bool:
+    """Whether two tensors of one dtype and shape have the same bytes."""
+    times = tuple((folder / entry.file).stat().st_mtime_ns for entry in pair)
+    return (pair[0].dtype, pair[0].shape) == (pair[1].dtype, pair[1].shape) and _same_bytes((folder, *pair, times))
+
+
+@cache
+def _same_bytes(facts: tuple[Path, Entry, Entry, tuple[int, ...]]) -> bool:
+    """The same by all that the answer depends on: it is asked for whenever a model is opened, and takes seconds."""
+    folder, one, other, _ = facts
+    with (folder / one.file).open("rb") as first, (folder / other.file).open("rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        for start in range(0, one.bytes, _BLOCK):
+            length = min(_BLOCK, one.bytes - start)
+            if first.read(length) != second.read(length):
+                return False
+    logger.warning("%s: %s holds the head a second time, equal to the embedding; it is left out", folder, one.file)
+    return True
+
+
+def _common_prefix(unknown: Sequence[str], missing: Sequence[str]) -> str | None:
+    """In one sentence what all unknown names have too much or too little at their start, if that is what is wrong."""
+    wanted = set(missing)
+    if not unknown or not wanted:
+        return None
+    parts = unknown[0].split(".")
+    starts = [".".join(parts[:n]) + "." for n in range(1, len(parts))]
+    for start in starts:
+        if sum(name.removeprefix(start) in wanted for name in unknown if name.startswith(start)) > len(unknown) / 2:
+            return (
+                f"{len(unknown):,} tensors have names that begin with `{start}`, and without it they are those of this "
+                "config; a wrapper (torch.compile, DataParallel, a larger model) left it there: save the model that is "
+                "inside, or rename the tensors"
+            )
+    heads = {name.removesuffix(unknown[0]) for name in missing if name.endswith("." + unknown[0])}
+    for start in sorted(heads):
+        if sum(start + name in wanted for name in unknown) > len(unknown) / 2:
+            return f"{len(unknown):,} tensors lack `{start}` at the start of their names; rename the tensors"
+    return None
 
 
 def _contradictions(rows: Mapping[str, Row], quantisation: Quantisation) -> list[str]:
