@@ -5,6 +5,7 @@ RUN/stages/<name>.json    inputs (as given, and their fingerprint), outputs (pat
 RUN/<output>              what the stage wrote: a folder or a file, committed before its record
 """
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,8 +61,12 @@ class Run:
         """
         cleared = [*outputs, *optional] if self.redo or not resumes else []
         due = not self.is_current(name, inputs, outputs=cleared)
+        if due:
+            logger.info("%s: begins", name)
+        began = time.monotonic()
         yield due
         if due:
+            logger.info("%s: done after %.0f s", name, time.monotonic() - began)
             made = [*outputs, *(output for output in optional if self.path(output).exists())]
             self.finish(name, inputs, outputs=made)
 
