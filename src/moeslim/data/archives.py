@@ -13,6 +13,8 @@ from moeslim.errors import DataError
 PACKED_SUFFIXES = frozenset({".gz", ".xz", ".zst"})
 BROKEN = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 """What reading a broken archive raises."""
+_PACKED_AT_ONCE = 1 << 12
+"""Bytes of a .zst file: four of them can spell 128 kB, so these at most 128 MB."""
 
 
 def opened(path: Path) -> IO[str]:
@@ -48,7 +50,7 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            raw = self._left or self._file.read(1 << 16)
+            raw = self._left or self._file.read(_PACKED_AT_ONCE)
             self._left = b""
             if not raw:
                 if not self._frame.eof:
